@@ -1,0 +1,5 @@
+//! The `ultraep` command.
+fn main() {
+    eprintln!("ultraep: no command is built yet");
+    std::process::exit(2);
+}
