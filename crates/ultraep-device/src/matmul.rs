@@ -1,0 +1,176 @@
+//! Single-threaded row-major `f32` matrix products with row results that do not depend on the other rows.
+//!
+//! Row independence: the GEMM underneath accumulates each output element over the inner dimension in one order that
+//! depends on the inner dimension and the other matrix alone, as long as it does not take its matrix-vector shortcuts for
+//! very few rows. Callers keep clear of those by padding row counts to [`ROW_TILE`]; a test holds the GEMM to it.
+
+/// Rows of activations come in multiples of this (padded with zeros).
+pub const ROW_TILE: usize = 8;
+
+/// What happens to the old content of the output.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Output {
+    /// It is overwritten.
+    Replace,
+    /// The product is added to it.
+    Accumulate,
+}
+
+/// A dense row-major matrix, `[rows, cols]`.
+#[derive(Clone, Copy, Debug)]
+pub struct Matrix<'a> {
+    data: &'a [f32],
+    rows: usize,
+    cols: usize,
+}
+
+impl<'a> Matrix<'a> {
+    /// A view of `data` as `[rows, cols]`.
+    ///
+    /// # Panics
+    /// When `data` has not exactly `rows * cols` elements: a bug of the caller.
+    pub fn new(data: &'a [f32], rows: usize, cols: usize) -> Self {
+        assert_eq!(data.len(), rows * cols, "a [{rows}, {cols}] matrix over {} elements", data.len());
+        Self { data, rows, cols }
+    }
+}
+
+/// A matrix as the GEMM sees it: pointer and strides after an optional transpose.
+struct Operand {
+    ptr: *const f32,
+    rows: usize,
+    cols: usize,
+    row_stride: isize,
+    col_stride: isize,
+}
+
+impl Operand {
+    fn plain(m: Matrix<'_>) -> Self {
+        Self { ptr: m.data.as_ptr(), rows: m.rows, cols: m.cols, row_stride: m.cols as isize, col_stride: 1 }
+    }
+
+    fn transposed(m: Matrix<'_>) -> Self {
+        Self { ptr: m.data.as_ptr(), rows: m.cols, cols: m.rows, row_stride: 1, col_stride: m.cols as isize }
+    }
+}
+
+/// `out = a b`, with `a` `[m, k]`, `b` `[k, n]`, `out` `[m, n]`.
+pub fn multiply(a: Matrix<'_>, b: Matrix<'_>, out: &mut [f32], output: Output) {
+    run(Operand::plain(a), Operand::plain(b), out, output);
+}
+
+/// `out = a bᵀ`, with `a` `[m, k]`, `b` `[n, k]`, `out` `[m, n]`.
+pub fn multiply_transposed(a: Matrix<'_>, b: Matrix<'_>, out: &mut [f32], output: Output) {
+    run(Operand::plain(a), Operand::transposed(b), out, output);
+}
+
+/// `out = aᵀ b`, with `a` `[k, m]`, `b` `[k, n]`, `out` `[m, n]`: the weight gradient's form, summed over rows.
+pub fn transposed_multiply(a: Matrix<'_>, b: Matrix<'_>, out: &mut [f32], output: Output) {
+    run(Operand::transposed(a), Operand::plain(b), out, output);
+}
+
+fn run(a: Operand, b: Operand, out: &mut [f32], output: Output) {
+    let (m, n, k) = (a.rows, b.cols, a.cols);
+    assert_eq!(b.rows, k, "inner dimensions differ");
+    assert_eq!(out.len(), m * n, "output is not [{m}, {n}]");
+    // SAFETY: each operand's pointer and strides cover exactly its `Matrix`, whose length `Matrix::new` checked;
+    // `out` has m * n elements and is written with strides (n, 1); it is `&mut`, so it overlaps neither operand.
+    unsafe {
+        gemm::gemm(
+            m,
+            n,
+            k,
+            out.as_mut_ptr(),
+            1,
+            n as isize,
+            output == Output::Accumulate,
+            a.ptr,
+            a.col_stride,
+            a.row_stride,
+            b.ptr,
+            b.col_stride,
+            b.row_stride,
+            1.0,
+            1.0,
+            false,
+            false,
+            false,
+            gemm::Parallelism::None,
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn noise(len: usize, seed: u64) -> Vec<f32> {
+        let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+        (0..len)
+            .map(|_| {
+                state ^= state << 13;
+                state ^= state >> 7;
+                state ^= state << 17;
+                (state >> 40) as f32 / (1u64 << 24) as f32 - 0.5
+            })
+            .collect()
+    }
+
+    fn naive(a: &[f32], b: &[f32], (m, n, k): (usize, usize, usize)) -> Vec<f64> {
+        let mut c = vec![0f64; m * n];
+        for i in 0..m {
+            for p in 0..k {
+                for j in 0..n {
+                    c[i * n + j] += f64::from(a[i * k + p]) * f64::from(b[p * n + j]);
+                }
+            }
+        }
+        c
+    }
+
+    fn transpose(a: &[f32], rows: usize, cols: usize) -> Vec<f32> {
+        (0..cols).flat_map(|c| (0..rows).map(move |r| a[r * cols + c])).collect()
+    }
+
+    #[test]
+    fn all_forms_agree_with_the_naive_product() {
+        for &(m, n, k) in &[(8, 5, 3), (16, 64, 32), (40, 96, 130), (1, 1, 1), (0, 4, 4)] {
+            let (a, b) = (noise(m * k, 1), noise(k * n, 2));
+            let want = naive(&a, &b, (m, n, k));
+            let close =
+                |got: &[f32], times: f64| got.iter().zip(&want).all(|(g, w)| (f64::from(*g) - times * w).abs() < 1e-4);
+            let mut out = vec![7.0; m * n];
+            multiply(Matrix::new(&a, m, k), Matrix::new(&b, k, n), &mut out, Output::Replace);
+            assert!(close(&out, 1.0), "multiply {m} {n} {k}");
+            let bt = transpose(&b, k, n);
+            multiply_transposed(Matrix::new(&a, m, k), Matrix::new(&bt, n, k), &mut out, Output::Replace);
+            assert!(close(&out, 1.0), "multiply_transposed {m} {n} {k}");
+            let at = transpose(&a, m, k);
+            transposed_multiply(Matrix::new(&at, k, m), Matrix::new(&b, k, n), &mut out, Output::Accumulate);
+            assert!(close(&out, 2.0), "transposed_multiply {m} {n} {k}");
+        }
+    }
+
+    /// The property that the whole project's "same outputs under any plan" rests on.
+    #[test]
+    fn a_rows_result_does_not_depend_on_the_other_rows() {
+        for &(n, k) in &[(64, 32), (256, 128), (512, 256), (256, 512), (96, 160), (704, 1024)] {
+            let rows = 400;
+            let (a, b) = (noise(rows * k, 3), noise(k * n, 4));
+            let bt = transpose(&b, k, n);
+            let mut all = vec![0.0; rows * n];
+            let mut all_t = vec![0.0; rows * n];
+            multiply(Matrix::new(&a, rows, k), Matrix::new(&b, k, n), &mut all, Output::Replace);
+            multiply_transposed(Matrix::new(&a, rows, k), Matrix::new(&bt, n, k), &mut all_t, Output::Replace);
+            for m in (ROW_TILE..=rows / 2).step_by(ROW_TILE) {
+                let first = (m * 7) % (rows / 2);
+                let part = &a[first * k..(first + m) * k];
+                let mut out = vec![0.0; m * n];
+                multiply(Matrix::new(part, m, k), Matrix::new(&b, k, n), &mut out, Output::Replace);
+                assert!(out[..] == all[first * n..(first + m) * n], "multiply: {m} rows, n {n}, k {k}");
+                multiply_transposed(Matrix::new(part, m, k), Matrix::new(&bt, n, k), &mut out, Output::Replace);
+                assert!(out[..] == all_t[first * n..(first + m) * n], "multiply_transposed: {m} rows, n {n}, k {k}");
+            }
+        }
+    }
+}
