@@ -7,9 +7,11 @@
 //! or let the result of one row depend on how many other rows are in the call. The last is what makes a model's outputs
 //! bitwise equal whatever plan its tokens were balanced by; see [`ROW_TILE`].
 
+pub mod attention;
 pub mod expert;
 pub mod math;
 pub mod matmul;
+pub mod norm;
 
 pub use expert::{ExpertShape, ExpertWorkspace, Group};
 pub use matmul::ROW_TILE;

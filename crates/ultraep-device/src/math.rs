@@ -3,6 +3,9 @@
 
 use pulp::Arch;
 
+/// Partial sums of a reduction: fixed, so that the order of additions is the same on every machine.
+const LANES: usize = 16;
+
 /// `exp(x)` in `f32`, relative error under 2e-7 for `x` in `[-87, 88]`, clamped outside.
 ///
 /// Range reduction to `x = n ln 2 + r` (Cody-Waite, two constants), the degree-7 Taylor polynomial for `exp(r)` on
@@ -74,6 +77,44 @@ pub fn swiglu_backward(fc1: &mut [f32], hidden: &mut [f32], d_hidden: &[f32], in
     );
 }
 
+/// `row = softmax(scale * row)`, with the largest element subtracted first; the sum runs in [`dot`]'s fixed order.
+pub fn softmax(row: &mut [f32], scale: f32) {
+    let largest = row.iter().fold(f32::NEG_INFINITY, |m, &x| m.max(x));
+    let sum = Arch::new().dispatch(
+        #[inline(always)]
+        || {
+            let mut partial = [0f32; LANES];
+            let mut chunks = row.chunks_exact_mut(LANES);
+            for chunk in &mut chunks {
+                for (p, x) in partial.iter_mut().zip(chunk) {
+                    *x = exp((*x - largest) * scale);
+                    *p += *x;
+                }
+            }
+            for (p, x) in partial.iter_mut().zip(chunks.into_remainder()) {
+                *x = exp((*x - largest) * scale);
+                *p += *x;
+            }
+            partial.iter().sum::<f32>()
+        },
+    );
+    let inverse = 1.0 / sum;
+    row.iter_mut().for_each(|x| *x *= inverse);
+}
+
+/// Gradient of [`softmax`]'s input from that of its output `d` (overwritten) and its output `p`.
+pub fn softmax_backward(d: &mut [f32], p: &[f32], scale: f32) {
+    let pull = dot(d, p);
+    Arch::new().dispatch(
+        #[inline(always)]
+        || {
+            for (d, &p) in d.iter_mut().zip(p) {
+                *d = p * (*d - pull) * scale;
+            }
+        },
+    );
+}
+
 /// `y += a x`.
 #[inline]
 pub fn add_scaled(y: &mut [f32], a: f32, x: &[f32]) {
@@ -116,7 +157,6 @@ pub fn scale_into(y: &mut [f32], a: f32, x: &[f32]) {
 /// Dot product, summed in 16 interleaved partial sums that are then added in order: one fixed order on every machine.
 #[inline]
 pub fn dot(x: &[f32], y: &[f32]) -> f32 {
-    const LANES: usize = 16;
     Arch::new().dispatch(
         #[inline(always)]
         || {

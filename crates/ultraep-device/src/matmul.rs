@@ -16,22 +16,66 @@ pub enum Output {
     Accumulate,
 }
 
-/// A dense row-major matrix, `[rows, cols]`.
+/// A row-major matrix, `[rows, cols]`, whose rows start `stride` elements apart.
 #[derive(Clone, Copy, Debug)]
 pub struct Matrix<'a> {
     data: &'a [f32],
     rows: usize,
     cols: usize,
+    stride: usize,
+}
+
+/// A mutable row-major matrix, `[rows, cols]`, whose rows start `stride` elements apart.
+#[derive(Debug)]
+pub struct MatrixMut<'a> {
+    data: &'a mut [f32],
+    rows: usize,
+    cols: usize,
+    stride: usize,
+}
+
+/// Elements that a `[rows, cols]` matrix spans in memory.
+fn span(rows: usize, cols: usize, stride: usize) -> usize {
+    if rows == 0 || cols == 0 { 0 } else { (rows - 1) * stride + cols }
 }
 
 impl<'a> Matrix<'a> {
-    /// A view of `data` as `[rows, cols]`.
+    /// A view of `data` as `[rows, cols]` without gaps.
     ///
     /// # Panics
     /// When `data` has not exactly `rows * cols` elements: a bug of the caller.
     pub fn new(data: &'a [f32], rows: usize, cols: usize) -> Self {
         assert_eq!(data.len(), rows * cols, "a [{rows}, {cols}] matrix over {} elements", data.len());
-        Self { data, rows, cols }
+        Self { data, rows, cols, stride: cols }
+    }
+
+    /// A view of the start of `data` as `[rows, cols]` with rows `stride` elements apart.
+    ///
+    /// # Panics
+    /// When rows overlap or `data` is too short: a bug of the caller.
+    pub fn strided(data: &'a [f32], rows: usize, cols: usize, stride: usize) -> Self {
+        assert!(stride >= cols && data.len() >= span(rows, cols, stride), "a strided matrix over its data's end");
+        Self { data, rows, cols, stride }
+    }
+}
+
+impl<'a> MatrixMut<'a> {
+    /// As [`Matrix::new`].
+    ///
+    /// # Panics
+    /// When `data` has not exactly `rows * cols` elements: a bug of the caller.
+    pub fn new(data: &'a mut [f32], rows: usize, cols: usize) -> Self {
+        assert_eq!(data.len(), rows * cols, "a [{rows}, {cols}] matrix over {} elements", data.len());
+        Self { data, rows, cols, stride: cols }
+    }
+
+    /// As [`Matrix::strided`].
+    ///
+    /// # Panics
+    /// When rows overlap or `data` is too short: a bug of the caller.
+    pub fn strided(data: &'a mut [f32], rows: usize, cols: usize, stride: usize) -> Self {
+        assert!(stride >= cols && data.len() >= span(rows, cols, stride), "a strided matrix over its data's end");
+        Self { data, rows, cols, stride }
     }
 }
 
@@ -46,43 +90,44 @@ struct Operand {
 
 impl Operand {
     fn plain(m: Matrix<'_>) -> Self {
-        Self { ptr: m.data.as_ptr(), rows: m.rows, cols: m.cols, row_stride: m.cols as isize, col_stride: 1 }
+        Self { ptr: m.data.as_ptr(), rows: m.rows, cols: m.cols, row_stride: m.stride as isize, col_stride: 1 }
     }
 
     fn transposed(m: Matrix<'_>) -> Self {
-        Self { ptr: m.data.as_ptr(), rows: m.cols, cols: m.rows, row_stride: 1, col_stride: m.cols as isize }
+        Self { ptr: m.data.as_ptr(), rows: m.cols, cols: m.rows, row_stride: 1, col_stride: m.stride as isize }
     }
 }
 
 /// `out = a b`, with `a` `[m, k]`, `b` `[k, n]`, `out` `[m, n]`.
-pub fn multiply(a: Matrix<'_>, b: Matrix<'_>, out: &mut [f32], output: Output) {
+pub fn multiply(a: Matrix<'_>, b: Matrix<'_>, out: MatrixMut<'_>, output: Output) {
     run(Operand::plain(a), Operand::plain(b), out, output);
 }
 
 /// `out = a bᵀ`, with `a` `[m, k]`, `b` `[n, k]`, `out` `[m, n]`.
-pub fn multiply_transposed(a: Matrix<'_>, b: Matrix<'_>, out: &mut [f32], output: Output) {
+pub fn multiply_transposed(a: Matrix<'_>, b: Matrix<'_>, out: MatrixMut<'_>, output: Output) {
     run(Operand::plain(a), Operand::transposed(b), out, output);
 }
 
 /// `out = aᵀ b`, with `a` `[k, m]`, `b` `[k, n]`, `out` `[m, n]`: the weight gradient's form, summed over rows.
-pub fn transposed_multiply(a: Matrix<'_>, b: Matrix<'_>, out: &mut [f32], output: Output) {
+pub fn transposed_multiply(a: Matrix<'_>, b: Matrix<'_>, out: MatrixMut<'_>, output: Output) {
     run(Operand::transposed(a), Operand::plain(b), out, output);
 }
 
-fn run(a: Operand, b: Operand, out: &mut [f32], output: Output) {
+fn run(a: Operand, b: Operand, out: MatrixMut<'_>, output: Output) {
     let (m, n, k) = (a.rows, b.cols, a.cols);
     assert_eq!(b.rows, k, "inner dimensions differ");
-    assert_eq!(out.len(), m * n, "output is not [{m}, {n}]");
-    // SAFETY: each operand's pointer and strides cover exactly its `Matrix`, whose length `Matrix::new` checked;
-    // `out` has m * n elements and is written with strides (n, 1); it is `&mut`, so it overlaps neither operand.
+    assert_eq!((out.rows, out.cols), (m, n), "output shape");
+    // SAFETY: each operand's pointer and strides stay within its `Matrix`, and the output's within its `MatrixMut`: their
+    // constructors checked that the last row ends inside the data and that rows do not overlap. The output is borrowed
+    // mutably, so it overlaps neither operand.
     unsafe {
         gemm::gemm(
             m,
             n,
             k,
-            out.as_mut_ptr(),
+            out.data.as_mut_ptr(),
             1,
-            n as isize,
+            out.stride as isize,
             output == Output::Accumulate,
             a.ptr,
             a.col_stride,
@@ -140,13 +185,23 @@ mod tests {
             let close =
                 |got: &[f32], times: f64| got.iter().zip(&want).all(|(g, w)| (f64::from(*g) - times * w).abs() < 1e-4);
             let mut out = vec![7.0; m * n];
-            multiply(Matrix::new(&a, m, k), Matrix::new(&b, k, n), &mut out, Output::Replace);
+            multiply(Matrix::new(&a, m, k), Matrix::new(&b, k, n), MatrixMut::new(&mut out, m, n), Output::Replace);
             assert!(close(&out, 1.0), "multiply {m} {n} {k}");
             let bt = transpose(&b, k, n);
-            multiply_transposed(Matrix::new(&a, m, k), Matrix::new(&bt, n, k), &mut out, Output::Replace);
+            multiply_transposed(
+                Matrix::new(&a, m, k),
+                Matrix::new(&bt, n, k),
+                MatrixMut::new(&mut out, m, n),
+                Output::Replace,
+            );
             assert!(close(&out, 1.0), "multiply_transposed {m} {n} {k}");
             let at = transpose(&a, m, k);
-            transposed_multiply(Matrix::new(&at, k, m), Matrix::new(&b, k, n), &mut out, Output::Accumulate);
+            transposed_multiply(
+                Matrix::new(&at, k, m),
+                Matrix::new(&b, k, n),
+                MatrixMut::new(&mut out, m, n),
+                Output::Accumulate,
+            );
             assert!(close(&out, 2.0), "transposed_multiply {m} {n} {k}");
         }
     }
@@ -160,15 +215,35 @@ mod tests {
             let bt = transpose(&b, k, n);
             let mut all = vec![0.0; rows * n];
             let mut all_t = vec![0.0; rows * n];
-            multiply(Matrix::new(&a, rows, k), Matrix::new(&b, k, n), &mut all, Output::Replace);
-            multiply_transposed(Matrix::new(&a, rows, k), Matrix::new(&bt, n, k), &mut all_t, Output::Replace);
+            multiply(
+                Matrix::new(&a, rows, k),
+                Matrix::new(&b, k, n),
+                MatrixMut::new(&mut all, rows, n),
+                Output::Replace,
+            );
+            multiply_transposed(
+                Matrix::new(&a, rows, k),
+                Matrix::new(&bt, n, k),
+                MatrixMut::new(&mut all_t, rows, n),
+                Output::Replace,
+            );
             for m in (ROW_TILE..=rows / 2).step_by(ROW_TILE) {
                 let first = (m * 7) % (rows / 2);
                 let part = &a[first * k..(first + m) * k];
                 let mut out = vec![0.0; m * n];
-                multiply(Matrix::new(part, m, k), Matrix::new(&b, k, n), &mut out, Output::Replace);
+                multiply(
+                    Matrix::new(part, m, k),
+                    Matrix::new(&b, k, n),
+                    MatrixMut::new(&mut out, m, n),
+                    Output::Replace,
+                );
                 assert!(out[..] == all[first * n..(first + m) * n], "multiply: {m} rows, n {n}, k {k}");
-                multiply_transposed(Matrix::new(part, m, k), Matrix::new(&bt, n, k), &mut out, Output::Replace);
+                multiply_transposed(
+                    Matrix::new(part, m, k),
+                    Matrix::new(&bt, n, k),
+                    MatrixMut::new(&mut out, m, n),
+                    Output::Replace,
+                );
                 assert!(out[..] == all_t[first * n..(first + m) * n], "multiply_transposed: {m} rows, n {n}, k {k}");
             }
         }
