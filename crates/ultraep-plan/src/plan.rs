@@ -28,8 +28,22 @@ pub enum SplitRule {
         /// Whether a source's own instance takes its tokens first.
         locality: bool,
     },
-    /// Tokens of a source go to the instances in turn, starting at instance `source mod |H(e)|` (EPLB).
+    /// Tokens of a source are dealt to the expert's copies in turn, starting at copy `source mod copies` (EPLB). An
+    /// instance that stands for several copies ([`Plan::copies`]) takes as many turns, one after another; one that
+    /// stands for none takes no token. [`crate::dealt`] is the closed form.
     RoundRobin,
+}
+
+impl SplitRule {
+    /// A number that stands for the rule in digests and files.
+    pub fn code(self) -> u32 {
+        match self {
+            Self::LocalFirstExact => 0,
+            Self::SourceRounded { locality: false } => 1,
+            Self::SourceRounded { locality: true } => 2,
+            Self::RoundRobin => 3,
+        }
+    }
 }
 
 /// Why a solver returned the plan it did. Not reaching the target is no error.
@@ -52,7 +66,8 @@ pub enum StopReason {
 /// What was reached in one domain.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DomainOutcome {
-    /// `tau`: the rank load that no rank of the domain exceeds under the quotas.
+    /// `tau`: the rank load that no rank of the domain exceeds under the quotas. Where ranks have speed weights, a rank's
+    /// load counts as `ceil(load * FULL_SPEED / speed)` (a rank of weight 0 counts at full speed).
     pub threshold: u32,
     /// A proven lower bound on the largest rank load of any plan in this domain.
     pub lower_bound: u32,
@@ -68,6 +83,7 @@ pub struct DomainOutcome {
 pub struct Plan {
     offsets: Vec<u32>,
     instances: Vec<Instance>,
+    copies: Vec<u16>,
     domains: Vec<DomainOutcome>,
     split_rule: SplitRule,
 }
@@ -78,6 +94,7 @@ impl Plan {
         Self {
             offsets: Vec::with_capacity(topology.experts() + 1),
             instances: Vec::with_capacity(topology.experts() + replicas),
+            copies: Vec::with_capacity(topology.experts() + replicas),
             domains: Vec::with_capacity(topology.domains()),
             split_rule: SplitRule::default(),
         }
@@ -85,8 +102,7 @@ impl Plan {
 
     /// An empty plan with room for as many replicas as `topology` has slots.
     pub fn for_slots(topology: &Topology) -> Self {
-        let slots = (0..topology.ranks()).map(|r| topology.slots(Rank::new(r))).sum();
-        Self::with_capacity(topology, slots)
+        Self::with_capacity(topology, crate::draft::total_slots(topology))
     }
 
     /// Forgets everything but the memory, and sets the split rule.
@@ -94,6 +110,7 @@ impl Plan {
         self.offsets.clear();
         self.offsets.push(0);
         self.instances.clear();
+        self.copies.clear();
         self.domains.clear();
         self.split_rule = split_rule;
     }
@@ -102,6 +119,14 @@ impl Plan {
     #[inline]
     pub fn push_instance(&mut self, instance: Instance) {
         self.instances.push(instance);
+    }
+
+    /// As [`Plan::push_instance`], for an instance that stands for `copies` copies of the expert on that rank: none
+    /// where the work moved away from a master, two and more where a baseline put several copies on one rank.
+    pub fn push_copies(&mut self, instance: Instance, copies: u16) {
+        self.copies.resize(self.instances.len(), 1);
+        self.instances.push(instance);
+        self.copies.push(copies);
     }
 
     /// Ends the expert being built; experts come in order.
@@ -137,6 +162,18 @@ impl Plan {
     #[inline]
     pub fn of(&self, expert: Expert) -> &[Instance] {
         &self.instances[self.range(expert)]
+    }
+
+    /// Copies that instance `index` of [`Plan::instances`] stands for: 1 unless a baseline said otherwise
+    /// ([`Plan::push_copies`]). Only [`SplitRule::RoundRobin`] looks at it.
+    #[inline]
+    pub fn copies(&self, index: usize) -> u32 {
+        self.copies.get(index).map_or(1, |&c| u32::from(c))
+    }
+
+    /// Copies that share a rank with another copy of the same expert, and so are of no use.
+    pub fn wasted_copies(&self) -> usize {
+        self.copies.iter().map(|&c| usize::from(c).saturating_sub(1)).sum()
     }
 
     /// Outcome per domain.
