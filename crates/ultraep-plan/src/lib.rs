@@ -14,12 +14,14 @@ extern crate alloc;
 #[cfg(test)]
 extern crate std;
 
+mod deal;
 mod ids;
 mod plan;
 mod policy;
 mod problem;
 mod topology;
 
+pub use deal::{Turns, dealt};
 pub use ids::{Domain, Expert, PhysicalIndex, Rank};
 pub use plan::{DomainOutcome, Instance, Plan, SplitRule, StopReason};
 pub use policy::{PlanRules, Policy, SlotRule, SolveError};

@@ -28,7 +28,9 @@ pub enum SplitRule {
         /// Whether a source's own instance takes its tokens first.
         locality: bool,
     },
-    /// Tokens of a source go to the instances in turn, starting at instance `source mod |H(e)|` (EPLB).
+    /// Tokens of a source are dealt to the expert's copies in turn, starting at copy `source mod copies` (EPLB). An
+    /// instance that stands for several copies ([`Plan::copies`]) takes as many turns, one after another; one that
+    /// stands for none takes no token. [`crate::dealt`] is the closed form.
     RoundRobin,
 }
 
@@ -68,6 +70,7 @@ pub struct DomainOutcome {
 pub struct Plan {
     offsets: Vec<u32>,
     instances: Vec<Instance>,
+    copies: Vec<u16>,
     domains: Vec<DomainOutcome>,
     split_rule: SplitRule,
 }
@@ -78,6 +81,7 @@ impl Plan {
         Self {
             offsets: Vec::with_capacity(topology.experts() + 1),
             instances: Vec::with_capacity(topology.experts() + replicas),
+            copies: Vec::with_capacity(topology.experts() + replicas),
             domains: Vec::with_capacity(topology.domains()),
             split_rule: SplitRule::default(),
         }
@@ -94,6 +98,7 @@ impl Plan {
         self.offsets.clear();
         self.offsets.push(0);
         self.instances.clear();
+        self.copies.clear();
         self.domains.clear();
         self.split_rule = split_rule;
     }
@@ -102,6 +107,14 @@ impl Plan {
     #[inline]
     pub fn push_instance(&mut self, instance: Instance) {
         self.instances.push(instance);
+    }
+
+    /// As [`Plan::push_instance`], for an instance that stands for `copies` copies of the expert on that rank: none
+    /// where the work moved away from a master, two and more where a baseline put several copies on one rank.
+    pub fn push_copies(&mut self, instance: Instance, copies: u16) {
+        self.copies.resize(self.instances.len(), 1);
+        self.instances.push(instance);
+        self.copies.push(copies);
     }
 
     /// Ends the expert being built; experts come in order.
@@ -137,6 +150,18 @@ impl Plan {
     #[inline]
     pub fn of(&self, expert: Expert) -> &[Instance] {
         &self.instances[self.range(expert)]
+    }
+
+    /// Copies that instance `index` of [`Plan::instances`] stands for: 1 unless a baseline said otherwise
+    /// ([`Plan::push_copies`]). Only [`SplitRule::RoundRobin`] looks at it.
+    #[inline]
+    pub fn copies(&self, index: usize) -> u32 {
+        self.copies.get(index).map_or(1, |&c| u32::from(c))
+    }
+
+    /// Copies that share a rank with another copy of the same expert, and so are of no use.
+    pub fn wasted_copies(&self) -> usize {
+        self.copies.iter().map(|&c| usize::from(c).saturating_sub(1)).sum()
     }
 
     /// Outcome per domain.
