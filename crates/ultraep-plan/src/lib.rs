@@ -14,19 +14,37 @@ extern crate alloc;
 #[cfg(test)]
 extern crate std;
 
+mod assign;
+mod check;
 mod deal;
+mod digest;
+mod draft;
 mod ids;
 mod plan;
+mod policies;
 mod policy;
 mod problem;
+mod ratio;
+mod reroute;
+mod split;
+mod tally;
 mod topology;
+mod transfer;
 
+pub use assign::{AssignError, Cursor, NOWHERE, RouteTable};
+pub use check::{PlanReport, PlanViolation, SplitReport, check_plan, check_split};
 pub use deal::{Turns, dealt};
+pub use digest::{digest_counts, digest_plan, digest_problem};
 pub use ids::{Domain, Expert, PhysicalIndex, Rank};
 pub use plan::{DomainOutcome, Instance, Plan, SplitRule, StopReason};
+pub use policies::{Greedy, GreedyParams, UltraepV1, UltraepV1Params, Unbalanced, V1Path};
 pub use policy::{PlanRules, Policy, SlotRule, SolveError};
 pub use problem::{Problem, ProblemError};
+pub use ratio::{ParseRatioError, Ratio};
+pub use split::{SplitError, SplitWorkspace, split_all, split_source};
+pub use tally::Tally;
 pub use topology::{FULL_SPEED, MAX_EXPERTS, MAX_RANKS, MAX_SLOTS, Topology, TopologyError, TopologySpec};
+pub use transfer::{Transfer, Transfers};
 
 /// The most tokens one problem may hold in all. Sums of loads fit `u32`, products of two sums fit `u64`.
 pub const MAX_TOKENS: u32 = i32::MAX as u32;

@@ -34,6 +34,18 @@ pub enum SplitRule {
     RoundRobin,
 }
 
+impl SplitRule {
+    /// A number that stands for the rule in digests and files.
+    pub fn code(self) -> u32 {
+        match self {
+            Self::LocalFirstExact => 0,
+            Self::SourceRounded { locality: false } => 1,
+            Self::SourceRounded { locality: true } => 2,
+            Self::RoundRobin => 3,
+        }
+    }
+}
+
 /// Why a solver returned the plan it did. Not reaching the target is no error.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
@@ -54,7 +66,8 @@ pub enum StopReason {
 /// What was reached in one domain.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DomainOutcome {
-    /// `tau`: the rank load that no rank of the domain exceeds under the quotas.
+    /// `tau`: the rank load that no rank of the domain exceeds under the quotas. Where ranks have speed weights, a rank's
+    /// load counts as `ceil(load * FULL_SPEED / speed)` (a rank of weight 0 counts at full speed).
     pub threshold: u32,
     /// A proven lower bound on the largest rank load of any plan in this domain.
     pub lower_bound: u32,
@@ -89,8 +102,7 @@ impl Plan {
 
     /// An empty plan with room for as many replicas as `topology` has slots.
     pub fn for_slots(topology: &Topology) -> Self {
-        let slots = (0..topology.ranks()).map(|r| topology.slots(Rank::new(r))).sum();
-        Self::with_capacity(topology, slots)
+        Self::with_capacity(topology, crate::draft::total_slots(topology))
     }
 
     /// Forgets everything but the memory, and sets the split rule.

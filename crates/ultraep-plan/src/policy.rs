@@ -1,6 +1,6 @@
 //! What a policy is: anything that turns a problem into a plan, and says which rules its plans keep.
 
-use crate::{Plan, Problem, ProblemError};
+use crate::{Plan, Problem, ProblemError, Topology};
 
 /// How many instances a rank may hold under a policy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,6 +25,8 @@ pub struct PlanRules {
     pub empty_replicas: bool,
     /// Whether replicas stay in their master's domain.
     pub within_domain: bool,
+    /// Whether thresholds take the ranks' speed weights into account (otherwise they are in tokens).
+    pub speeds: bool,
 }
 
 /// Why a policy returned no plan. Never "target missed": that is a plan with its bound and the reason.
@@ -33,7 +35,8 @@ pub struct PlanRules {
 pub enum SolveError {
     /// The problem's group is not the one the policy was sized for.
     #[error(
-        "the policy was sized for {expected_ranks} ranks and {expected_experts} experts, got {ranks} and {experts}"
+        "the policy was built for another group: {expected_ranks} ranks and {expected_experts} experts, got {ranks} and \
+         {experts} (or other domains, slots or speeds)"
     )]
     Topology {
         /// `N` it was built with.
@@ -56,6 +59,22 @@ pub enum SolveError {
         /// What it needs.
         reason: &'static str,
     },
+}
+
+impl SolveError {
+    /// Checks that a problem is for the group that a policy was built for.
+    pub fn check_topology(expected: &Topology, problem: &Problem<'_>) -> Result<(), Self> {
+        let got = problem.topology();
+        if core::ptr::eq(expected, got) || expected == got {
+            return Ok(());
+        }
+        Err(Self::Topology {
+            expected_ranks: expected.ranks(),
+            expected_experts: expected.experts(),
+            ranks: got.ranks(),
+            experts: got.experts(),
+        })
+    }
 }
 
 /// A balancing policy. Built for one topology, holds its own workspace, so that [`Policy::solve`] allocates nothing.

@@ -1,6 +1,7 @@
 //! One layer's exact load in one microbatch, checked before anything is planned.
 
-use crate::{MAX_TOKENS, Topology};
+use crate::tally::{Tally, column_sums};
+use crate::{MAX_TOKENS, Rank, Topology};
 
 /// Counts `lambda[r,e]` of a group: tokens of source rank `r` for logical expert `e`, `[N, E]` row-major.
 #[derive(Clone, Copy, Debug)]
@@ -8,6 +9,7 @@ pub struct Problem<'a> {
     topology: &'a Topology,
     counts: &'a [u32],
     total: u32,
+    tally: Option<&'a Tally>,
 }
 
 /// Why counts were refused.
@@ -48,8 +50,30 @@ impl<'a> Problem<'a> {
         }
         let total: u64 = counts.iter().map(|&c| u64::from(c)).sum();
         match u32::try_from(total) {
-            Ok(total) if total <= MAX_TOKENS => Ok(Self { topology, counts, total }),
+            Ok(total) if total <= MAX_TOKENS => Ok(Self { topology, counts, total, tally: None }),
             _ => Err(ProblemError::TooManyTokens(total)),
+        }
+    }
+
+    /// As [`Problem::new`], in one pass that also leaves the column sums in `tally`, where solvers and the split of
+    /// `source` (the caller's own rank) find them. The fastest way to plan; the plan is the same.
+    ///
+    /// # Panics
+    /// When `source` is no rank of the group.
+    pub fn tallied(
+        topology: &'a Topology,
+        counts: &'a [u32],
+        source: Rank,
+        tally: &'a mut Tally,
+    ) -> Result<Self, ProblemError> {
+        let (ranks, experts) = (topology.ranks(), topology.experts());
+        if counts.len() != ranks * experts {
+            return Err(ProblemError::Shape { got: counts.len(), ranks, experts });
+        }
+        assert!(source.index() < ranks, "source {source} of a group of {ranks} ranks");
+        match tally.fill(topology, counts, source) {
+            Some(total) => Ok(Self { topology, counts, total, tally: Some(tally) }),
+            None => Err(ProblemError::TooManyTokens(counts.iter().map(|&c| u64::from(c)).sum())),
         }
     }
 
@@ -92,5 +116,29 @@ impl<'a> Problem<'a> {
     #[inline]
     pub fn total(&self) -> u32 {
         self.total
+    }
+
+    /// `lambda[e]` of every expert into `loads`, `[E]`.
+    ///
+    /// # Panics
+    /// When `loads` does not hold one number for each expert.
+    pub fn expert_loads(&self, loads: &mut [u32]) {
+        assert_eq!(loads.len(), self.topology.experts(), "one load for each expert");
+        match self.tally {
+            Some(tally) => loads.copy_from_slice(tally.loads()),
+            None => column_sums(loads, self.counts),
+        }
+    }
+
+    /// Tokens of every expert from sources of lower rank than `source` into `before`, `[E]`.
+    ///
+    /// # Panics
+    /// When `before` does not hold one number for each expert, or `source` is no rank of the group.
+    pub fn tokens_before(&self, source: Rank, before: &mut [u32]) {
+        assert_eq!(before.len(), self.topology.experts(), "one number for each expert");
+        match self.tally {
+            Some(tally) if tally.source() == source => before.copy_from_slice(tally.before()),
+            _ => column_sums(before, &self.counts[..source.index() * self.topology.experts()]),
+        }
     }
 }

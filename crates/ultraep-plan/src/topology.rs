@@ -211,6 +211,12 @@ impl Topology {
         self.slots[rank.index()] as usize
     }
 
+    /// Slots on a rank that a planner may fill: none where the speed weight is 0.
+    #[inline]
+    pub fn replica_slots(&self, rank: Rank) -> usize {
+        if self.speeds[rank.index()] == 0 { 0 } else { self.slots(rank) }
+    }
+
     /// Speed weight of a rank, `0..=FULL_SPEED`.
     #[inline]
     pub fn speed(&self, rank: Rank) -> u32 {

@@ -1,0 +1,253 @@
+//! Token assignment: which instance processes each token of a source, from the source's split alone.
+//!
+//! Source: paper, section on reroute; the permutation is the released one (policy page "Token permutation"). With `n`
+//! tokens of (source, expert), token `j` of them, in the order of the batch, looks up position
+//! `(j * stride + expert mod n) mod n` in the cumulative shares of the instances and goes to the first whose cumulative share is greater.
+//! `stride` is near `n / 2` and coprime to `n`, so neighbouring tokens spread over the instances and every position is
+//! taken once: each instance gets exactly its share.
+//!
+//! A [`RouteTable`] is prepared once for a source and then only read; a [`Cursor`] says how many tokens of each expert
+//! came before. So a batch can be cut into token ranges that threads work on alone: each range starts its cursor after
+//! the counts of the ranges before it.
+//!
+//! Cost: `O(E + instances)` to prepare; for each token and choice one addition and a walk over the expert's instances.
+
+use alloc::vec;
+use alloc::vec::Vec;
+
+use crate::{Expert, PhysicalIndex, Plan, Rank, Topology};
+
+/// The sentinel for padding, in logical ids and in physical ids.
+pub const NOWHERE: i32 = -1;
+
+/// Why tokens were not assigned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum AssignError {
+    /// A buffer has the wrong length.
+    #[error("{what}: {got} values, expected {expected}")]
+    Length {
+        /// Which buffer.
+        what: &'static str,
+        /// Its length.
+        got: usize,
+        /// The length it must have.
+        expected: usize,
+    },
+    /// A physical index beyond what a rank was said to hold.
+    #[error("expert {expert}: physical index {physical} on rank {rank}; the table was built for {expected} a rank")]
+    Physical {
+        /// The expert.
+        expert: Expert,
+        /// The rank.
+        rank: Rank,
+        /// The physical index.
+        physical: PhysicalIndex,
+        /// Physical experts a rank.
+        expected: usize,
+    },
+    /// A logical id that is neither an expert nor padding.
+    #[error("value {at}: logical expert {got}; allowed are {NOWHERE} (padding) and 0 to {}", experts - 1)]
+    NoSuchExpert {
+        /// Position in the ids.
+        at: usize,
+        /// The id.
+        got: i32,
+        /// `E`.
+        experts: usize,
+    },
+    /// More tokens of an expert than the source counted.
+    #[error("value {at}: more tokens of expert {expert} than the {counted} that were counted")]
+    MoreThanCounted {
+        /// Position in the ids.
+        at: usize,
+        /// The expert.
+        expert: Expert,
+        /// Tokens counted.
+        counted: u32,
+    },
+}
+
+/// One expert's part of a table.
+#[derive(Clone, Copy, Debug, Default)]
+struct Route {
+    /// Tokens of this source.
+    tokens: u32,
+    /// Step from one token's position to the next one's.
+    stride: u32,
+    /// Position of the first token.
+    start: u32,
+    /// Where its instances begin.
+    first: u32,
+}
+
+/// Routes of one source rank: for every expert its instances and their cumulative shares.
+#[derive(Clone, Debug)]
+pub struct RouteTable {
+    physical_per_rank: usize,
+    ranks: usize,
+    routes: Vec<Route>,
+    /// Cumulative share of each instance.
+    ends: Vec<u32>,
+    /// Physical id of each instance: `rank * physical_per_rank + physical index`.
+    targets: Vec<i32>,
+}
+
+/// How far each expert's tokens of a source have been assigned.
+#[derive(Clone, Debug, Default)]
+pub struct Cursor {
+    /// (next position, tokens left) of each expert.
+    at: Vec<(u32, u32)>,
+}
+
+impl Cursor {
+    /// Room for the experts of `topology`.
+    pub fn new(topology: &Topology) -> Self {
+        Self { at: vec![(0, 0); topology.experts()] }
+    }
+}
+
+impl RouteTable {
+    /// Room for a source of `topology`. Physical ids are `rank * physical_per_rank + physical index`;
+    /// `physical_per_rank` must cover the indices that the policy uses: for all policies that keep to the slots, the largest
+    /// [`Topology::physical_experts`].
+    pub fn new(topology: &Topology, physical_per_rank: usize) -> Self {
+        let instances = topology.experts() + topology.ranks() * physical_per_rank;
+        Self {
+            physical_per_rank,
+            ranks: topology.ranks(),
+            routes: vec![Route::default(); topology.experts()],
+            ends: Vec::with_capacity(instances),
+            targets: Vec::with_capacity(instances),
+        }
+    }
+
+    /// Physical experts in all, `N * physical_per_rank`: the width of dense physical rows.
+    pub fn physical_experts(&self) -> usize {
+        self.ranks * self.physical_per_rank
+    }
+
+    /// Rank and physical index of a physical id, `None` for padding.
+    pub fn locate(&self, physical: i32) -> Option<(Rank, PhysicalIndex)> {
+        let id = usize::try_from(physical).ok()?;
+        Some((Rank::new(id / self.physical_per_rank), PhysicalIndex::new(id % self.physical_per_rank)))
+    }
+
+    /// Takes a source's shares (`[instances]`, from `split_source`) of `plan`.
+    pub fn prepare(&mut self, plan: &Plan, shares: &[u32]) -> Result<(), AssignError> {
+        length("shares", shares.len(), plan.instances().len())?;
+        length("experts of the plan", plan.experts(), self.routes.len())?;
+        self.ends.clear();
+        self.targets.clear();
+        for expert in (0..plan.experts()).map(Expert::new) {
+            let first = self.ends.len() as u32;
+            let mut end = 0;
+            for (instance, &share) in plan.of(expert).iter().zip(&shares[plan.range(expert)]) {
+                let (rank, physical) = (instance.rank, instance.physical);
+                if physical.index() >= self.physical_per_rank || rank.index() >= self.ranks {
+                    let expected = self.physical_per_rank;
+                    return Err(AssignError::Physical { expert, rank, physical, expected });
+                }
+                end += share;
+                self.ends.push(end);
+                self.targets.push((rank.index() * self.physical_per_rank + physical.index()) as i32);
+            }
+            let single = plan.of(expert).len() == 1;
+            let stride = if single { 0 } else { permutation_stride(end) };
+            let start = if single || end == 0 { 0 } else { expert.index() as u32 % end };
+            self.routes[expert.index()] = Route { tokens: end, stride, start, first };
+        }
+        Ok(())
+    }
+
+    /// Sets `cursor` to the beginning of the batch.
+    pub fn start(&self, cursor: &mut Cursor) {
+        cursor.at.clear();
+        cursor.at.extend(self.routes.iter().map(|r| (r.start, r.tokens)));
+    }
+
+    /// Sets `cursor` behind `before[e]` tokens of every expert, `[E]`: where a later token range of the batch begins.
+    pub fn start_after(&self, cursor: &mut Cursor, before: &[u32]) -> Result<(), AssignError> {
+        length("tokens before", before.len(), self.routes.len())?;
+        cursor.at.clear();
+        cursor.at.extend(self.routes.iter().zip(before).map(|(r, &j)| {
+            let steps = u64::from(j) * u64::from(r.stride) + u64::from(r.start);
+            let position = if r.tokens == 0 { 0 } else { (steps % u64::from(r.tokens)) as u32 };
+            (position, r.tokens.saturating_sub(j))
+        }));
+        Ok(())
+    }
+
+    /// Physical expert of every (token, choice): the sparse reroute.
+    ///
+    /// `ids` are logical experts, `[tokens, k]` row-major, [`NOWHERE`] for padding; `physical` is as long. Reads in order
+    /// and moves `cursor` on, so one batch may come in pieces. The probabilities stay where they are (`[tokens, k]`), so
+    /// the backward of the sparse form has nothing to gather.
+    pub fn assign(&self, cursor: &mut Cursor, ids: &[i32], physical: &mut [i32]) -> Result<(), AssignError> {
+        length("physical ids", physical.len(), ids.len())?;
+        length("cursor", cursor.at.len(), self.routes.len())?;
+        for (at, (&id, out)) in ids.iter().zip(physical).enumerate() {
+            *out = match id {
+                NOWHERE => NOWHERE,
+                _ => match usize::try_from(id).ok().filter(|&e| e < self.routes.len()) {
+                    Some(expert) => self.next(cursor, expert).ok_or_else(|| self.more_than_counted(at, expert))?,
+                    None => return Err(AssignError::NoSuchExpert { at, got: id, experts: self.routes.len() }),
+                },
+            };
+        }
+        Ok(())
+    }
+
+    /// Physical id of the next token of `expert`; `None` when all counted tokens are assigned.
+    #[inline]
+    pub(crate) fn next(&self, cursor: &mut Cursor, expert: usize) -> Option<i32> {
+        let route = self.routes[expert];
+        let (position, left) = &mut cursor.at[expert];
+        *left = left.checked_sub(1)?;
+        let mut instance = route.first as usize;
+        if route.stride > 0 {
+            while self.ends[instance] <= *position {
+                instance += 1;
+            }
+            *position += route.stride;
+            if *position >= route.tokens {
+                *position -= route.tokens;
+            }
+        }
+        Some(self.targets[instance])
+    }
+
+    pub(crate) fn more_than_counted(&self, at: usize, expert: usize) -> AssignError {
+        AssignError::MoreThanCounted { at, expert: Expert::new(expert), counted: self.routes[expert].tokens }
+    }
+
+    pub(crate) fn experts(&self) -> usize {
+        self.routes.len()
+    }
+}
+
+pub(crate) fn length(what: &'static str, got: usize, expected: usize) -> Result<(), AssignError> {
+    if got == expected { Ok(()) } else { Err(AssignError::Length { what, got, expected }) }
+}
+
+/// A stride coprime to `n`, near `n / 2`; 1 for `n <= 1`.
+fn permutation_stride(n: u32) -> u32 {
+    if n <= 1 {
+        return 1;
+    }
+    let mut stride = if n / 2 + 1 >= n { n - 1 } else { n / 2 + 1 }.max(1);
+    while gcd(stride, n) != 1 {
+        stride += 1;
+        if stride >= n {
+            stride = 1;
+        }
+    }
+    stride
+}
+
+fn gcd(mut a: u32, mut b: u32) -> u32 {
+    while b != 0 {
+        (a, b) = (b, a % b);
+    }
+    a
+}

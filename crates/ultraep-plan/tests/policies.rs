@@ -1,0 +1,166 @@
+//! All policies of the crate on random problems: plans and splits keep every rule; `greedy` equals a naive transcription.
+
+mod common;
+
+use common::{Rng, random_problem, run, topology};
+use ultraep_plan::{
+    Domain, Greedy, GreedyParams, Plan, Policy, Problem, Rank, Ratio, SolveError, SplitWorkspace, StopReason, Tally,
+    Topology, UltraepV1, UltraepV1Params, Unbalanced, digest_plan, split_source,
+};
+
+fn policies(topology: &Topology, min_quota: u32) -> Vec<Box<dyn Policy>> {
+    let v1 = UltraepV1Params { min_tokens: min_quota, ..UltraepV1Params::default() };
+    vec![
+        Box::new(Unbalanced::new(topology)),
+        Box::new(Greedy::new(topology, GreedyParams { min_quota, ..GreedyParams::default() })),
+        Box::new(UltraepV1::new(topology, v1)),
+    ]
+}
+
+#[test]
+fn random_problems_keep_every_rule() {
+    for seed in 0..1500 {
+        let mut rng = Rng(seed);
+        let (topology, counts) = random_problem(&mut rng);
+        let min_quota = [1, 1, 7, 1024][rng.below(4)];
+        for mut policy in policies(&topology, min_quota) {
+            let (plan, report, _) = run(policy.as_mut(), &topology, &counts);
+            let (before, after) = (report.rank_load_before.iter().max(), report.rank_load_after.iter().max());
+            assert!(after <= before, "seed {seed}: {} made it worse", policy.name());
+            let again = run(policy.as_mut(), &topology, &counts).0;
+            assert_eq!(digest_plan(&plan), digest_plan(&again), "seed {seed}: a used workspace changes the plan");
+        }
+    }
+}
+
+#[test]
+fn a_tally_changes_nothing() {
+    for seed in 0..300 {
+        let mut rng = Rng(seed);
+        let (topology, counts) = random_problem(&mut rng);
+        let source = Rank::new(rng.below(topology.ranks()));
+        let mut tally = Tally::new(&topology);
+        let plain = Problem::new(&topology, &counts).expect("valid");
+        let tallied = Problem::tallied(&topology, &counts, source, &mut tally).expect("valid");
+        assert_eq!(plain.total(), tallied.total());
+        let mut policy = Greedy::new(&topology, GreedyParams { min_quota: 1, ..GreedyParams::default() });
+        let (mut a, mut b) = (Plan::for_slots(&topology), Plan::for_slots(&topology));
+        policy.solve(&plain, &mut a).expect("a plan");
+        policy.solve(&tallied, &mut b).expect("a plan");
+        assert_eq!(a, b);
+        let mut workspace = SplitWorkspace::new(&topology);
+        let (mut x, mut y) = (vec![0; a.instances().len()], vec![0; a.instances().len()]);
+        split_source(&plain, &a, source, &mut workspace, &mut x).expect("a split");
+        split_source(&tallied, &a, source, &mut workspace, &mut y).expect("a split");
+        assert_eq!(x, y);
+    }
+}
+
+/// Algorithm 1 written down plainly: `(threshold, [(expert, rank, quota)] in order of creation)`.
+fn naive_greedy(
+    topology: &Topology,
+    domain: Domain,
+    loads: &[u32],
+    params: GreedyParams,
+) -> (u32, Vec<(usize, usize, u32)>) {
+    let ranks: Vec<usize> = topology.domain_range(domain).collect();
+    let load = |r: usize| loads[topology.masters(Rank::new(r))].iter().sum::<u32>();
+    let attempt = |tau: u32| -> Option<Vec<(usize, usize, u32)>> {
+        let mut moves: Vec<(usize, usize, u32)> = Vec::new();
+        let mut sources: Vec<usize> = ranks.iter().copied().filter(|&r| load(r) > tau).collect();
+        sources.sort_by_key(|&r| (std::cmp::Reverse(load(r)), r));
+        for source in sources {
+            let mut excess = load(source) - tau;
+            let mut experts: Vec<usize> = topology.masters(Rank::new(source)).collect();
+            experts.sort_by_key(|&e| (std::cmp::Reverse(loads[e]), e));
+            for e in experts {
+                let mut rest = loads[e];
+                while excess > 0 && rest > 0 {
+                    let received = |r: usize| moves.iter().filter(|m| m.1 == r).map(|m| m.2).sum::<u32>();
+                    let slack = |r: usize| tau.saturating_sub(load(r) + received(r));
+                    let fits = |r: usize| {
+                        slack(r) > 0
+                            && moves.iter().filter(|m| m.1 == r).count() < topology.replica_slots(Rank::new(r))
+                            && !moves.iter().any(|m| m.0 == e && m.1 == r)
+                    };
+                    let target =
+                        ranks.iter().copied().filter(|&r| fits(r)).min_by_key(|&r| (std::cmp::Reverse(slack(r)), r));
+                    let Some(target) = target else { break };
+                    let delta = excess.min(slack(target)).min(rest);
+                    if delta < params.min_quota {
+                        break;
+                    }
+                    moves.push((e, target, delta));
+                    (excess, rest) = (excess - delta, rest - delta);
+                }
+            }
+            if excess > 0 {
+                return None;
+            }
+        }
+        Some(moves)
+    };
+    let total: u32 = ranks.iter().map(|&r| load(r)).sum();
+    let max = ranks.iter().map(|&r| load(r)).max().unwrap();
+    let mean = total.div_ceil(ranks.len() as u32);
+    let (mut low, mut high) = (params.beta.scale_ceil(mean).max(mean).min(max), max);
+    while low < high {
+        let middle = low + (high - low) / 2;
+        if attempt(middle).is_some() { high = middle } else { low = middle + 1 }
+    }
+    (high, attempt(high).unwrap())
+}
+
+#[test]
+fn greedy_is_algorithm_1() {
+    for seed in 0..600 {
+        let mut rng = Rng(seed);
+        let (topology, counts) = random_problem(&mut rng);
+        let params = GreedyParams { beta: Ratio::BETA, min_quota: [1, 5, 1024][rng.below(3)] };
+        let (plan, ..) = run(&mut Greedy::new(&topology, params), &topology, &counts);
+        let loads: Vec<u32> =
+            (0..topology.experts()).map(|e| counts.iter().skip(e).step_by(topology.experts()).sum()).collect();
+        for domain in (0..topology.domains()).map(Domain::new) {
+            let (threshold, moves) = naive_greedy(&topology, domain, &loads, params);
+            assert_eq!(plan.domains()[domain.index()].threshold, threshold, "seed {seed}");
+            for e in topology.domain_experts(domain) {
+                let expected: Vec<_> = moves.iter().filter(|m| m.0 == e).map(|m| (m.1, m.2)).collect();
+                let got: Vec<_> =
+                    plan.of(ultraep_plan::Expert::new(e))[1..].iter().map(|i| (i.rank.index(), i.quota)).collect();
+                assert_eq!(got, expected, "seed {seed}, expert {e}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_problem_for_another_group_is_refused() {
+    let (a, b) = (topology(4, 8, 4, 1), topology(4, 8, 2, 1));
+    let counts = vec![1; 32];
+    let problem = Problem::new(&b, &counts).expect("valid");
+    for mut policy in policies(&a, 1) {
+        let refused = policy.solve(&problem, &mut Plan::for_slots(&a));
+        assert!(matches!(refused, Err(SolveError::Topology { .. })), "{}", policy.name());
+    }
+}
+
+#[test]
+fn edges_of_the_input() {
+    // No slots; one master a rank; one rank; nothing to do; one expert takes all.
+    let shapes = [topology(4, 8, 4, 0), topology(4, 4, 4, 2), topology(1, 5, 1, 3), topology(6, 6, 3, 1)];
+    for topology in &shapes {
+        let cells = topology.ranks() * topology.experts();
+        let one_takes_all: Vec<u32> = (0..cells).map(|i| 3000 * u32::from(i % topology.experts() == 0)).collect();
+        for counts in [vec![0; cells], vec![17; cells], one_takes_all] {
+            for mut policy in policies(topology, 1) {
+                let (plan, report, _) = run(policy.as_mut(), topology, &counts);
+                if report.total_tokens == 0 {
+                    assert_eq!(plan.replicas(), 0, "{}", policy.name());
+                }
+                assert!(
+                    plan.domains().iter().all(|d| d.lower_bound <= d.threshold || d.stop == StopReason::NotASearch)
+                );
+            }
+        }
+    }
+}
