@@ -2,8 +2,8 @@
 //! expert on one rank merged, physical indices by rank in the order of the experts.
 
 use ultraep_plan::{
-    Domain, DomainOutcome, Expert, Instance, PhysicalIndex, Plan, Problem, Rank, SolveError, SplitRule, StopReason,
-    Topology, Turns, dealt,
+    Domain, DomainOutcome, Expert, Instance, PhysicalIndex, Plan, Problem, Rank, SplitRule, StopReason, Topology,
+    Turns, dealt,
 };
 
 /// What the amounts of a [`Draft`] mean.
@@ -161,25 +161,6 @@ fn deal_quotas(problem: &Problem<'_>, expert: Expert, copies: &mut [u32]) {
 
 /// Load of every expert over all sources, `[E]`, into `totals`.
 pub(crate) fn column_sums(problem: &Problem<'_>, totals: &mut Vec<u32>) {
-    totals.clear();
     totals.resize(problem.topology().experts(), 0);
-    for source in 0..problem.topology().ranks() {
-        for (total, &count) in totals.iter_mut().zip(problem.row(source)) {
-            *total += count;
-        }
-    }
-}
-
-/// Refuses a problem of another group than the policy was built for.
-pub(crate) fn check_topology(built_for: &Topology, problem: &Problem<'_>) -> Result<(), SolveError> {
-    let got = problem.topology();
-    if core::ptr::eq(got, built_for) || got == built_for {
-        return Ok(());
-    }
-    Err(SolveError::Topology {
-        expected_ranks: built_for.ranks(),
-        expected_experts: built_for.experts(),
-        ranks: got.ranks(),
-        experts: got.experts(),
-    })
+    problem.expert_loads(totals);
 }

@@ -17,7 +17,7 @@
 
 use ultraep_plan::{Domain, Expert, Plan, PlanRules, Policy, Problem, Rank, SlotRule, SolveError, Topology};
 
-use crate::draft::{Amounts, Bound, Draft, check_topology};
+use crate::draft::{Amounts, Bound, Draft};
 use crate::heuristic::{Packer, Replicator, weight};
 use crate::history::{History, HistoryParams};
 use crate::kind::BuildError;
@@ -165,17 +165,18 @@ impl Policy for Eplb {
             min_quota: 1,
             empty_replicas: true,
             within_domain: !self.crosses_domains(),
+            speeds: false,
         }
     }
 
     fn observe(&mut self, problem: &Problem<'_>) {
-        if check_topology(&self.topology, problem).is_ok() && self.history.observe(problem) {
+        if SolveError::check_topology(&self.topology, problem).is_ok() && self.history.observe(problem) {
             self.place();
         }
     }
 
     fn solve(&mut self, problem: &Problem<'_>, plan: &mut Plan) -> Result<(), SolveError> {
-        check_topology(&self.topology, problem)?;
+        SolveError::check_topology(&self.topology, problem)?;
         self.draft.clear();
         for &(expert, rank) in &self.placement {
             self.draft.push(&self.topology, expert, rank, 1);

@@ -15,7 +15,7 @@ use std::cmp::Reverse;
 
 use ultraep_plan::{Domain, Expert, Plan, PlanRules, Policy, Problem, Rank, SlotRule, SolveError, Topology};
 
-use crate::draft::{Amounts, Bound, Draft, check_topology, column_sums};
+use crate::draft::{Amounts, Bound, Draft, column_sums};
 use crate::heuristic::{Replicator, weight};
 
 /// The policy. Stateless between microbatches.
@@ -99,11 +99,11 @@ impl Policy for EplbExact {
     }
 
     fn rules(&self) -> PlanRules {
-        PlanRules { slots: SlotRule::Replicas, min_quota: 1, empty_replicas: true, within_domain: true }
+        PlanRules { slots: SlotRule::Replicas, min_quota: 1, empty_replicas: true, within_domain: true, speeds: false }
     }
 
     fn solve(&mut self, problem: &Problem<'_>, plan: &mut Plan) -> Result<(), SolveError> {
-        check_topology(&self.topology, problem)?;
+        SolveError::check_topology(&self.topology, problem)?;
         let (topology, ranks) = (&self.topology, self.topology.ranks());
         column_sums(problem, &mut self.totals);
         let slots = |r: usize| if topology.speed(Rank::new(r)) == 0 { 0 } else { topology.slots(Rank::new(r)) };

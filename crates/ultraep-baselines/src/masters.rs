@@ -2,7 +2,7 @@
 
 use ultraep_plan::{Plan, PlanRules, Policy, Problem, SlotRule, SolveError, SplitRule, Topology};
 
-use crate::draft::{Amounts, Bound, Draft, check_topology, column_sums};
+use crate::draft::{Amounts, Bound, Draft, column_sums};
 
 /// Every expert's master takes all of its load.
 #[derive(Clone, Debug)]
@@ -26,11 +26,11 @@ impl Policy for MastersOnly {
     }
 
     fn rules(&self) -> PlanRules {
-        PlanRules { slots: SlotRule::Replicas, min_quota: 1, empty_replicas: false, within_domain: true }
+        PlanRules { slots: SlotRule::Replicas, min_quota: 1, empty_replicas: false, within_domain: true, speeds: false }
     }
 
     fn solve(&mut self, problem: &Problem<'_>, plan: &mut Plan) -> Result<(), SolveError> {
-        check_topology(&self.topology, problem)?;
+        SolveError::check_topology(&self.topology, problem)?;
         column_sums(problem, &mut self.totals);
         self.draft.clear();
         self.draft.push_masters(&self.topology, &self.totals);
