@@ -1,0 +1,359 @@
+//! Memory that the fabric knows, and the guards through which safe code reads and writes it.
+
+use crate::AccessError;
+use crate::sync::{AtomicU32, Ordering};
+use bytemuck::Pod;
+use core::any::Any;
+use core::fmt;
+use core::marker::PhantomData;
+use core::mem::{ManuallyDrop, align_of, size_of};
+use core::ops::{Deref, DerefMut};
+use core::ptr::NonNull;
+use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::sync::Arc;
+
+/// Alignment of every region that the fabric allocates, in bytes.
+pub const REGION_ALIGN: usize = 64;
+
+/// States of a region's borrow word; smaller values count readers.
+const WRITER: u32 = u32::MAX;
+const OPEN: u32 = u32::MAX - 1;
+const RECEIVING: u32 = u32::MAX - 2;
+const READERS_MAX: u32 = u32::MAX - 3;
+
+/// Memory known to the fabric: private, or the own part of a symmetric window. A cheap handle; clones are the same memory.
+///
+/// # Why safe code cannot race on it
+/// One atomic word holds who may touch the memory: so many readers, or one writer, or `OPEN` (peers may put and get), or
+/// `RECEIVING` (a collective in flight writes it). Guards and operations take their right from that word when they begin
+/// and are refused with [`AccessError`] when they cannot have it. A window goes to `OPEN` when its owner submits `Open`
+/// (so no guard is alive from then on) and peers start only after `Open` has completed, which needs every owner's
+/// submission. It comes back when `Close` has completed, which needs every rank's submission, after which that rank is
+/// refused any put or get; and its earlier ones were complete. So a rank may be past `Open` while another is still inside:
+/// the other has no guard. And one may be past `Close` and hold a guard while another is still inside: the other cannot put.
+/// Operations between `Open` and `Close` use copies that may race without being undefined (see `copy.rs`).
+#[derive(Clone)]
+pub struct Region {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    memory: Memory,
+    bytes: usize,
+    state: AtomicU32,
+}
+
+enum Memory {
+    /// Allocated here, `REGION_ALIGN` aligned.
+    Heap(NonNull<u8>),
+    /// The parts of an adopted `Vec`, and how to give them back.
+    Adopted { start: NonNull<u8>, count: usize, capacity: usize, release: unsafe fn(NonNull<u8>, usize, usize) },
+    /// Part of something larger, kept alive by the handle.
+    Part { start: NonNull<u8>, _keep: Arc<dyn Any + Send + Sync> },
+    /// Memory of a device: known to a backend only.
+    Foreign(Arc<dyn Any + Send + Sync>),
+}
+
+// SAFETY: the memory is owned by `Inner` (or kept alive by it), is plain bytes, and is reached only through guards and
+// holds, which the atomic state word makes exclusive or shared as a `RwLock` would.
+unsafe impl Send for Inner {}
+// SAFETY: as above.
+unsafe impl Sync for Inner {}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        match self.memory {
+            // SAFETY: allocated in `Region::zeroed` with this very layout; no guard is alive, as guards borrow a Region.
+            Memory::Heap(start) => unsafe { dealloc(start.as_ptr(), heap_layout(self.bytes)) },
+            // SAFETY: the parts of the `Vec` taken apart in `Region::from_vec`, given back once.
+            Memory::Adopted { start, count, capacity, release } => unsafe { release(start, count, capacity) },
+            Memory::Part { .. } | Memory::Foreign(_) => {}
+        }
+    }
+}
+
+fn heap_layout(bytes: usize) -> Layout {
+    match Layout::from_size_align(bytes.max(1), REGION_ALIGN) {
+        Ok(layout) => layout,
+        Err(_) => panic!("a region of {bytes} bytes exceeds the address space"),
+    }
+}
+
+impl Region {
+    /// Zeroed private memory, 64-byte aligned.
+    ///
+    /// # Panics
+    /// When `bytes` exceeds the address space; aborts, like `Vec`, when memory is exhausted.
+    #[must_use]
+    pub fn zeroed(bytes: usize) -> Self {
+        let layout = heap_layout(bytes);
+        // SAFETY: the layout has a non-zero size.
+        let Some(start) = NonNull::new(unsafe { alloc_zeroed(layout) }) else { handle_alloc_error(layout) };
+        Self::new(Memory::Heap(start), bytes)
+    }
+
+    /// Adopts a framework's host memory where it is, without a copy. Freed with the last handle.
+    #[must_use]
+    pub fn from_vec<T: Pod>(values: Vec<T>) -> Self {
+        /// # Safety
+        /// The arguments are the parts of one `Vec<T>`, given up by its owner.
+        unsafe fn release<T>(start: NonNull<u8>, count: usize, capacity: usize) {
+            // SAFETY: the caller's promise.
+            drop(unsafe { Vec::from_raw_parts(start.as_ptr().cast::<T>(), count, capacity) });
+        }
+        let mut values = ManuallyDrop::new(values);
+        let (count, capacity) = (values.len(), values.capacity());
+        let start = NonNull::new(values.as_mut_ptr().cast::<u8>()).unwrap_or(NonNull::dangling());
+        Self::new(Memory::Adopted { start, count, capacity, release: release::<T> }, count * size_of::<T>())
+    }
+
+    /// Memory of a device: a handle for the backend that can use it. It has no host view, so guards are refused.
+    #[must_use]
+    pub fn foreign(bytes: usize, handle: Arc<dyn Any + Send + Sync>) -> Self {
+        Self::new(Memory::Foreign(handle), bytes)
+    }
+
+    /// Part of a larger mapping that `keep` keeps alive.
+    ///
+    /// # Safety
+    /// `start..start + bytes` stays mapped, readable and writable as long as `keep` lives, and is touched by no one but
+    /// through this region's guards and holds, or, while the region is open or receiving, by the fabric's own copies.
+    pub(crate) unsafe fn part(start: NonNull<u8>, bytes: usize, keep: Arc<dyn Any + Send + Sync>) -> Self {
+        Self::new(Memory::Part { start, _keep: keep }, bytes)
+    }
+
+    fn new(memory: Memory, bytes: usize) -> Self {
+        Self { inner: Arc::new(Inner { memory, bytes, state: AtomicU32::new(0) }) }
+    }
+
+    /// Its size in bytes.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.inner.bytes
+    }
+
+    /// For backends: what was given to [`Region::foreign`].
+    #[must_use]
+    pub fn foreign_handle(&self) -> Option<&(dyn Any + Send + Sync)> {
+        match &self.inner.memory {
+            Memory::Foreign(handle) => Some(&**handle),
+            _ => None,
+        }
+    }
+
+    /// Whether two handles are the same memory.
+    #[must_use]
+    pub fn same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.inner, &other.inner)
+    }
+
+    /// The start of its host memory. The pointer may be used only under a hold, a guard or an epoch.
+    pub(crate) fn start(&self) -> Result<NonNull<u8>, AccessError> {
+        match self.inner.memory {
+            Memory::Heap(start) | Memory::Adopted { start, .. } | Memory::Part { start, .. } => Ok(start),
+            Memory::Foreign(_) => Err(AccessError::NoHostView),
+        }
+    }
+
+    /// Its content as a slice of `T`, shared with other readers.
+    ///
+    /// # Errors
+    /// [`AccessError`] while it is written, open to peers or received into, and when `T` does not fit.
+    pub fn read<T: Pod>(&self) -> Result<ReadGuard<'_, T>, AccessError> {
+        let (start, count) = self.typed::<T>()?;
+        self.begin_read()?;
+        Ok(ReadGuard { region: self, start, count, _values: PhantomData })
+    }
+
+    /// Its content as a slice of `T`, alone.
+    ///
+    /// # Errors
+    /// [`AccessError`] while anything else uses it, and when `T` does not fit.
+    pub fn write<T: Pod>(&self) -> Result<WriteGuard<'_, T>, AccessError> {
+        let (start, count) = self.typed::<T>()?;
+        self.begin(WRITER)?;
+        Ok(WriteGuard { region: self, start, count, _values: PhantomData })
+    }
+
+    fn typed<T: Pod>(&self) -> Result<(NonNull<T>, usize), AccessError> {
+        let start = self.start()?.cast::<T>();
+        let (bytes, size) = (self.bytes(), size_of::<T>());
+        if size == 0 || bytes % size != 0 {
+            return Err(AccessError::Ragged { bytes, size });
+        }
+        if bytes == 0 {
+            return Ok((NonNull::dangling(), 0));
+        }
+        if !start.is_aligned() {
+            return Err(AccessError::Misaligned { align: align_of::<T>() });
+        }
+        Ok((start, bytes / size))
+    }
+
+    fn begin_read(&self) -> Result<(), AccessError> {
+        let count_up = |state: u32| (state < READERS_MAX).then(|| state + 1);
+        // SYNC POINT borrow: acquires what the last writer (or the last epoch) released in `end_read` / `end`.
+        match self.inner.state.fetch_update(Ordering::Acquire, Ordering::Relaxed, count_up) {
+            Ok(_) => Ok(()),
+            Err(state) => Err(refusal(state)),
+        }
+    }
+
+    fn end_read(&self) {
+        // SYNC POINT borrow: releases the reads to the next writer, which acquires in `begin`.
+        self.inner.state.fetch_sub(1, Ordering::Release);
+    }
+
+    /// Takes the region from unused to `state`.
+    fn begin(&self, state: u32) -> Result<(), AccessError> {
+        // SYNC POINT borrow: acquires what the last user released in `end_read` / `end`.
+        match self.inner.state.compare_exchange(0, state, Ordering::Acquire, Ordering::Relaxed) {
+            Ok(_) => Ok(()),
+            Err(state) => Err(refusal(state)),
+        }
+    }
+
+    /// Back to unused, by whoever took it there.
+    fn end(&self) {
+        // SYNC POINT borrow: releases the writes to the next user, which acquires in `begin_read` / `begin`.
+        self.inner.state.store(0, Ordering::Release);
+    }
+
+    /// Opens the region to peers: guards and holds are refused until [`Region::conceal`].
+    pub(crate) fn expose(&self) -> Result<(), AccessError> {
+        self.begin(OPEN)
+    }
+
+    /// Ends what [`Region::expose`] began. Only the endpoint that exposed it calls this, once no peer can touch it.
+    pub(crate) fn conceal(&self) {
+        self.end();
+    }
+
+    /// For an operation that reads. Read guards stay allowed meanwhile.
+    pub(crate) fn hold_read(&self) -> Result<Hold, AccessError> {
+        let start = self.start()?;
+        self.begin_read()?;
+        Ok(Hold { region: self.clone(), start, reading: true, returns: true })
+    }
+
+    /// For an operation that writes.
+    pub(crate) fn hold_write(&self) -> Result<Hold, AccessError> {
+        let start = self.start()?;
+        self.begin(WRITER)?;
+        Ok(Hold { region: self.clone(), start, reading: false, returns: true })
+    }
+
+    /// For a collective that lets peers write here. Stays taken when dropped; see [`Hold::release`].
+    pub(crate) fn hold_receiving(&self) -> Result<Hold, AccessError> {
+        let start = self.start()?;
+        self.begin(RECEIVING)?;
+        Ok(Hold { region: self.clone(), start, reading: false, returns: false })
+    }
+}
+
+fn refusal(state: u32) -> AccessError {
+    match state {
+        WRITER => AccessError::BeingWritten,
+        OPEN => AccessError::Open,
+        RECEIVING => AccessError::Receiving,
+        _ => AccessError::BeingRead,
+    }
+}
+
+impl fmt::Debug for Region {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Region").field("bytes", &self.bytes()).finish_non_exhaustive()
+    }
+}
+
+/// The right of an operation in flight to use a region.
+///
+/// When dropped it gives the right back, unless peers may still be writing (a receiving hold of a group that failed in
+/// the middle of a collective): then the region stays refused for good.
+#[derive(Debug)]
+pub(crate) struct Hold {
+    region: Region,
+    start: NonNull<u8>,
+    reading: bool,
+    returns: bool,
+}
+
+// SAFETY: the pointer is into the region's memory, which is `Send` and `Sync` and which the hold keeps alive.
+unsafe impl Send for Hold {}
+
+impl Hold {
+    /// The start of the memory held.
+    pub(crate) fn start(&self) -> NonNull<u8> {
+        self.start
+    }
+
+    /// Gives a receiving region back: the collective is complete, no peer writes any more.
+    pub(crate) fn release(mut self) {
+        self.returns = true;
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        match (self.returns, self.reading) {
+            (false, _) => {}
+            (true, true) => self.region.end_read(),
+            (true, false) => self.region.end(),
+        }
+    }
+}
+
+/// Shared view of a region's content.
+pub struct ReadGuard<'a, T: Pod> {
+    region: &'a Region,
+    start: NonNull<T>,
+    count: usize,
+    _values: PhantomData<&'a [T]>,
+}
+
+impl<T: Pod> Deref for ReadGuard<'_, T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        // SAFETY: `typed` checked size and alignment; `Pod` allows any bytes; the state word counts this reader, so no
+        // one writes until the guard is dropped, and the borrowed region keeps the memory alive.
+        unsafe { core::slice::from_raw_parts(self.start.as_ptr(), self.count) }
+    }
+}
+
+impl<T: Pod> Drop for ReadGuard<'_, T> {
+    fn drop(&mut self) {
+        self.region.end_read();
+    }
+}
+
+/// Exclusive view of a region's content.
+pub struct WriteGuard<'a, T: Pod> {
+    region: &'a Region,
+    start: NonNull<T>,
+    count: usize,
+    _values: PhantomData<&'a mut [T]>,
+}
+
+impl<T: Pod> Deref for WriteGuard<'_, T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        // SAFETY: as in `deref_mut`, and `&self` allows no write.
+        unsafe { core::slice::from_raw_parts(self.start.as_ptr(), self.count) }
+    }
+}
+
+impl<T: Pod> DerefMut for WriteGuard<'_, T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        // SAFETY: `typed` checked size and alignment; `Pod` allows any bytes; the state word says `WRITER`, so no one
+        // else reads or writes until the guard is dropped, and the borrowed region keeps the memory alive.
+        unsafe { core::slice::from_raw_parts_mut(self.start.as_ptr(), self.count) }
+    }
+}
+
+impl<T: Pod> Drop for WriteGuard<'_, T> {
+    fn drop(&mut self) {
+        self.region.end();
+    }
+}

@@ -1,0 +1,443 @@
+//! A rank's endpoint over the shared segment: the fabric of threads and of processes alike.
+
+use super::collective::InFlight;
+use super::failure::Failure;
+use super::permits::Asked;
+use super::segment::{STATUS_RUNNING, Segment};
+use super::turnstile::FAILED;
+use crate::operation::OperationKind;
+use crate::sync::{self, Ordering};
+use crate::{
+    AccessError, Capabilities, Completion, Fabric, FabricError, GroupSpec, Loss, Operation, Region, Ticket, WindowId,
+};
+use core::time::Duration;
+use std::sync::Arc;
+use std::time::Instant;
+use ultraep_plan::Rank;
+
+/// Longest sleep before a waiter looks around again, whatever happens.
+const NAP: Duration = Duration::from_millis(100);
+
+/// The same for a waiter for a signal that has a collective to move on meanwhile: it sleeps on one word, not on two.
+const NAP_BETWEEN: Duration = Duration::from_millis(1);
+
+/// Looks before a waiter goes to sleep, when every rank can have a core of its own.
+const SPINS: u32 = 2_000;
+
+// Classes of ticket, in the lowest bits of its number.
+const TICKET_CLASS_BITS: u32 = 2;
+const TICKET_DONE: u64 = 0;
+const TICKET_SIGNAL: u64 = 1;
+const TICKET_COLLECTIVE: u64 = 2;
+
+/// Where a window is in its cycle, as this rank sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Phase {
+    Closed,
+    Opening,
+    Open,
+    Closing,
+}
+
+pub(super) struct Window {
+    pub(super) region: Region,
+    pub(super) phase: Phase,
+}
+
+/// One rank of a group over a shared segment.
+pub(crate) struct Endpoint {
+    pub(super) segment: Arc<Segment>,
+    pub(super) rank: Rank,
+    pub(super) windows: Vec<Window>,
+    /// Phases of collectives that this rank has entered.
+    pub(super) entered: u64,
+    /// Phases that this rank has seen end, modulo 2^31 as in the generation word.
+    pub(super) seen: u32,
+    /// Collectives that this rank has submitted.
+    pub(super) sequence: u64,
+    pub(super) collective: Option<InFlight>,
+    tickets: u64,
+    timeout: Duration,
+    /// Whether there are core permits at all, and whether this rank holds one.
+    pub(super) limited: bool,
+    computing: bool,
+    spins: u32,
+}
+
+/// What a wait is for.
+#[derive(Clone, Copy)]
+enum Awaited {
+    Phase(OperationKind),
+    Signal { signal: usize, at_least: u64 },
+}
+
+impl Awaited {
+    fn kind(self) -> OperationKind {
+        match self {
+            Self::Phase(kind) => kind,
+            Self::Signal { .. } => OperationKind::AwaitSignal,
+        }
+    }
+}
+
+impl Endpoint {
+    /// Takes the place of `rank`, which the caller has made sure is free and marked as running.
+    pub(crate) fn new(segment: Arc<Segment>, rank: Rank, spec: &GroupSpec) -> Self {
+        let windows = (0..spec.windows.len())
+            .filter_map(|index| segment.window(WindowId::new(index), rank))
+            .map(|(start, bytes)| {
+                // SAFETY: the part is mapped as long as the segment lives. Peers touch it in epochs and collectives only,
+                // through the fabric's copies; this endpoint is the only one of `rank`, so that there is one region and
+                // one state word for the part.
+                let region = unsafe { Region::part(start, bytes, Arc::clone(&segment) as _) };
+                Window { region, phase: Phase::Closed }
+            })
+            .collect();
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        Self {
+            rank,
+            windows,
+            entered: 0,
+            seen: 0,
+            sequence: 0,
+            collective: None,
+            tickets: 0,
+            timeout: spec.timeout,
+            limited: spec.permits().is_some(),
+            computing: false,
+            spins: if spec.ranks <= cores && spec.permits().is_none() { SPINS } else { 0 },
+            segment,
+        }
+    }
+
+    /// Waits for a core permit: a rank's main starts after this.
+    pub(crate) fn start(&mut self) -> Result<(), FabricError> {
+        self.take_permit(OperationKind::CorePermit)
+    }
+
+    /// The group's failure, if any, as the result of a call.
+    pub(super) fn check_group(&mut self, kind: OperationKind) -> Result<(), FabricError> {
+        if !self.segment.has_failed() {
+            return Ok(());
+        }
+        Err(self.group_error(kind))
+    }
+
+    /// The group has failed: what to return from `kind`. Gives back what the collective in flight holds, except windows
+    /// that peers may still be writing.
+    pub(super) fn group_error(&mut self, kind: OperationKind) -> FabricError {
+        self.collective = None;
+        let unknown = FabricError::PeerLost { rank: self.rank, operation: kind, reason: Loss::Dropped };
+        self.segment.failure_error(kind).unwrap_or(unknown)
+    }
+
+    /// Ends the group for this reason (or the one that came first), and returns it.
+    pub(super) fn fail(&mut self, kind: OperationKind, failure: &Failure) -> FabricError {
+        self.segment.fail(self.rank, failure);
+        self.group_error(kind)
+    }
+
+    /// A ticket for something that is complete already.
+    pub(super) fn done(&mut self, completion: Completion) -> Ticket {
+        let Completion { stamp, bytes_sent, bytes_received } = completion;
+        self.ticket(TICKET_DONE, [stamp, bytes_sent, bytes_received])
+    }
+
+    /// A ticket for a signal to come.
+    pub(super) fn signal_ticket(&mut self, signal: usize, at_least: u64, stamp: u64) -> Ticket {
+        self.ticket(TICKET_SIGNAL, [signal as u64, at_least, stamp])
+    }
+
+    /// A ticket for the collective in flight.
+    pub(super) fn collective_ticket(&mut self, sequence: u64) -> Ticket {
+        self.ticket(TICKET_COLLECTIVE, [sequence, 0, 0])
+    }
+
+    fn ticket(&mut self, class: u64, words: [u64; 3]) -> Ticket {
+        self.tickets += 1;
+        Ticket::new(self.tickets << TICKET_CLASS_BITS | class, words)
+    }
+
+    /// Moves on what this ticket stands for.
+    fn look(&mut self, ticket: &Ticket) -> Result<Option<Completion>, FabricError> {
+        let [first, second, third] = ticket.words();
+        match ticket.id() & ((1 << TICKET_CLASS_BITS) - 1) {
+            TICKET_DONE => Ok(Some(Completion { stamp: first, bytes_sent: second, bytes_received: third })),
+            TICKET_SIGNAL => {
+                self.check_group(OperationKind::AwaitSignal)?;
+                // Peers may wait for our part of a collective before they can signal.
+                self.progress()?;
+                let reached = self.signal_value(first as usize)? >= second;
+                Ok(reached.then_some(Completion { stamp: third, bytes_sent: 0, bytes_received: 0 }))
+            }
+            _ if self.collective.as_ref().is_some_and(|flight| flight.sequence() == first) => self.advance(),
+            _ => {
+                self.check_group(OperationKind::Compute)?;
+                Err(FabricError::UnknownTicket { id: ticket.id(), rank: self.rank })
+            }
+        }
+    }
+
+    fn awaited(&self, ticket: &Ticket) -> Awaited {
+        match &self.collective {
+            Some(flight) if ticket.id() & TICKET_COLLECTIVE != 0 => Awaited::Phase(flight.kind()),
+            _ => Awaited::Signal { signal: ticket.words()[0] as usize, at_least: ticket.words()[1] },
+        }
+    }
+
+    /// Gives the permit back, sleeps until there is something to do, and has the permit again.
+    fn block(&mut self, awaited: Awaited, since: Instant) -> Result<(), FabricError> {
+        self.give_permit_back();
+        let activity = &self.segment.control(self.rank).activity;
+        activity.store(awaited.kind() as u32, Ordering::Relaxed);
+        let slept = self.sleep(awaited, since);
+        self.segment.control(self.rank).activity.store(OperationKind::Compute as u32, Ordering::Relaxed);
+        slept?;
+        self.take_permit(awaited.kind())
+    }
+
+    fn sleep(&mut self, awaited: Awaited, since: Instant) -> Result<(), FabricError> {
+        loop {
+            let left = self.timeout.saturating_sub(since.elapsed());
+            let nap = match awaited {
+                Awaited::Signal { .. } if self.collective.is_some() => left.min(NAP_BETWEEN),
+                _ => left.min(NAP),
+            };
+            let moved = match awaited {
+                Awaited::Phase(_) => self.sleep_for_phase(nap),
+                Awaited::Signal { signal, at_least } => self.sleep_for_signal(signal, at_least, nap)?,
+            };
+            if self.segment.has_failed() {
+                return Err(self.group_error(awaited.kind()));
+            }
+            if moved || nap == NAP_BETWEEN {
+                return Ok(());
+            }
+            if left.is_zero() {
+                let failure = self.timed_out(awaited, since.elapsed());
+                return Err(self.fail(awaited.kind(), &failure));
+            }
+        }
+    }
+
+    /// One sleep for the end of the current phase; whether it has ended.
+    fn sleep_for_phase(&self, nap: Duration) -> bool {
+        let turnstile = &self.segment.header().turnstile.0;
+        let ended = |word: u32| word & FAILED != 0 || word >> 1 != self.seen;
+        let word = turnstile.look();
+        if !ended(word) {
+            turnstile.sleep(word, nap);
+        }
+        ended(turnstile.look())
+    }
+
+    /// One sleep for a signal to this rank; whether it has come.
+    fn sleep_for_signal(&mut self, signal: usize, at_least: u64, nap: Duration) -> Result<bool, FabricError> {
+        let control = self.segment.control(self.rank);
+        // Sequentially consistent, against the reverse pair in `signal`: either we see the event, or the signaller sees that
+        // we listen and wakes us.
+        control.listening.store(1, Ordering::SeqCst);
+        let event = control.event.load(Ordering::SeqCst);
+        let reached = self.signal_value(signal)? >= at_least;
+        if !reached && event & FAILED == 0 {
+            sync::sleep_while(&control.event, event, nap);
+        }
+        control.listening.store(0, Ordering::Relaxed);
+        if !reached && self.segment.ranks().all(|rank| rank == self.rank || self.has_departed(rank)) {
+            // No one is left who could still send it, unless it came in between.
+            if let Some((rank, loss)) = self.segment.departed()
+                && self.signal_value(signal)? < at_least
+            {
+                return Err(self.fail(OperationKind::AwaitSignal, &Failure::Lost { rank, loss }));
+            }
+        }
+        Ok(self.signal_value(signal)? >= at_least)
+    }
+
+    fn has_departed(&self, rank: Rank) -> bool {
+        self.segment.control(rank).status.load(Ordering::Acquire) > STATUS_RUNNING
+    }
+
+    /// Who is missing after the timeout.
+    fn timed_out(&self, awaited: Awaited, waited: Duration) -> Failure {
+        let others: Vec<Rank> = self.segment.ranks().filter(|&rank| rank != self.rank).collect();
+        let activity = |rank: Rank| self.segment.control(rank).activity.load(Ordering::Relaxed);
+        let blocked = |rank: &Rank| activity(*rank) != OperationKind::Compute as u32 || self.has_departed(*rank);
+        let queueing = |rank: &Rank| activity(*rank) == OperationKind::CorePermit as u32;
+        let entered = |rank: &Rank| self.segment.control(*rank).entered.load(Ordering::Relaxed) >= self.entered;
+        let mut missing = others.clone();
+        if let Awaited::Phase(_) = awaited {
+            missing.retain(|rank| !entered(rank));
+            // Whoever queues for a core is not the one who hangs, if there is anyone else.
+            if !missing.iter().all(queueing) {
+                missing.retain(|rank| !queueing(rank));
+            }
+        }
+        if missing.is_empty() || matches!(awaited, Awaited::Signal { .. }) {
+            // Anyone could send the signal (or, of those who have entered, be the one who ends the phase): whoever is not
+            // blocked itself, if there is such a rank.
+            missing = others;
+            if !missing.iter().all(blocked) {
+                missing.retain(|rank| !blocked(rank));
+            }
+        }
+        if missing.is_empty() {
+            missing.push(self.rank);
+        }
+        Failure::Timeout { missing, operation: awaited.kind(), waited }
+    }
+
+    fn give_permit_back(&mut self) {
+        if core::mem::take(&mut self.computing) {
+            self.segment.control(self.rank).computing.store(0, Ordering::Relaxed);
+            self.segment.header().permits.0.give_back();
+        }
+    }
+
+    fn take_permit(&mut self, kind: OperationKind) -> Result<(), FabricError> {
+        if !self.limited || self.computing {
+            return Ok(());
+        }
+        let segment = Arc::clone(&self.segment);
+        let permits = &segment.header().permits.0;
+        let control = segment.control(self.rank);
+        control.activity.store(OperationKind::CorePermit as u32, Ordering::Relaxed);
+        let (mut since, mut turn) = (None, permits.taken());
+        let result = loop {
+            match permits.ask() {
+                Asked::Granted => {
+                    self.computing = true;
+                    control.computing.store(1, Ordering::Relaxed);
+                    break Ok(());
+                }
+                Asked::GroupFailed => break Err(self.group_error(kind)),
+                Asked::NoneFree(word) => {
+                    let now = permits.taken();
+                    let start: &mut Instant = since.get_or_insert_with(Instant::now);
+                    if now != turn {
+                        // Others take turns: the queue moves.
+                        (turn, *start) = (now, Instant::now());
+                    }
+                    let waited = start.elapsed();
+                    if waited >= self.timeout {
+                        let holds = |rank: &Rank| segment.control(*rank).computing.load(Ordering::Relaxed) != 0;
+                        let missing = segment.ranks().filter(holds).collect();
+                        let operation = OperationKind::CorePermit;
+                        break Err(self.fail(kind, &Failure::Timeout { missing, operation, waited }));
+                    }
+                    permits.sleep(word, NAP.min(self.timeout - waited));
+                }
+            }
+        };
+        control.activity.store(OperationKind::Compute as u32, Ordering::Relaxed);
+        result
+    }
+}
+
+impl Fabric for Endpoint {
+    fn rank(&self) -> Rank {
+        self.rank
+    }
+
+    fn ranks(&self) -> usize {
+        self.segment.layout.ranks
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { host_windows: true, one_sided: true, signals: true, core_permits: true }
+    }
+
+    fn window(&self, id: WindowId) -> Option<Region> {
+        self.windows.get(id.index()).map(|window| window.region.clone())
+    }
+
+    fn submit(&mut self, operation: Operation<'_>, stamp: u64) -> Result<Ticket, FabricError> {
+        let kind = operation.kind();
+        self.check_group(kind)?;
+        match operation {
+            Operation::Put { from, to } => self.put(&from, to, stamp),
+            Operation::Get { from, to } => self.get(from, &to, stamp),
+            Operation::Signal { rank, signal, add } => self.signal(rank, signal, add, stamp),
+            Operation::AwaitSignal { signal, at_least } => self.await_signal(signal, at_least, stamp),
+            collective => self.submit_collective(collective, stamp),
+        }
+    }
+
+    fn poll(&mut self, ticket: &Ticket) -> Result<Option<Completion>, FabricError> {
+        self.look(ticket)
+    }
+
+    fn wait(&mut self, ticket: Ticket) -> Result<Completion, FabricError> {
+        let mut spins = self.spins;
+        let mut since = None;
+        loop {
+            if let Some(completion) = self.look(&ticket)? {
+                return Ok(completion);
+            }
+            if spins > 0 {
+                spins -= 1;
+                core::hint::spin_loop();
+                continue;
+            }
+            let since = *since.get_or_insert_with(Instant::now);
+            self.block(self.awaited(&ticket), since)?;
+        }
+    }
+
+    fn leave(mut self: Box<Self>) -> Result<(), FabricError> {
+        self.check_group(OperationKind::Leave)?;
+        if let Some(flight) = &self.collective {
+            let (rank, in_flight) = (self.rank, flight.kind());
+            return Err(FabricError::InFlight { operation: OperationKind::Leave, rank, in_flight });
+        }
+        self.segment.depart(self.rank, Loss::Left, false);
+        Ok(())
+    }
+}
+
+impl Drop for Endpoint {
+    fn drop(&mut self) {
+        // After `leave` the rank has departed already and this changes nothing.
+        let panicking = std::thread::panicking();
+        let loss = if panicking { Loss::Panicked } else { Loss::Dropped };
+        self.segment.depart(self.rank, loss, panicking || self.collective.is_some());
+        self.give_permit_back();
+    }
+}
+
+impl Endpoint {
+    /// A window's number as an index that exists.
+    pub(super) fn checked_window(&self, kind: OperationKind, id: WindowId) -> Result<usize, FabricError> {
+        let count = self.windows.len();
+        if id.index() < count {
+            return Ok(id.index());
+        }
+        self.out_of_range(
+            kind,
+            self.rank,
+            "window index (one less than their number)",
+            id.index(),
+            count.saturating_sub(1),
+        )
+    }
+
+    pub(super) fn out_of_range<T>(
+        &self,
+        operation: OperationKind,
+        rank: Rank,
+        what: &'static str,
+        asked: usize,
+        limit: usize,
+    ) -> Result<T, FabricError> {
+        Err(FabricError::OutOfRange { operation, rank, what, asked, limit })
+    }
+
+    pub(super) fn access(
+        &self,
+        operation: OperationKind,
+        subject: &'static str,
+    ) -> impl Fn(AccessError) -> FabricError {
+        let rank = self.rank;
+        move |source| FabricError::Access { operation, rank, subject, source }
+    }
+}

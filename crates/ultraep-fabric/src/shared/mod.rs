@@ -1,0 +1,15 @@
+//! The fabric of one machine: ranks over a shared memory segment, whether they are threads or processes.
+
+mod collective;
+mod endpoint;
+mod failure;
+mod layout;
+mod one_sided;
+mod permits;
+mod segment;
+mod turnstile;
+
+pub(crate) use endpoint::Endpoint;
+pub(crate) use failure::Failure;
+pub(crate) use layout::Layout;
+pub(crate) use segment::{SEALS, STATUS_ABSENT, STATUS_RUNNING, Segment};

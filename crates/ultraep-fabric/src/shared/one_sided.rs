@@ -1,0 +1,138 @@
+//! Put, get and signals. On this fabric loads and stores do them, so each is complete when it has been submitted.
+
+use super::endpoint::{Endpoint, Phase};
+use crate::operation::OperationKind;
+use crate::region::Hold;
+use crate::sync::{self, Ordering};
+use crate::{AccessError, Completion, FabricError, RemoteSpan, SIGNALS, Span, Ticket, copy};
+use core::ptr::NonNull;
+use ultraep_plan::Rank;
+
+/// What an operation does to a local span.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Use {
+    Read,
+    Write,
+}
+
+/// A local span that may be used: by a hold, or because it lies in the own part of an open window.
+struct Local {
+    start: NonNull<u8>,
+    _hold: Option<Hold>,
+}
+
+impl Endpoint {
+    /// That a span lies within its region.
+    pub(super) fn check_span(&self, kind: OperationKind, span: &Span) -> Result<(), FabricError> {
+        let limit = span.region.bytes();
+        match span.offset.checked_add(span.bytes) {
+            Some(end) if end <= limit => Ok(()),
+            end => {
+                self.out_of_range(kind, self.rank, "end of the local span (bytes)", end.unwrap_or(usize::MAX), limit)
+            }
+        }
+    }
+
+    fn local(&self, kind: OperationKind, span: &Span, usage: Use) -> Result<Local, FabricError> {
+        self.check_span(kind, span)?;
+        let refused = self.access(kind, "local span");
+        let open = |window: &&super::endpoint::Window| window.phase == Phase::Open && window.region.same(&span.region);
+        let hold = match usage {
+            _ if self.windows.iter().any(|window| open(&window)) => None,
+            Use::Read => Some(span.region.hold_read().map_err(&refused)?),
+            Use::Write => Some(span.region.hold_write().map_err(&refused)?),
+        };
+        let start = span.region.start().map_err(refused)?;
+        // SAFETY: `check_span` has shown that the offset lies within the region.
+        Ok(Local { start: unsafe { start.add(span.offset) }, _hold: hold })
+    }
+
+    /// Where a remote span starts, if its window is open and it lies within.
+    fn remote(&self, kind: OperationKind, span: &RemoteSpan, bytes: usize) -> Result<NonNull<u8>, FabricError> {
+        self.check_rank(kind, span.rank)?;
+        let index = self.checked_window(kind, span.window)?;
+        if self.windows[index].phase != Phase::Open {
+            return Err(self.access(kind, "remote span")(AccessError::Closed));
+        }
+        let Some((start, limit)) = self.segment.window(span.window, span.rank) else {
+            return self.out_of_range(kind, span.rank, "window index", index, self.windows.len());
+        };
+        match span.offset.checked_add(bytes) {
+            // SAFETY: the offset lies within the part.
+            Some(end) if end <= limit => Ok(unsafe { start.add(span.offset) }),
+            end => {
+                self.out_of_range(kind, span.rank, "end of the remote span (bytes)", end.unwrap_or(usize::MAX), limit)
+            }
+        }
+    }
+
+    fn check_rank(&self, kind: OperationKind, rank: Rank) -> Result<(), FabricError> {
+        let ranks = self.segment.layout.ranks;
+        if rank.index() < ranks {
+            return Ok(());
+        }
+        self.out_of_range(kind, rank, "rank", rank.index(), ranks - 1)
+    }
+
+    pub(super) fn put(&mut self, from: &Span, to: &[RemoteSpan], stamp: u64) -> Result<Ticket, FabricError> {
+        let kind = OperationKind::Put;
+        let source = self.local(kind, from, Use::Read)?;
+        for target in to {
+            self.remote(kind, target, from.bytes)?;
+        }
+        let starts = to.iter().filter_map(|target| self.remote(kind, target, from.bytes).ok()).map(NonNull::as_ptr);
+        // SAFETY: both sides were checked to lie within their memory. The source is held for reading, or lies in an open
+        // window; the targets lie in open windows: no references to open windows exist.
+        unsafe { copy::copy_to_many(source.start.as_ptr(), starts, from.bytes) };
+        drop(source);
+        let others = to.iter().filter(|target| target.rank != self.rank).count() as u64;
+        Ok(self.done(Completion { stamp, bytes_sent: from.bytes as u64 * others, bytes_received: 0 }))
+    }
+
+    pub(super) fn get(&mut self, from: RemoteSpan, to: &Span, stamp: u64) -> Result<Ticket, FabricError> {
+        let kind = OperationKind::Get;
+        let source = self.remote(kind, &from, to.bytes)?;
+        let target = self.local(kind, to, Use::Write)?;
+        // SAFETY: both sides were checked to lie within their memory. The source lies in an open window; the target is held
+        // for writing, or lies in an open window: no references to open windows exist.
+        unsafe { copy::copy(source.as_ptr(), target.start.as_ptr(), to.bytes) };
+        drop(target);
+        let bytes_received = if from.rank == self.rank { 0 } else { to.bytes as u64 };
+        Ok(self.done(Completion { stamp, bytes_sent: 0, bytes_received }))
+    }
+
+    pub(super) fn signal(&mut self, rank: Rank, signal: usize, add: u64, stamp: u64) -> Result<Ticket, FabricError> {
+        let kind = OperationKind::Signal;
+        self.check_rank(kind, rank)?;
+        self.check_signal(kind, signal)?;
+        let control = self.segment.control(rank);
+        // SYNC POINT signal: releases this rank's earlier puts to whoever acquires the word in `signal_value`.
+        self.segment.signals(rank)[signal].fetch_add(add, Ordering::Release);
+        // SYNC POINT event: sequentially consistent with the load of `listening`, against the reverse pair in
+        // `sleep_for_signal`; its release makes the signal word visible to who sees the event.
+        control.event.fetch_add(super::turnstile::STEP, Ordering::SeqCst);
+        if control.listening.load(Ordering::SeqCst) != 0 {
+            sync::wake(&control.event, u32::MAX);
+        }
+        Ok(self.done(Completion { stamp, bytes_sent: 0, bytes_received: 0 }))
+    }
+
+    pub(super) fn await_signal(&mut self, signal: usize, at_least: u64, stamp: u64) -> Result<Ticket, FabricError> {
+        self.check_signal(OperationKind::AwaitSignal, signal)?;
+        Ok(self.signal_ticket(signal, at_least, stamp))
+    }
+
+    fn check_signal(&self, kind: OperationKind, signal: usize) -> Result<(), FabricError> {
+        if signal < SIGNALS {
+            return Ok(());
+        }
+        self.out_of_range(kind, self.rank, "signal index", signal, SIGNALS - 1)
+    }
+
+    /// A signal word of this rank.
+    pub(super) fn signal_value(&self, signal: usize) -> Result<u64, FabricError> {
+        self.check_signal(OperationKind::AwaitSignal, signal)?;
+        // SYNC POINT signal: acquires the puts that the signaller released in `signal`.
+        Ok(self.segment.signals(self.rank)[signal].load(Ordering::Acquire))
+    }
+}

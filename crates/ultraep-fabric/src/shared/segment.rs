@@ -1,0 +1,229 @@
+//! The segment that all ranks of a group map, and typed access to its sections.
+
+use super::layout::{Layout, Section};
+use super::permits::Permits;
+use super::turnstile::Turnstile;
+use crate::sync::{AtomicU32, AtomicU64, Ordering};
+use crate::{FabricError, GroupSpec, PROTOCOL_VERSION, SIGNALS, WindowId};
+use core::mem::size_of;
+use core::ptr::NonNull;
+use rustix::fd::BorrowedFd;
+use rustix::fs::{SealFlags, fcntl_get_seals, fstat};
+use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
+use ultraep_plan::{MAX_RANKS, Rank};
+
+/// "ultraep" and a zero byte.
+pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"ultraep\0");
+
+/// Words of a failure record: details, then a bitmap of missing ranks.
+pub(crate) const RECORD_WORDS: usize = 8 + MAX_RANKS / 64;
+
+/// At offset 0. All zero is a valid initial state, and what a fresh mapping holds.
+///
+/// The first line is the same in every version of the protocol, so that versions can refuse each other.
+#[repr(C)]
+pub(crate) struct Header {
+    pub(crate) magic: AtomicU64,
+    pub(crate) version: AtomicU64,
+    pub(crate) config_digest: AtomicU64,
+    pub(crate) ranks: AtomicU64,
+    pub(crate) layout_digest: AtomicU64,
+    pub(crate) failure: Line<AtomicU64>,
+    pub(crate) turnstile: Line<Turnstile>,
+    pub(crate) permits: Line<Permits>,
+}
+
+/// A cache line (two, for the prefetcher) of its own.
+#[repr(C, align(128))]
+pub(crate) struct Line<T>(pub(crate) T);
+
+/// What a rank says about itself, and its event word.
+#[repr(C, align(128))]
+pub(crate) struct Control {
+    /// Phases entered. With the next four, written before the turnstile and read after it.
+    pub(crate) entered: AtomicU64,
+    pub(crate) stamp: AtomicU64,
+    pub(crate) sequence: AtomicU64,
+    pub(crate) kind: AtomicU64,
+    pub(crate) detail: AtomicU64,
+    /// Futex word of signals to this rank: bit 0 is "the group has failed", the rest counts signals.
+    pub(crate) event: AtomicU32,
+    /// Whether the rank may be asleep on `event`.
+    pub(crate) listening: AtomicU32,
+    /// One of the `STATUS_` values.
+    pub(crate) status: AtomicU32,
+    /// Kind of the operation that the rank is blocked in; 0 while it computes. A hint for messages.
+    pub(crate) activity: AtomicU32,
+    /// Whether the rank holds a core permit. A hint for messages.
+    pub(crate) computing: AtomicU32,
+}
+
+/// Seals on the file of a segment: its size never changes, so that mapped pages stay backed.
+pub(crate) const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW).union(SealFlags::SEAL);
+
+/// What a segment says about its group.
+pub(crate) struct Identity {
+    magic: u64,
+    pub(crate) version: u64,
+    pub(crate) config_digest: u64,
+    pub(crate) ranks: u64,
+    pub(crate) layout_digest: u64,
+    /// Size of the file.
+    pub(crate) bytes: usize,
+}
+
+pub(crate) const STATUS_ABSENT: u32 = 0;
+pub(crate) const STATUS_RUNNING: u32 = 1;
+pub(crate) const STATUS_LEFT: u32 = 2;
+pub(crate) const STATUS_DROPPED: u32 = 3;
+
+/// A mapping of the shared segment.
+pub(crate) struct Segment {
+    start: NonNull<u8>,
+    /// Always `layout.total_bytes`, as mapped.
+    bytes: usize,
+    pub(crate) layout: Layout,
+}
+
+// SAFETY: the mapping is process-wide memory. Its control sections are atomics; its byte sections are reached through raw
+// pointers by the protocol of `endpoint.rs`.
+unsafe impl Send for Segment {}
+// SAFETY: as above.
+unsafe impl Sync for Segment {}
+
+impl Drop for Segment {
+    fn drop(&mut self) {
+        // SAFETY: the mapping made in `anonymous` or `map`, with its length; regions that point into it hold this segment
+        // alive. It fails only for bad arguments.
+        let _ = unsafe { munmap(self.start.as_ptr().cast(), self.bytes) };
+    }
+}
+
+impl Segment {
+    /// A fresh segment for ranks that are threads of this process.
+    pub(crate) fn anonymous(spec: &GroupSpec) -> Result<Self, FabricError> {
+        let layout = Layout::new(spec)?;
+        let access = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: a new mapping at an address of the kernel's choice touches no existing memory.
+        let start = unsafe {
+            mmap_anonymous(core::ptr::null_mut(), layout.total_bytes, access, MapFlags::SHARED | MapFlags::NORESERVE)
+        };
+        let segment = Self::mapped(start, layout)?;
+        segment.initialise(spec);
+        Ok(segment)
+    }
+
+    /// Maps the segment behind `fd`, which is at least as long as the layout says.
+    pub(crate) fn map(fd: BorrowedFd<'_>, layout: Layout) -> Result<Self, FabricError> {
+        let access = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: a new mapping at an address of the kernel's choice touches no existing memory; the file's size is sealed,
+        // so the pages stay backed.
+        let start = unsafe { mmap(core::ptr::null_mut(), layout.total_bytes, access, MapFlags::SHARED, fd, 0) };
+        Self::mapped(start, layout)
+    }
+
+    fn mapped(start: rustix::io::Result<*mut core::ffi::c_void>, layout: Layout) -> Result<Self, FabricError> {
+        let start = start.map_err(|error| FabricError::os("mmap", error))?;
+        let start = NonNull::new(start.cast::<u8>()).ok_or_else(|| FabricError::os("mmap", "mapped at address 0"))?;
+        Ok(Self { start, bytes: layout.total_bytes, layout })
+    }
+
+    /// Reads the identity of the group whose segment is behind `fd`: `None` when that cannot be one.
+    pub(crate) fn identity(fd: BorrowedFd<'_>) -> Option<Identity> {
+        let seals = fcntl_get_seals(fd).ok()?;
+        let bytes = usize::try_from(fstat(fd).ok()?.st_size).ok()?;
+        if !seals.contains(SEALS) || bytes < size_of::<Header>() {
+            return None;
+        }
+        // SAFETY: a new read-only mapping at an address of the kernel's choice; the file's size is sealed and no smaller.
+        let start =
+            unsafe { mmap(core::ptr::null_mut(), size_of::<Header>(), ProtFlags::READ, MapFlags::SHARED, fd, 0).ok()? };
+        let identity = {
+            // SAFETY: page-aligned, mapped for `Header`'s size; only atomics, of which only loads follow.
+            let header = unsafe { &*start.cast::<Header>() };
+            let load = |word: &AtomicU64| word.load(Ordering::Relaxed);
+            Identity {
+                magic: load(&header.magic),
+                version: load(&header.version),
+                config_digest: load(&header.config_digest),
+                ranks: load(&header.ranks),
+                layout_digest: load(&header.layout_digest),
+                bytes,
+            }
+        };
+        // SAFETY: the mapping made above, no longer referred to.
+        let _ = unsafe { munmap(start, size_of::<Header>()) };
+        (identity.magic == MAGIC).then_some(identity)
+    }
+
+    /// Writes the identity of the group into a fresh (zero) segment, before any rank starts.
+    pub(crate) fn initialise(&self, spec: &GroupSpec) {
+        let header = self.header();
+        header.magic.store(MAGIC, Ordering::Relaxed);
+        header.version.store(PROTOCOL_VERSION.into(), Ordering::Relaxed);
+        header.config_digest.store(spec.config_digest, Ordering::Relaxed);
+        header.ranks.store(spec.ranks as u64, Ordering::Relaxed);
+        header.layout_digest.store(self.layout.digest, Ordering::Relaxed);
+        header.permits.0.initialise(spec.permits().unwrap_or(0));
+        // Starting a thread or process orders these stores before anything the rank does.
+    }
+
+    fn at(&self, section: &Section, rank: Rank) -> NonNull<u8> {
+        assert!(rank.index() < self.layout.ranks, "rank checked by the caller");
+        // SAFETY: the table gives each of the `ranks` entries a place within `total_bytes` of the mapping.
+        unsafe { self.start.add(section.offset + rank.index() * section.stride) }
+    }
+
+    pub(crate) fn header(&self) -> &Header {
+        // SAFETY: at offset 0 of a page-aligned mapping, large enough by the table; all fields are atomics, for which any
+        // bytes are valid.
+        unsafe { self.at(&self.layout.header, Rank::new(0)).cast::<Header>().as_ref() }
+    }
+
+    pub(crate) fn control(&self, rank: Rank) -> &Control {
+        // SAFETY: aligned and large enough by the table; all fields are atomics.
+        unsafe { self.at(&self.layout.control, rank).cast::<Control>().as_ref() }
+    }
+
+    fn words(&self, section: &Section, rank: Rank, count: usize) -> &[AtomicU64] {
+        debug_assert!(count * 8 <= section.bytes);
+        // SAFETY: aligned and large enough by the table; atomics take any bytes.
+        unsafe { core::slice::from_raw_parts(self.at(section, rank).cast::<AtomicU64>().as_ptr(), count) }
+    }
+
+    /// `[SIGNALS]`: the signal words of `rank`.
+    pub(crate) fn signals(&self, rank: Rank) -> &[AtomicU64] {
+        self.words(&self.layout.signals, rank, SIGNALS)
+    }
+
+    /// `[3N]`: bytes that `rank` sends to each rank, bytes that it expects from each, and where in its window those land.
+    pub(crate) fn sizes(&self, rank: Rank) -> &[AtomicU64] {
+        self.words(&self.layout.sizes, rank, 3 * self.layout.ranks)
+    }
+
+    /// `[RECORD_WORDS]`: the failure record of `rank`.
+    pub(crate) fn record(&self, rank: Rank) -> &[AtomicU64] {
+        self.words(&self.layout.records, rank, RECORD_WORDS)
+    }
+
+    /// The staging chunk of `rank` for phases of this parity.
+    pub(crate) fn staging(&self, rank: Rank, parity: usize) -> NonNull<u8> {
+        self.at(&self.layout.staging[parity], rank)
+    }
+
+    /// The reduced share of `rank` for phases of this parity.
+    pub(crate) fn reduced(&self, rank: Rank, parity: usize) -> NonNull<u8> {
+        self.at(&self.layout.reduced[parity], rank)
+    }
+
+    /// The part of `rank` of a window that exists, and its bytes.
+    pub(crate) fn window(&self, window: WindowId, rank: Rank) -> Option<(NonNull<u8>, usize)> {
+        let section = self.layout.windows.get(window.index())?;
+        Some((self.at(section, rank), section.bytes))
+    }
+
+    /// The ranks of the group, ascending.
+    pub(crate) fn ranks(&self) -> impl Iterator<Item = Rank> + use<> {
+        (0..self.layout.ranks).map(Rank::new)
+    }
+}
