@@ -5,7 +5,10 @@
 //! expert's share padded with zero rows to a multiple of [`ROW_TILE`].
 
 use crate::math;
-use crate::matmul::{Matrix, MatrixMut, Output, ROW_TILE, multiply, multiply_transposed, transposed_multiply};
+use crate::matmul::{
+    Matrix, MatrixMut, Output, ROW_TILE, multiply_independent_rows, multiply_transposed_independent_rows,
+    transposed_multiply,
+};
 
 /// Sizes of one expert.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -115,26 +118,24 @@ impl ExpertShape {
         let Self { hidden: d, intermediate: f } = self;
         let rows = input.len() / d;
         let (w1, w2) = weights.split_at(self.fc1_len());
-        multiply(
+        multiply_independent_rows(
             Matrix::new(input, rows, d),
             Matrix::new(w1, d, 2 * f),
             MatrixMut::new(fc1, rows, 2 * f),
-            Output::Replace,
         );
         let hidden = scratch(&mut ws.hidden, rows * f);
         math::swiglu(fc1, hidden, f);
-        multiply(Matrix::new(hidden, rows, f), Matrix::new(w2, f, d), MatrixMut::new(output, rows, d), Output::Replace);
+        multiply_independent_rows(Matrix::new(hidden, rows, f), Matrix::new(w2, f, d), MatrixMut::new(output, rows, d));
     }
 
     /// Only the first half of [`ExpertShape::forward`]: recomputes what a backward needs.
     pub fn recompute(self, weights: &[f32], input: &[f32], fc1: &mut [f32]) {
         let rows = input.len() / self.hidden;
         let w1 = Matrix::new(&weights[..self.fc1_len()], self.hidden, 2 * self.intermediate);
-        multiply(
+        multiply_independent_rows(
             Matrix::new(input, rows, self.hidden),
             w1,
             MatrixMut::new(fc1, rows, 2 * self.intermediate),
-            Output::Replace,
         );
     }
 
@@ -146,12 +147,12 @@ impl ExpertShape {
         let (g1, g2) = work.weight_grad.split_at_mut(self.fc1_len());
         let d_output = Matrix::new(work.d_output, rows, d);
         let d_hidden = scratch(&mut ws.d_hidden, rows * f);
-        multiply_transposed(d_output, Matrix::new(w2, f, d), MatrixMut::new(d_hidden, rows, f), Output::Replace);
+        multiply_transposed_independent_rows(d_output, Matrix::new(w2, f, d), MatrixMut::new(d_hidden, rows, f));
         let hidden = scratch(&mut ws.hidden, rows * f);
         math::swiglu_backward(work.fc1, hidden, d_hidden, f);
         transposed_multiply(Matrix::new(hidden, rows, f), d_output, MatrixMut::new(g2, f, d), Output::Accumulate);
         let d_fc1 = Matrix::new(work.fc1, rows, 2 * f);
-        multiply_transposed(d_fc1, Matrix::new(w1, d, 2 * f), MatrixMut::new(work.d_input, rows, d), Output::Replace);
+        multiply_transposed_independent_rows(d_fc1, Matrix::new(w1, d, 2 * f), MatrixMut::new(work.d_input, rows, d));
         transposed_multiply(Matrix::new(work.input, rows, d), d_fc1, MatrixMut::new(g1, d, 2 * f), Output::Accumulate);
     }
 }

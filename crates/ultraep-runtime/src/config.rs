@@ -1,0 +1,125 @@
+//! What a runtime is built from, and the sizes that follow.
+
+use std::fmt;
+
+use ultraep_baselines::{PolicyKind, PolicyParams, build};
+use ultraep_device::ExpertShape;
+use ultraep_fabric::{WindowId, WindowSpec};
+use ultraep_plan::{Rank, SlotRule, Topology};
+
+/// Bandwidth of a rank's link to the scale-up fabric, one direction.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Link {
+    gbps: f64,
+}
+
+impl Link {
+    /// 25 GB/s: what one core of a current server copies between two ranks' memory. The machine's memory is the scale-up
+    /// fabric here, so this is the link that a rank of a run on this machine really has.
+    pub const DEFAULT_GBPS: f64 = 200.0;
+
+    /// A link of `gbps` gigabits a second. `None` unless it is finite and positive.
+    pub fn new(gbps: f64) -> Option<Self> {
+        (gbps.is_finite() && gbps > 0.0).then_some(Self { gbps })
+    }
+
+    /// Nanoseconds that `bytes` take, rounded up.
+    pub fn transfer_ns(self, bytes: u64) -> u64 {
+        (bytes as f64 * 8.0 / self.gbps).ceil() as u64
+    }
+}
+
+impl Default for Link {
+    fn default() -> Self {
+        Self { gbps: Self::DEFAULT_GBPS }
+    }
+}
+
+impl fmt::Display for Link {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} Gbit/s", self.gbps)
+    }
+}
+
+/// The policies a runtime can plan with, and their parameters.
+#[derive(Clone, Debug)]
+pub struct PolicyChoice {
+    /// The first is active at start; others can be switched to between microbatches.
+    pub kinds: Vec<PolicyKind>,
+    /// Their parameters.
+    pub params: PolicyParams,
+}
+
+/// Sizes and choices of one rank's runtime; the same on every rank.
+#[derive(Clone, Debug)]
+pub struct RuntimeConfig {
+    /// The EP group.
+    pub topology: Topology,
+    /// MoE layers.
+    pub layers: usize,
+    /// Microbatches between forward and backward at the same time.
+    pub max_microbatches: usize,
+    /// Sizes of an expert.
+    pub shape: ExpertShape,
+    /// Most tokens a rank routes in a microbatch.
+    pub tokens_per_rank: usize,
+    /// Experts a token chooses.
+    pub top_k: usize,
+    /// Policies.
+    pub policies: PolicyChoice,
+    /// Bandwidth that the virtual clock charges.
+    pub link: Link,
+    /// Checked mode: every plan and split is checked and their digests are compared between ranks.
+    pub checked: bool,
+}
+
+/// Symmetric windows of a runtime, in the order of [`RuntimeConfig::windows`].
+pub(crate) mod window {
+    use super::WindowId;
+
+    /// Weights of the replicas in the slots.
+    pub(crate) const SLOT_WEIGHTS: WindowId = WindowId::new(0);
+    /// Gradients of the replicas in the slots.
+    pub(crate) const SLOT_GRADS: WindowId = WindowId::new(1);
+    /// Rows that arrive at their experts.
+    pub(crate) const EXPERT_ROWS: WindowId = WindowId::new(2);
+    /// Rows that come back to their source.
+    pub(crate) const SOURCE_ROWS: WindowId = WindowId::new(3);
+}
+
+impl RuntimeConfig {
+    /// Rows a source sends in one microbatch: tokens times top-k.
+    pub fn rows_per_rank(&self) -> usize {
+        self.tokens_per_rank * self.top_k
+    }
+
+    /// Places for replicas on each rank, over all policies: the slots, or more where a baseline's rules ask for it.
+    pub fn slot_capacity(&self) -> usize {
+        let topology = &self.topology;
+        let ranks = || (0..topology.ranks()).map(Rank::new);
+        let slots = ranks().map(|r| topology.slots(r)).max().unwrap_or(0);
+        let masters = ranks().map(|r| topology.masters(r).len()).max().unwrap_or(0);
+        let needed = |&kind: &PolicyKind| match build(kind, topology, &self.policies.params).map(|p| p.rules().slots) {
+            Ok(SlotRule::Physical) => masters + slots,
+            Ok(SlotRule::Unlimited) => topology.experts(),
+            // A policy that cannot be built is refused by `Manager::new`, with the reason.
+            _ => slots,
+        };
+        self.policies.kinds.iter().map(needed).max().unwrap_or(slots)
+    }
+
+    /// Symmetric windows to start the fabric with. Memory is taken page by page as it is touched, so the worst case
+    /// (every row of the group on one rank) costs address space, not memory.
+    pub fn windows(&self) -> Vec<WindowSpec> {
+        let slot_bytes = self.slot_capacity() * self.shape.weight_bytes();
+        let row_bytes = self.shape.hidden * size_of::<f32>();
+        let rows = self.rows_per_rank();
+        let window = |name: &'static str, bytes: usize| WindowSpec { name: name.into(), bytes };
+        vec![
+            window("slot_weights", slot_bytes),
+            window("slot_grads", slot_bytes),
+            window("expert_rows", self.topology.ranks() * rows * row_bytes),
+            window("source_rows", rows * row_bytes),
+        ]
+    }
+}

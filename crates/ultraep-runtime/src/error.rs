@@ -1,0 +1,119 @@
+//! Errors of the runtime.
+
+use ultraep_baselines::BuildError;
+use ultraep_fabric::{AccessError, FabricError};
+use ultraep_plan::{AssignError, PlanViolation, ProblemError, SolveError, SplitError};
+
+use crate::VirtualLayer;
+
+/// Why a runtime operation failed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RuntimeError {
+    /// Another rank is lost, late or out of step.
+    #[error(transparent)]
+    Fabric(#[from] FabricError),
+    /// Memory was used while an operation owned it: a bug in the caller's order of calls.
+    #[error("memory in use: {0}")]
+    Access(#[from] AccessError),
+    /// A policy could not be built.
+    #[error(transparent)]
+    Build(#[from] BuildError),
+    /// A policy refused the problem.
+    #[error("{at}: {source}")]
+    Solve {
+        /// Where.
+        at: VirtualLayer,
+        /// Why.
+        source: SolveError,
+    },
+    /// The gathered counts are wrong.
+    #[error("{at}: {source}")]
+    Counts {
+        /// Where.
+        at: VirtualLayer,
+        /// Why.
+        source: ProblemError,
+    },
+    /// A split could not be made.
+    #[error("{at}: {source}")]
+    Split {
+        /// Where.
+        at: VirtualLayer,
+        /// Why.
+        source: SplitError,
+    },
+    /// Tokens could not be assigned to instances.
+    #[error(transparent)]
+    Assign(#[from] AssignError),
+    /// The fabric's memory cannot be seen by the host, which computes here.
+    #[error("this fabric's windows are not host memory; the host runtime needs them to be")]
+    NotHostMemory,
+    /// Checked mode: a plan breaks a rule.
+    #[error("{at}: policy {policy} broke a rule: {violation}")]
+    Plan {
+        /// Where.
+        at: VirtualLayer,
+        /// Which policy.
+        policy: &'static str,
+        /// What is wrong.
+        violation: PlanViolation,
+    },
+    /// Checked mode: ranks made different plans from the same counts.
+    #[error("{at}: rank {rank} has plan digest {theirs:016x}, this rank has {ours:016x}")]
+    DigestMismatch {
+        /// Where.
+        at: VirtualLayer,
+        /// The rank that differs.
+        rank: usize,
+        /// This rank's digest.
+        ours: u64,
+        /// Its digest.
+        theirs: u64,
+    },
+    /// All microbatches of the ring are in flight.
+    #[error("{at}: all {max_microbatches} microbatches of layer {} are in flight; their backward must run first", at.layer)]
+    RingExhausted {
+        /// Where a plan was to be kept.
+        at: VirtualLayer,
+        /// The ring's size.
+        max_microbatches: usize,
+    },
+    /// A backward or replay without a forward.
+    #[error("{at}: no plan is kept here; its forward has not run or its backward already has")]
+    NoPlan {
+        /// Where.
+        at: VirtualLayer,
+    },
+    /// A layer that does not exist.
+    #[error("layer {layer}: this runtime has layers 0 to {}", layers - 1)]
+    Layer {
+        /// Asked for.
+        layer: usize,
+        /// How many there are.
+        layers: usize,
+    },
+    /// A chosen expert does not exist.
+    #[error("token {token} chose expert {expert}: experts are 0 to {}", experts - 1)]
+    Expert {
+        /// Which token.
+        token: usize,
+        /// What it chose.
+        expert: u32,
+        /// How many experts there are.
+        experts: usize,
+    },
+    /// An input has the wrong size.
+    #[error("{what}: {got} elements, expected {expected}")]
+    Size {
+        /// Which input.
+        what: &'static str,
+        /// Its size.
+        got: usize,
+        /// The size it should have.
+        expected: usize,
+    },
+    /// A policy that this runtime was not built with.
+    #[error("policy {0} was not among those this runtime was built with")]
+    UnknownPolicy(&'static str),
+}

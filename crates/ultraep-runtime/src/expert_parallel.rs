@@ -1,0 +1,468 @@
+//! One MoE layer over the EP group, forward and backward.
+//!
+//! ```text
+//! forward:  count -> all-gather -> plan -> weight sync | assign, pack -> dispatch -> experts -> combine
+//! backward: weight sync (restore) | pack -> dispatch -> experts' gradients -> combine -> grad reduce (beside what follows)
+//! ```
+//!
+//! Outputs do not depend on the plan, bit for bit: a row's result does not depend on which rows share its GEMM
+//! ([`ultraep_device::ROW_TILE`]), replicas hold the same bits as masters, and a token's rows are summed in the order of
+//! its choices. Weight gradients are sums over rows, so their rounding follows the plan; for one plan they are the same on
+//! every run.
+
+use ultraep_baselines::ideal::balanced_choice;
+use ultraep_device::{ExpertWorkspace, expert::Backward, math};
+use ultraep_fabric::{Operation, Region, Span, WindowId};
+use ultraep_plan::{Cursor, RouteTable};
+
+use crate::config::window;
+use crate::exchange::{Exchange, LocalExpert, Sizes};
+use crate::manager::{Direction, Manager, expect_size};
+use crate::ring::Ring;
+use crate::{Endpoint, LayerMasters, LayerRecord, Part, RuntimeConfig, RuntimeError, VirtualLayer};
+
+/// What a forward is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pass {
+    /// Training: what backward needs is kept.
+    Train(Recompute),
+    /// Inference: nothing is kept.
+    Inference,
+}
+
+/// What backward computes again instead of keeping it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Recompute {
+    /// Nothing: experts' inputs and first products are kept.
+    #[default]
+    Nothing,
+    /// The experts' forward: only the plan and the returned rows are kept; backward dispatches the rows again under the
+    /// same plan and multiplies again.
+    Experts,
+}
+
+/// The router's choice for a batch of tokens.
+#[derive(Clone, Copy, Debug)]
+pub struct Routing<'a> {
+    /// Chosen logical experts, `[tokens, top_k]`, distinct for a token.
+    pub experts: &'a [u32],
+    /// Weight of each choice, `[tokens, top_k]`.
+    pub gates: &'a [f32],
+}
+
+/// What a forward keeps for its backward, beside the plan.
+#[derive(Debug, Default)]
+struct Saved {
+    exchange: Exchange,
+    /// Row of each (token, choice) in the send order.
+    rows: Vec<u32>,
+    /// Experts' inputs, grouped.
+    input: Vec<f32>,
+    /// First products, grouped.
+    fc1: Vec<f32>,
+    /// Experts' outputs as they came back, in send order.
+    returned: Vec<f32>,
+    recompute: Recompute,
+}
+
+/// The expert-parallel part of all MoE layers of one rank.
+pub struct ExpertParallel {
+    /// The way to the other ranks, and the clock.
+    pub endpoint: Endpoint,
+    /// Plans and expert state.
+    pub manager: Manager,
+    saved: Ring<Saved>,
+    table: RouteTable,
+    cursor: Cursor,
+    physical_per_rank: usize,
+    counts: Vec<u32>,
+    ids: Vec<i32>,
+    targets: Vec<i32>,
+    next_row: Vec<u32>,
+    send: Region,
+    back: Region,
+    expert_rows: Region,
+    source_rows: Region,
+    grouped_out: Vec<f32>,
+    grouped_grad: Vec<f32>,
+    workspace: ExpertWorkspace,
+    records: Option<Vec<LayerRecord>>,
+}
+
+impl ExpertParallel {
+    /// Over `endpoint`, whose fabric was started with [`RuntimeConfig::windows`]; `masters` as for [`Manager::new`].
+    pub fn new(
+        config: RuntimeConfig,
+        mut endpoint: Endpoint,
+        masters: Vec<LayerMasters>,
+    ) -> Result<Self, RuntimeError> {
+        let manager = Manager::new(config.clone(), &mut endpoint, masters)?;
+        let topology = &config.topology;
+        let most_masters = (0..topology.ranks()).map(|r| topology.masters(ultraep_plan::Rank::new(r)).len()).max();
+        let physical_per_rank = most_masters.unwrap_or(0) + config.slot_capacity();
+        let rows_bytes = config.rows_per_rank() * config.shape.hidden * size_of::<f32>();
+        let mut window = |id| endpoint.fabric().window(id).ok_or(RuntimeError::NotHostMemory);
+        Ok(Self {
+            expert_rows: window(window::EXPERT_ROWS)?,
+            source_rows: window(window::SOURCE_ROWS)?,
+            endpoint,
+            manager,
+            saved: Ring::new(config.layers, config.max_microbatches, Saved::default),
+            table: RouteTable::new(topology, physical_per_rank),
+            cursor: Cursor::new(topology),
+            physical_per_rank,
+            counts: vec![0; topology.experts()],
+            ids: Vec::with_capacity(config.rows_per_rank()),
+            targets: Vec::with_capacity(config.rows_per_rank()),
+            next_row: Vec::new(),
+            send: Region::zeroed(rows_bytes),
+            back: Region::zeroed(rows_bytes * topology.ranks()),
+            grouped_out: Vec::new(),
+            grouped_grad: Vec::new(),
+            workspace: ExpertWorkspace::default(),
+            records: None,
+        })
+    }
+
+    fn config(&self) -> &RuntimeConfig {
+        self.manager.config()
+    }
+
+    /// Records every forward from now on, until [`ExpertParallel::take_records`].
+    pub fn record(&mut self) {
+        self.records.get_or_insert_default();
+    }
+
+    /// The records since the last call, and whether to go on is unchanged.
+    pub fn take_records(&mut self) -> Vec<LayerRecord> {
+        self.records.as_mut().map(std::mem::take).unwrap_or_default()
+    }
+
+    /// Forgets all forwards in flight.
+    pub fn abandon(&mut self) {
+        self.manager.abandon();
+        self.saved.clear();
+    }
+
+    /// `y[t] = sum over k of gates[t,k] * expert[experts[t,k]](x[t])`, for `x` and `y` `[tokens, d]`.
+    pub fn forward(
+        &mut self,
+        at: VirtualLayer,
+        pass: Pass,
+        routing: Routing<'_>,
+        x: &[f32],
+        y: &mut [f32],
+    ) -> Result<(), RuntimeError> {
+        self.check_sizes(routing, x, y)?;
+        self.endpoint.clock.enter(Part::Router);
+        self.count(routing.experts)?;
+        let place = self.manager.plan(&mut self.endpoint, at, &self.counts)?;
+        if let Some(records) = &mut self.records {
+            records.push(LayerRecord::new(at, self.manager.policy(), self.manager.kept(place), self.manager.config()));
+        }
+        let slot = self.saved.claim(at)?;
+        let mut saved = std::mem::take(self.saved.get_mut(slot));
+        let result = self.forward_planned(at.layer, place, &mut saved, pass, routing, x, y);
+        *self.saved.get_mut(slot) = saved;
+        if result.is_err() || pass == Pass::Inference {
+            self.manager.release(place);
+            self.saved.release(slot);
+        }
+        result
+    }
+
+    fn check_sizes(&self, routing: Routing<'_>, x: &[f32], y: &[f32]) -> Result<(), RuntimeError> {
+        let config = self.config();
+        let tokens = x.len() / config.shape.hidden;
+        expect_size("input", x.len(), tokens.min(config.tokens_per_rank) * config.shape.hidden)?;
+        expect_size("output", y.len(), x.len())?;
+        expect_size("chosen experts", routing.experts.len(), tokens * config.top_k)?;
+        expect_size("gates", routing.gates.len(), tokens * config.top_k)
+    }
+
+    /// Takes the batch's choices (or forces balanced ones, for the ideal) and counts them.
+    fn count(&mut self, experts: &[u32]) -> Result<(), RuntimeError> {
+        let config = self.manager.config();
+        let (topology, top_k) = (&config.topology, config.top_k);
+        self.ids.clear();
+        if self.manager.policy().forces_routing() {
+            let rank = self.manager.rank().index();
+            let forced = (0..experts.len()).map(|i| balanced_choice(rank, i / top_k, i % top_k, topology, top_k));
+            self.ids.extend(forced.map(|expert| expert.index() as i32));
+        } else {
+            if let Some(i) = experts.iter().position(|&e| e as usize >= topology.experts()) {
+                let (token, expert) = (i / top_k, experts[i]);
+                return Err(RuntimeError::Expert { token, expert, experts: topology.experts() });
+            }
+            self.ids.extend(experts.iter().map(|&e| e as i32));
+        }
+        self.counts.fill(0);
+        self.ids.iter().for_each(|&id| self.counts[id as usize] += 1);
+        Ok(())
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "the parts of one call, split from `forward` for its error path")]
+    fn forward_planned(
+        &mut self,
+        layer: usize,
+        place: usize,
+        saved: &mut Saved,
+        pass: Pass,
+        routing: Routing<'_>,
+        x: &[f32],
+        y: &mut [f32],
+    ) -> Result<(), RuntimeError> {
+        let synced = self.manager.sync_weights(&mut self.endpoint, layer, place, Direction::Forward)?;
+        self.endpoint.clock.enter(Part::Reroute);
+        self.assign(place, saved)?;
+        self.pack(saved, |row, token, _| row.copy_from_slice(token), x)?;
+        self.endpoint.join(synced, Part::WeightSync);
+        self.dispatch(&saved.exchange)?;
+        self.group_arrived(&saved.exchange, &mut saved.input)?;
+
+        self.endpoint.clock.enter(Part::Experts);
+        let shape = self.config().shape;
+        let (d, fc1_width) = (shape.hidden, 2 * shape.intermediate);
+        saved.fc1.resize(saved.exchange.grouped_rows * fc1_width, 0.0);
+        self.grouped_out.resize(saved.exchange.grouped_rows * d, 0.0);
+        {
+            let masters = self.manager.masters(layer).weights.read::<f32>()?;
+            let slots = self.manager.slots().0.read::<f32>()?;
+            for local in &saved.exchange.local {
+                let rows = local.group.first_row..local.group.first_row + local.group.padded_rows();
+                shape.forward(
+                    self.weights_of(local, &masters, &slots),
+                    &saved.input[rows.start * d..rows.end * d],
+                    &mut saved.fc1[rows.start * fc1_width..rows.end * fc1_width],
+                    &mut self.grouped_out[rows.start * d..rows.end * d],
+                    &mut self.workspace,
+                );
+            }
+        }
+        self.endpoint.clock.enter(Part::AllToAll);
+        let grouped = std::mem::take(&mut self.grouped_out);
+        self.send_back(&saved.exchange, &grouped)?;
+        self.grouped_out = grouped;
+        let returned = self.source_rows.read::<f32>()?;
+        let top_k = self.config().top_k;
+        for ((y, gates), rows) in
+            y.chunks_exact_mut(d).zip(routing.gates.chunks_exact(top_k)).zip(saved.rows.chunks_exact(top_k))
+        {
+            y.fill(0.0);
+            for (&gate, &row) in gates.iter().zip(rows) {
+                let row = row as usize * d;
+                math::add_scaled(y, gate, &returned[row..row + d]);
+            }
+        }
+        if let Pass::Train(recompute) = pass {
+            saved.recompute = recompute;
+            saved.returned.clear();
+            saved.returned.extend_from_slice(&returned[..routing.experts.len() * d]);
+            if recompute == Recompute::Experts {
+                (saved.input, saved.fc1) = (Vec::new(), Vec::new());
+            }
+        }
+        drop(returned);
+        self.endpoint.clock.pause();
+        Ok(())
+    }
+
+    /// The physical expert of every (token, choice), and its row in the send order.
+    fn assign(&mut self, place: usize, saved: &mut Saved) -> Result<(), RuntimeError> {
+        let kept = self.manager.kept(place);
+        let config = self.manager.config();
+        let (rank, width) = (self.manager.rank(), kept.plan.instances().len());
+        let own = &kept.split[rank.index() * width..(rank.index() + 1) * width];
+        self.table.prepare(&kept.plan, own)?;
+        self.table.start(&mut self.cursor);
+        self.targets.resize(self.ids.len(), 0);
+        self.table.assign(&mut self.cursor, &self.ids, &mut self.targets)?;
+        let sizes = Sizes {
+            ranks: config.topology.ranks(),
+            physical_per_rank: self.physical_per_rank,
+            row_bytes: config.shape.hidden * size_of::<f32>(),
+        };
+        saved.exchange.lay_out(&kept.plan, &kept.split, rank, sizes);
+        self.next_row.clone_from(&saved.exchange.first_row);
+        saved.rows.clear();
+        for &target in &self.targets {
+            let next = &mut self.next_row[target as usize];
+            saved.rows.push(*next);
+            *next += 1;
+        }
+        Ok(())
+    }
+
+    /// Fills the send buffer: `write(row, token's row of source, index of (token, choice))`.
+    fn pack(
+        &mut self,
+        saved: &Saved,
+        write: impl Fn(&mut [f32], &[f32], usize),
+        source: &[f32],
+    ) -> Result<(), RuntimeError> {
+        let (d, top_k) = (self.config().shape.hidden, self.config().top_k);
+        let mut send = self.send.write::<f32>()?;
+        for (token, rows) in source.chunks_exact(d).zip(saved.rows.chunks_exact(top_k).enumerate()).map(|(t, r)| (t, r))
+        {
+            for (k, &row) in rows.1.iter().enumerate() {
+                let at = row as usize * d;
+                write(&mut send[at..at + d], token, rows.0 * top_k + k);
+            }
+        }
+        Ok(())
+    }
+
+    /// All-to-all from sources to experts.
+    fn dispatch(&mut self, exchange: &Exchange) -> Result<(), RuntimeError> {
+        let send = Span::part(&self.send, 0, exchange.send_bytes.iter().sum());
+        self.all_to_all(send, &exchange.send_bytes, window::EXPERT_ROWS, &exchange.recv_bytes, exchange.busiest_rows)
+    }
+
+    fn all_to_all(
+        &mut self,
+        send: Span,
+        send_bytes: &[usize],
+        recv: WindowId,
+        recv_bytes: &[usize],
+        busiest_rows: u64,
+    ) -> Result<(), RuntimeError> {
+        let bytes = busiest_rows * (self.config().shape.hidden * size_of::<f32>()) as u64;
+        let op = Operation::AllToAll { send, send_bytes, recv, recv_bytes };
+        self.endpoint.collective(op, Part::AllToAll, bytes)?;
+        Ok(())
+    }
+
+    fn group_arrived(&mut self, exchange: &Exchange, grouped: &mut Vec<f32>) -> Result<(), RuntimeError> {
+        self.endpoint.clock.enter(Part::AllToAll);
+        exchange.group(&self.expert_rows.read::<f32>()?, grouped, self.config().shape.hidden);
+        Ok(())
+    }
+
+    /// All-to-all from experts back to sources.
+    fn send_back(&mut self, exchange: &Exchange, grouped: &[f32]) -> Result<(), RuntimeError> {
+        let d = self.config().shape.hidden;
+        exchange.ungroup(grouped, &mut self.back.write::<f32>()?, d);
+        let send = Span::part(&self.back, 0, exchange.arrived_rows * d * size_of::<f32>());
+        self.all_to_all(send, &exchange.recv_bytes, window::SOURCE_ROWS, &exchange.send_bytes, exchange.busiest_rows)
+    }
+
+    /// Where in masters or slots an expert on this rank has its weights or gradients: `(in a slot, elements)`.
+    fn location(&self, local: &LocalExpert) -> (bool, std::ops::Range<usize>) {
+        let config = self.manager.config();
+        let (rank, len) = (self.manager.rank(), config.shape.weight_len());
+        let masters = config.topology.masters(rank).len();
+        let in_slot = local.physical >= masters;
+        let index = if in_slot { self.manager.slot_index(rank, local.physical) } else { local.physical };
+        (in_slot, index * len..(index + 1) * len)
+    }
+
+    fn weights_of<'w>(&self, local: &LocalExpert, masters: &'w [f32], slots: &'w [f32]) -> &'w [f32] {
+        let (in_slot, range) = self.location(local);
+        if in_slot { &slots[range] } else { &masters[range] }
+    }
+
+    /// Gradients of a forward: `dx` (`[tokens, d]`) and `d_gates` (`[tokens, top_k]`) are overwritten, weight gradients
+    /// are added to the masters' by the time of [`ExpertParallel::finish_backward`]. `x` is the forward's input.
+    pub fn backward(
+        &mut self,
+        at: VirtualLayer,
+        gates: &[f32],
+        x: &[f32],
+        dy: &[f32],
+        dx: &mut [f32],
+        d_gates: &mut [f32],
+    ) -> Result<(), RuntimeError> {
+        let place = self.manager.place(at)?;
+        let slot = self.saved.kept(at)?;
+        let mut saved = std::mem::take(self.saved.get_mut(slot));
+        let result = self.backward_planned(at.layer, place, &mut saved, (gates, x, dy), (dx, d_gates));
+        *self.saved.get_mut(slot) = saved;
+        self.manager.release(place);
+        self.saved.release(slot);
+        result
+    }
+
+    fn backward_planned(
+        &mut self,
+        layer: usize,
+        place: usize,
+        saved: &mut Saved,
+        (gates, x, dy): (&[f32], &[f32], &[f32]),
+        (dx, d_gates): (&mut [f32], &mut [f32]),
+    ) -> Result<(), RuntimeError> {
+        let (shape, top_k) = (self.config().shape, self.config().top_k);
+        let (d, fc1_width) = (shape.hidden, 2 * shape.intermediate);
+        expect_size("gradient of the output", dy.len(), saved.rows.len() / top_k * d)?;
+        expect_size("input", x.len(), dy.len())?;
+        let restored = self.manager.sync_weights(&mut self.endpoint, layer, place, Direction::Backward)?;
+        self.endpoint.clock.enter(Part::Reroute);
+        for (i, (d_gate, &row)) in d_gates.iter_mut().zip(&saved.rows).enumerate() {
+            let (token, row) = (i / top_k * d, row as usize * d);
+            *d_gate = math::dot(&dy[token..token + d], &saved.returned[row..row + d]);
+        }
+        if saved.recompute == Recompute::Experts {
+            self.pack(saved, |row, token, _| row.copy_from_slice(token), x)?;
+            self.dispatch(&saved.exchange)?;
+            self.group_arrived(&saved.exchange, &mut saved.input)?;
+            self.endpoint.clock.enter(Part::Reroute);
+        }
+        self.pack(saved, |row, token, i| math::scale_into(row, gates[i], token), dy)?;
+        self.endpoint.join(restored, Part::WeightSync);
+        self.dispatch(&saved.exchange)?;
+        let mut d_output = std::mem::take(&mut self.grouped_out);
+        self.group_arrived(&saved.exchange, &mut d_output)?;
+        self.manager.join_reduce(&mut self.endpoint);
+
+        self.endpoint.clock.enter(Part::Experts);
+        let mut d_input = std::mem::take(&mut self.grouped_grad);
+        d_input.resize(saved.exchange.grouped_rows * d, 0.0);
+        saved.fc1.resize(saved.exchange.grouped_rows * fc1_width, 0.0);
+        {
+            let masters = self.manager.masters(layer).clone();
+            let (master_weights, mut master_grads) = (masters.weights.read::<f32>()?, masters.grads.write::<f32>()?);
+            let (slot_weights, slot_grads) = self.manager.slots();
+            let (slot_weights, mut slot_grads) = (slot_weights.read::<f32>()?, slot_grads.write::<f32>()?);
+            for local in &saved.exchange.local {
+                let rows = local.group.first_row..local.group.first_row + local.group.padded_rows();
+                if rows.is_empty() {
+                    continue;
+                }
+                let weights = self.weights_of(local, &master_weights, &slot_weights);
+                let (in_slot, range) = self.location(local);
+                let input = &saved.input[rows.start * d..rows.end * d];
+                let fc1 = &mut saved.fc1[rows.start * fc1_width..rows.end * fc1_width];
+                if saved.recompute == Recompute::Experts {
+                    shape.recompute(weights, input, fc1);
+                }
+                let work = Backward {
+                    weights,
+                    weight_grad: if in_slot { &mut slot_grads[range] } else { &mut master_grads[range] },
+                    input,
+                    fc1,
+                    d_output: &d_output[rows.start * d..rows.end * d],
+                    d_input: &mut d_input[rows.start * d..rows.end * d],
+                };
+                shape.backward(work, &mut self.workspace);
+            }
+        }
+        self.endpoint.clock.enter(Part::AllToAll);
+        self.send_back(&saved.exchange, &d_input)?;
+        (self.grouped_out, self.grouped_grad) = (d_output, d_input);
+        {
+            let returned = self.source_rows.read::<f32>()?;
+            for (dx, rows) in dx.chunks_exact_mut(d).zip(saved.rows.chunks_exact(top_k)) {
+                dx.fill(0.0);
+                for &row in rows {
+                    let row = row as usize * d;
+                    math::add(dx, &returned[row..row + d]);
+                }
+            }
+        }
+        self.manager.reduce_grads(&mut self.endpoint, layer, place)
+    }
+
+    /// Waits for the last grad reduce: after this the masters' gradients are complete.
+    pub fn finish_backward(&mut self) {
+        self.manager.join_reduce(&mut self.endpoint);
+    }
+}

@@ -1,0 +1,399 @@
+//! The manager: which plan is in force where, and the movement of expert state that follows from it.
+//!
+//! One set of slots (weights and gradients) serves all layers. Masters stay in the memory that the framework registered;
+//! the manager reads their weights (weight sync) and adds to their gradients (grad reduce), and never moves them.
+
+use ultraep_baselines::{PolicyKind, build};
+use ultraep_fabric::{Operation, Region, RemoteSpan, Span};
+use ultraep_plan::{
+    Plan, Policy, Problem, Rank, SplitWorkspace, Transfers, check_plan, check_split, digest_plan, split_all,
+};
+
+use crate::clock::{Deadline, thread_cpu_ns};
+use crate::config::window;
+use crate::ring::Ring;
+use crate::{Endpoint, Part, RuntimeConfig, RuntimeError, VirtualLayer};
+
+/// One layer's masters on this rank, registered where they are: `[M, weight_len]` `f32` each, in order of expert.
+#[derive(Clone, Debug)]
+pub struct LayerMasters {
+    /// Weights.
+    pub weights: Region,
+    /// Gradients, added to by every backward.
+    pub grads: Region,
+}
+
+/// Whether historical policies learn from the microbatches that are planned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum History {
+    /// Every forward's counts are shown to them.
+    Record,
+    /// They keep what they have seen: the pass is a comparison on a batch that training sees anyway.
+    Frozen,
+}
+
+/// A plan in force for one virtual layer, with what was derived from it.
+#[derive(Debug, Default)]
+pub(crate) struct Kept {
+    pub(crate) plan: Plan,
+    /// `[N, E]`.
+    pub(crate) counts: Vec<u32>,
+    /// `[N, instances]`.
+    pub(crate) split: Vec<u32>,
+    pub(crate) transfers: Transfers,
+    /// Copies on the busiest link, sent or received, when weights are synced.
+    busiest_copies: u64,
+    /// Whether the forward's weight sync is charged: not for a historical placement that was there before.
+    placement_is_new: bool,
+    historical: bool,
+}
+
+struct PolicyState {
+    kind: PolicyKind,
+    layers: Vec<Box<dyn Policy>>,
+    /// Digest of each layer's last placement, quotas aside.
+    placements: Vec<u64>,
+}
+
+/// Plans, slots and masters of one rank.
+pub struct Manager {
+    config: RuntimeConfig,
+    rank: Rank,
+    policies: Vec<PolicyState>,
+    active: usize,
+    history: History,
+    masters: Vec<LayerMasters>,
+    slot_weights: Region,
+    slot_grads: Region,
+    scratch: Region,
+    ring: Ring<Kept>,
+    counts_send: Region,
+    counts_recv: Region,
+    digest_send: Region,
+    digest_recv: Region,
+    split_workspace: SplitWorkspace,
+    reducing: Deadline,
+    /// Tokens of every expert since [`Manager::take_loads`], `[layers, E]`.
+    loads: Vec<u64>,
+}
+
+impl Manager {
+    /// For `masters`, one entry a layer. All memory is taken here.
+    pub fn new(
+        config: RuntimeConfig,
+        endpoint: &mut Endpoint,
+        masters: Vec<LayerMasters>,
+    ) -> Result<Self, RuntimeError> {
+        let rank = endpoint.rank();
+        let topology = &config.topology;
+        expect_size("layers of masters", masters.len(), config.layers)?;
+        let master_bytes = topology.masters(rank).len() * config.shape.weight_bytes();
+        for layer in &masters {
+            expect_size("bytes of master weights", layer.weights.bytes(), master_bytes)?;
+            expect_size("bytes of master gradients", layer.grads.bytes(), master_bytes)?;
+        }
+        let mut policies = Vec::new();
+        for &kind in &config.policies.kinds {
+            let layers = (0..config.layers).map(|_| build(kind, topology, &config.policies.params));
+            let layers = layers.collect::<Result<Vec<_>, _>>()?;
+            policies.push(PolicyState { kind, layers, placements: vec![0; config.layers] });
+        }
+        let replicas = topology.ranks() * config.slot_capacity();
+        let kept = || Kept { plan: Plan::with_capacity(topology, replicas), ..Kept::default() };
+        let (ranks, experts) = (topology.ranks(), topology.experts());
+        let row = experts + 1;
+        let mut window = |id| endpoint.fabric().window(id).ok_or(RuntimeError::NotHostMemory);
+        Ok(Self {
+            rank,
+            policies,
+            active: 0,
+            history: History::Record,
+            masters,
+            slot_weights: window(window::SLOT_WEIGHTS)?,
+            slot_grads: window(window::SLOT_GRADS)?,
+            scratch: Region::zeroed(config.shape.weight_bytes()),
+            ring: Ring::new(config.layers, config.max_microbatches, kept),
+            counts_send: Region::zeroed(row * size_of::<u32>()),
+            counts_recv: Region::zeroed(ranks * row * size_of::<u32>()),
+            digest_send: Region::zeroed(size_of::<u64>()),
+            digest_recv: Region::zeroed(ranks * size_of::<u64>()),
+            split_workspace: SplitWorkspace::new(topology),
+            reducing: Deadline::default(),
+            loads: vec![0; config.layers * experts],
+            config,
+        })
+    }
+
+    /// What it was built from.
+    pub fn config(&self) -> &RuntimeConfig {
+        &self.config
+    }
+
+    /// This rank.
+    pub fn rank(&self) -> Rank {
+        self.rank
+    }
+
+    /// The policy in force.
+    pub fn policy(&self) -> PolicyKind {
+        self.policies[self.active].kind
+    }
+
+    /// Plans with `kind` from now on; all ranks must switch at the same place.
+    pub fn set_policy(&mut self, kind: PolicyKind) -> Result<(), RuntimeError> {
+        let found = self.policies.iter().position(|p| p.kind == kind);
+        self.active = found.ok_or(RuntimeError::UnknownPolicy(kind.name()))?;
+        Ok(())
+    }
+
+    /// Whether historical policies learn from now on.
+    pub fn set_history(&mut self, history: History) {
+        self.history = history;
+    }
+
+    /// A layer's masters.
+    pub fn masters(&self, layer: usize) -> &LayerMasters {
+        &self.masters[layer]
+    }
+
+    /// Memory of the slots: weights, then gradients.
+    pub(crate) fn slots(&self) -> (&Region, &Region) {
+        (&self.slot_weights, &self.slot_grads)
+    }
+
+    pub(crate) fn kept(&self, place: usize) -> &Kept {
+        self.ring.get(place)
+    }
+
+    /// The place in the ring where a forward left its plan.
+    pub(crate) fn place(&self, at: VirtualLayer) -> Result<usize, RuntimeError> {
+        self.ring.kept(at)
+    }
+
+    /// The plan in force for a virtual layer.
+    pub fn plan_of(&self, at: VirtualLayer) -> Result<&Plan, RuntimeError> {
+        Ok(&self.ring.get(self.ring.kept(at)?).plan)
+    }
+
+    /// Frees a virtual layer's place in the ring.
+    pub(crate) fn release(&mut self, place: usize) {
+        self.ring.release(place);
+    }
+
+    /// Forgets all that is in flight: for a pass that is broken off.
+    pub fn abandon(&mut self) {
+        self.ring.clear();
+    }
+
+    /// All-gathers the counts (`own`: tokens of this rank for every expert, `[E]`), plans, and splits. Nothing else is
+    /// exchanged: every rank gets the same plan from the same counts.
+    pub(crate) fn plan(
+        &mut self,
+        endpoint: &mut Endpoint,
+        at: VirtualLayer,
+        own: &[u32],
+    ) -> Result<usize, RuntimeError> {
+        endpoint.clock.enter(Part::Plan);
+        let place = self.ring.claim(at)?;
+        let result = self.plan_at(endpoint, at, place, own);
+        if result.is_err() {
+            self.ring.release(place);
+        }
+        result.map(|()| place)
+    }
+
+    fn plan_at(
+        &mut self,
+        endpoint: &mut Endpoint,
+        at: VirtualLayer,
+        place: usize,
+        own: &[u32],
+    ) -> Result<(), RuntimeError> {
+        let (ranks, experts) = (self.config.topology.ranks(), self.config.topology.experts());
+        {
+            // The last element is the row's sum, so that a damaged table is refused before anything is planned.
+            let mut send = self.counts_send.write::<u32>()?;
+            send[..experts].copy_from_slice(own);
+            send[experts] = own.iter().sum();
+        }
+        endpoint.all_gather(&self.counts_send, &self.counts_recv, Part::Plan)?;
+        let kept = self.ring.get_mut(place);
+        let mut row_sums = Vec::with_capacity(ranks);
+        kept.counts.clear();
+        for row in self.counts_recv.read::<u32>()?.chunks_exact(experts + 1) {
+            kept.counts.extend_from_slice(&row[..experts]);
+            row_sums.push(u64::from(row[experts]));
+        }
+        let problem = Problem::with_row_sums(&self.config.topology, &kept.counts, row_sums)
+            .map_err(|source| RuntimeError::Counts { at, source })?;
+        let policy = &mut self.policies[self.active].layers[at.layer];
+        policy.solve(&problem, &mut kept.plan).map_err(|source| RuntimeError::Solve { at, source })?;
+        kept.split.resize(ranks * kept.plan.instances().len(), 0);
+        split_all(&problem, &kept.plan, &mut self.split_workspace, &mut kept.split)
+            .map_err(|source| RuntimeError::Split { at, source })?;
+        kept.transfers.list(&self.config.topology, &kept.plan);
+        endpoint.clock.pause();
+        self.bookkeeping(at, place);
+        if self.history == History::Record {
+            self.observe(at.layer, place);
+        }
+        if self.config.checked {
+            self.check(endpoint, at, place)?;
+        }
+        Ok(())
+    }
+
+    /// What only the clock needs to know of a plan.
+    fn bookkeeping(&mut self, at: VirtualLayer, place: usize) {
+        let policy = &mut self.policies[self.active];
+        let kept = self.ring.get_mut(place);
+        let both = kept.transfers.sends().iter().chain(kept.transfers.receives());
+        kept.busiest_copies = both.copied().max().map_or(0, u64::from);
+        kept.historical = policy.kind.is_historical();
+        let placement = placement_digest(&kept.plan);
+        kept.placement_is_new = policy.placements[at.layer] != placement;
+        policy.placements[at.layer] = placement;
+    }
+
+    /// Tokens of every expert of a layer over the recorded forwards since the last call, `[E]`.
+    pub fn take_loads(&mut self, layer: usize) -> Vec<u64> {
+        let experts = self.config.topology.experts();
+        self.loads[layer * experts..(layer + 1) * experts].iter_mut().map(std::mem::take).collect()
+    }
+
+    fn observe(&mut self, layer: usize, place: usize) {
+        let experts = self.config.topology.experts();
+        let loads = &mut self.loads[layer * experts..(layer + 1) * experts];
+        for row in self.ring.get(place).counts.chunks_exact(experts) {
+            loads.iter_mut().zip(row).for_each(|(load, &count)| *load += u64::from(count));
+        }
+        let Ok(problem) = Problem::new(&self.config.topology, &self.ring.get(place).counts) else { return };
+        for policy in self.policies.iter_mut().filter(|p| p.kind.is_historical()) {
+            policy.layers[layer].observe(&problem);
+        }
+    }
+
+    fn check(&mut self, endpoint: &mut Endpoint, at: VirtualLayer, place: usize) -> Result<(), RuntimeError> {
+        let kept = self.ring.get(place);
+        let policy = &self.policies[self.active].layers[at.layer];
+        let broken = |violation| RuntimeError::Plan { at, policy: policy.name(), violation };
+        let problem =
+            Problem::new(&self.config.topology, &kept.counts).map_err(|source| RuntimeError::Counts { at, source })?;
+        check_plan(&problem, &kept.plan, &policy.rules()).map_err(broken)?;
+        check_split(&problem, &kept.plan, &kept.split).map_err(broken)?;
+        let ours = digest_plan(&kept.plan);
+        self.digest_send.write::<u64>()?[0] = ours;
+        let op = Operation::AllGather { send: Span::whole(&self.digest_send), recv: Span::whole(&self.digest_recv) };
+        endpoint.aside(op, 0)?;
+        let all = self.digest_recv.read::<u64>()?;
+        match all.iter().position(|&theirs| theirs != ours) {
+            Some(rank) => Err(RuntimeError::DigestMismatch { at, rank, ours, theirs: all[rank] }),
+            None => Ok(()),
+        }
+    }
+
+    /// Weight sync of a kept plan: every home rank puts its masters' weights into the replicas' slots. Moves the bytes now;
+    /// in virtual time it runs beside the computation and ends at the deadline returned. `restore` marks the backward's
+    /// sync, which a historical placement does not pay (its replicas have memory of their own in every layer).
+    pub(crate) fn sync_weights(
+        &mut self,
+        endpoint: &mut Endpoint,
+        layer: usize,
+        place: usize,
+        direction: Direction,
+    ) -> Result<Deadline, RuntimeError> {
+        endpoint.clock.pause();
+        let kept = self.ring.get(place);
+        if kept.transfers.all().is_empty() {
+            return Ok(endpoint.clock.beside(0));
+        }
+        let bytes = self.config.shape.weight_bytes();
+        let charged = !kept.historical || (direction == Direction::Forward && kept.placement_is_new);
+        let copies = if charged { kept.busiest_copies } else { 0 };
+        let deadline = endpoint.clock.beside(endpoint.link().transfer_ns(copies * bytes as u64));
+        endpoint.aside(Operation::Open { window: window::SLOT_WEIGHTS }, 0)?;
+        let weights = &self.masters[layer].weights;
+        let masters = self.config.topology.masters(self.rank);
+        let own = kept.transfers.all().iter().filter(|t| t.from == self.rank).collect::<Vec<_>>();
+        for of_expert in own.chunk_by(|a, b| a.expert == b.expert) {
+            let to = of_expert.iter().map(|t| RemoteSpan {
+                rank: t.to,
+                window: window::SLOT_WEIGHTS,
+                offset: self.slot_index(t.to, t.physical.index()) * bytes,
+            });
+            let offset = (of_expert[0].expert.index() - masters.start) * bytes;
+            let from = Span { region: weights.clone(), offset, bytes };
+            endpoint.aside(Operation::Put { from, to: &to.collect::<Vec<_>>() }, 0)?;
+        }
+        endpoint.aside(Operation::Close { window: window::SLOT_WEIGHTS }, 0)?;
+        Ok(deadline)
+    }
+
+    /// Slot of a physical index on a rank.
+    pub(crate) fn slot_index(&self, rank: Rank, physical: usize) -> usize {
+        physical - self.config.topology.masters(rank).len()
+    }
+
+    /// Grad reduce of a kept plan: every home rank adds its replicas' gradients to its masters', master first, then the
+    /// replicas in the plan's order, so that the sum is the same on every run; then the slots' gradients are zero again.
+    /// In virtual time it runs beside the computation until [`Manager::join_reduce`].
+    pub(crate) fn reduce_grads(
+        &mut self,
+        endpoint: &mut Endpoint,
+        layer: usize,
+        place: usize,
+    ) -> Result<(), RuntimeError> {
+        endpoint.clock.pause();
+        let kept = self.ring.get(place);
+        if kept.transfers.all().is_empty() {
+            return Ok(());
+        }
+        let now = endpoint.clock.now_ns();
+        let start = endpoint.aside(Operation::Open { window: window::SLOT_GRADS }, now)?.stamp;
+        let (bytes, len) = (self.config.shape.weight_bytes(), self.config.shape.weight_len());
+        let masters = self.config.topology.masters(self.rank);
+        let mut adding_ns = 0;
+        for transfer in kept.transfers.all().iter().filter(|t| t.from == self.rank) {
+            let offset = self.slot_index(transfer.to, transfer.physical.index()) * bytes;
+            let from = RemoteSpan { rank: transfer.to, window: window::SLOT_GRADS, offset };
+            endpoint.aside(Operation::Get { from, to: Span::whole(&self.scratch) }, 0)?;
+            let began = thread_cpu_ns();
+            let mut grads = self.masters[layer].grads.write::<f32>()?;
+            let first = (transfer.expert.index() - masters.start) * len;
+            ultraep_device::math::add(&mut grads[first..first + len], &self.scratch.read::<f32>()?);
+            adding_ns += thread_cpu_ns() - began;
+        }
+        let transfer_ns = endpoint.link().transfer_ns(kept.busiest_copies * bytes as u64);
+        let end = endpoint.aside(Operation::Close { window: window::SLOT_GRADS }, start + transfer_ns + adding_ns)?;
+        let began = thread_cpu_ns();
+        let mut slots = self.slot_grads.write::<f32>()?;
+        for transfer in kept.transfers.received_by(self.rank) {
+            let first = self.slot_index(self.rank, transfer.physical.index()) * len;
+            slots[first..first + len].fill(0.0);
+        }
+        self.reducing = Deadline(end.stamp + thread_cpu_ns() - began);
+        Ok(())
+    }
+
+    /// Waits for the grad reduce that is under way, if any: before the slots' gradients are written again.
+    pub fn join_reduce(&mut self, endpoint: &mut Endpoint) {
+        endpoint.join(std::mem::take(&mut self.reducing), Part::GradReduce);
+    }
+}
+
+/// Which pass a weight sync belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Direction {
+    Forward,
+    Backward,
+}
+
+pub(crate) fn expect_size(what: &'static str, got: usize, expected: usize) -> Result<(), RuntimeError> {
+    if got == expected { Ok(()) } else { Err(RuntimeError::Size { what, got, expected }) }
+}
+
+/// A digest of where instances are, whatever their quotas (FNV-1a over ranks and physical indices).
+fn placement_digest(plan: &Plan) -> u64 {
+    let words = plan.instances().iter().flat_map(|i| [i.rank.index() as u64, i.physical.index() as u64]);
+    words.fold(0xCBF2_9CE4_8422_2325, |hash, word| (hash ^ word).wrapping_mul(0x0000_0100_0000_01B3))
+}

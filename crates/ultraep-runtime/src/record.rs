@@ -1,0 +1,114 @@
+//! What one MoE layer did in one microbatch, for run folders and reports.
+
+use ultraep_baselines::PolicyKind;
+use ultraep_plan::{DomainOutcome, Instance, Plan};
+
+use crate::VirtualLayer;
+
+/// Load before and after balancing, with the source axis.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LayerRecord {
+    /// Layer and microbatch.
+    pub at: VirtualLayer,
+    /// The policy that planned.
+    pub policy: PolicyKind,
+    /// `lambda[r,e]`, `[N, E]`.
+    pub counts: Vec<u32>,
+    /// First instance of every expert in `instances`, `[E + 1]`.
+    pub offsets: Vec<u32>,
+    /// Instances by expert, master first.
+    pub instances: Vec<Instance>,
+    /// Tokens of each source for each instance, realised, `[N, instances]`.
+    pub split: Vec<u32>,
+    /// Outcome of planning by domain.
+    pub domains: Vec<DomainOutcome>,
+    /// Digest of the plan.
+    pub digest: u64,
+    /// Load of each rank if every token went to its master.
+    pub rank_load_before: Vec<u64>,
+    /// Load of each rank as it was.
+    pub rank_load_after: Vec<u64>,
+}
+
+impl LayerRecord {
+    pub(crate) fn new(
+        at: VirtualLayer,
+        policy: PolicyKind,
+        kept: &crate::manager::Kept,
+        config: &crate::RuntimeConfig,
+    ) -> Self {
+        let topology = &config.topology;
+        let (ranks, experts) = (topology.ranks(), topology.experts());
+        let mut before = vec![0; ranks];
+        for row in kept.counts.chunks_exact(experts) {
+            for (home, &count) in topology.homes().iter().zip(row) {
+                before[home.index()] += u64::from(count);
+            }
+        }
+        let mut after = vec![0; ranks];
+        for row in kept.split.chunks_exact(kept.plan.instances().len()) {
+            for (instance, &count) in kept.plan.instances().iter().zip(row) {
+                after[instance.rank.index()] += u64::from(count);
+            }
+        }
+        Self {
+            at,
+            policy,
+            counts: kept.counts.clone(),
+            offsets: offsets(&kept.plan),
+            instances: kept.plan.instances().to_vec(),
+            split: kept.split.clone(),
+            domains: kept.plan.domains().to_vec(),
+            digest: ultraep_plan::digest_plan(&kept.plan),
+            rank_load_before: before,
+            rank_load_after: after,
+        }
+    }
+
+    /// Largest over mean rank load before balancing.
+    pub fn imbalance_before(&self) -> f64 {
+        imbalance(&self.rank_load_before)
+    }
+
+    /// Largest over mean rank load after balancing.
+    pub fn imbalance_after(&self) -> f64 {
+        imbalance(&self.rank_load_after)
+    }
+
+    /// Replicas in use.
+    pub fn replicas(&self) -> usize {
+        self.instances.len() + 1 - self.offsets.len()
+    }
+
+    /// Tokens that went to another rank than their source's.
+    pub fn crossed_tokens(&self) -> u64 {
+        let shares = self.split.chunks_exact(self.instances.len()).enumerate();
+        let crossed = |(source, row): (usize, &[u32])| {
+            let remote = self.instances.iter().zip(row).filter(|(i, _)| i.rank.index() != source);
+            remote.map(|(_, &tokens)| u64::from(tokens)).sum::<u64>()
+        };
+        shares.map(crossed).sum()
+    }
+
+    /// Tokens in all.
+    pub fn total_tokens(&self) -> u64 {
+        self.rank_load_before.iter().sum()
+    }
+
+    /// Tokens on the busiest rank after balancing: the activation peak.
+    pub fn peak_tokens(&self) -> u64 {
+        self.rank_load_after.iter().copied().max().unwrap_or(0)
+    }
+}
+
+fn offsets(plan: &Plan) -> Vec<u32> {
+    let ends = (0..plan.experts()).map(|e| plan.range(ultraep_plan::Expert::new(e)).end as u32);
+    std::iter::once(0).chain(ends).collect()
+}
+
+/// Largest over mean; 1 when there is no load.
+fn imbalance(loads: &[u64]) -> f64 {
+    let total: u64 = loads.iter().sum();
+    let largest = loads.iter().copied().max().unwrap_or(0);
+    if total == 0 { 1.0 } else { largest as f64 * loads.len() as f64 / total as f64 }
+}
