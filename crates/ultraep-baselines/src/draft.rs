@@ -25,6 +25,13 @@ pub(crate) enum Bound {
     None,
 }
 
+/// How a [`Draft`] becomes a plan.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Shape {
+    pub(crate) amounts: Amounts,
+    pub(crate) bound: Bound,
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Piece {
     expert: Expert,
@@ -61,8 +68,20 @@ impl Draft {
         }
     }
 
-    /// Writes the plan. Complexity: pieces, times source ranks where round-robin quotas have to be counted.
+    /// Writes the plan of a policy that does not search.
     pub(crate) fn finish(&mut self, problem: &Problem<'_>, amounts: Amounts, bound: Bound, plan: &mut Plan) {
+        self.finish_with(problem, Shape { amounts, bound }, |_| StopReason::NotASearch, plan);
+    }
+
+    /// Writes the plan; `stop` says why the solver of a domain stopped. Complexity: pieces, times source ranks where
+    /// round-robin quotas have to be counted.
+    pub(crate) fn finish_with(
+        &mut self,
+        problem: &Problem<'_>,
+        Shape { amounts, bound }: Shape,
+        stop: impl Fn(Domain) -> StopReason,
+        plan: &mut Plan,
+    ) {
         let topology = problem.topology();
         plan.begin(match amounts {
             Amounts::Quotas(rule) => rule,
@@ -88,7 +107,7 @@ impl Draft {
                 Bound::None => 0,
             };
             let threshold = loads.iter().copied().max().unwrap_or(0) as u32;
-            plan.push_domain(DomainOutcome { threshold, lower_bound, stop: StopReason::NotASearch });
+            plan.push_domain(DomainOutcome { threshold, lower_bound, stop: stop(domain) });
         }
     }
 

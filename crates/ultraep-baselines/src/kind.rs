@@ -3,31 +3,59 @@
 use std::fmt;
 use std::str::FromStr;
 
-use ultraep_plan::{Policy, Topology};
+use ultraep_plan::{Greedy, GreedyParams, Plan, Policy, Rank, Ratio, Topology, UltraepV1, UltraepV1Params, Unbalanced};
 
-use crate::{Eplb, EplbExact, EplbParams, MastersOnly};
+use crate::{Eplb, EplbExact, EplbParams, Llep, LlepParams, Lplb, LplbParams, MastersOnly, MoonEp};
 
 /// Every policy of the project.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub enum PolicyKind {
+    /// Masters only.
+    None,
     /// DeepSeek's EPLB on past loads.
     Eplb,
     /// The EPLB heuristic on the exact counts.
     EplbExact,
+    /// DeepSeek's linear program over a placement from past loads.
+    Lplb,
+    /// Least-loaded expert parallelism.
+    Llep,
+    /// Every rank gets exactly its share.
+    MoonEp,
+    /// The paper's Algorithm 1.
+    Greedy,
+    /// UltraEP v1.0.0 as released.
+    UltraepV1,
     /// The force-balanced bound.
     Ideal,
 }
 
 impl PolicyKind {
     /// All of them, in the order of tables.
-    pub const ALL: [Self; 3] = [Self::Eplb, Self::EplbExact, Self::Ideal];
+    pub const ALL: [Self; 9] = [
+        Self::None,
+        Self::Eplb,
+        Self::EplbExact,
+        Self::Lplb,
+        Self::Llep,
+        Self::MoonEp,
+        Self::Greedy,
+        Self::UltraepV1,
+        Self::Ideal,
+    ];
 
     /// Name on the command line, in tables and in files.
     pub const fn name(self) -> &'static str {
         match self {
+            Self::None => "none",
             Self::Eplb => "eplb",
             Self::EplbExact => "eplb-exact",
+            Self::Lplb => "lplb",
+            Self::Llep => "llep",
+            Self::MoonEp => "moonep",
+            Self::Greedy => "greedy",
+            Self::UltraepV1 => "ultraep-v1",
             Self::Ideal => "ideal",
         }
     }
@@ -35,15 +63,21 @@ impl PolicyKind {
     /// One line for `--help` and reports.
     pub const fn description(self) -> &'static str {
         match self {
+            Self::None => "masters only",
             Self::Eplb => "DeepSeek EPLB: all experts placed anew every few microbatches, from past loads",
             Self::EplbExact => "the EPLB heuristic on the exact counts, masters fixed (the paper's EPLB+)",
+            Self::Lplb => "DeepSeek LPLB: replicas placed from past loads, shares by a linear program",
+            Self::Llep => "least-loaded EP: experts over a cap spill to the least loaded ranks, no slot limit",
+            Self::MoonEp => "MoonEP: every rank gets exactly its share, no slot limit, no locality",
+            Self::Greedy => "the paper's Algorithm 1: bisection on the threshold with a greedy test",
+            Self::UltraepV1 => "UltraEP v1.0.0 as released",
             Self::Ideal => "the bound: routing itself forced to be balanced",
         }
     }
 
     /// Whether it plans from earlier microbatches ([`Policy::observe`]); one instance then serves one layer only.
     pub const fn is_historical(self) -> bool {
-        matches!(self, Self::Eplb)
+        matches!(self, Self::Eplb | Self::Lplb)
     }
 
     /// Whether the caller has to route by [`crate::ideal`] for the policy to mean anything.
@@ -103,17 +137,61 @@ pub enum BuildError {
 }
 
 /// Parameters of all policies; each takes what concerns it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct PolicyParams {
+    /// Tolerated imbalance: `greedy`.
+    pub beta: Ratio,
+    /// `u_min`, least quota of a replica in tokens: `greedy`, `ultraep-v1`.
+    pub min_quota: u32,
     /// `eplb`.
     pub eplb: EplbParams,
+    /// `lplb`.
+    pub lplb: LplbParams,
+    /// `llep`.
+    pub llep: LlepParams,
+}
+
+impl Default for PolicyParams {
+    /// As published.
+    fn default() -> Self {
+        Self {
+            beta: Ratio::BETA,
+            min_quota: 1024,
+            eplb: EplbParams::default(),
+            lplb: LplbParams::default(),
+            llep: LlepParams::default(),
+        }
+    }
 }
 
 /// Builds a policy for `topology`.
 pub fn build(kind: PolicyKind, topology: &Topology, params: &PolicyParams) -> Result<Box<dyn Policy>, BuildError> {
+    let &PolicyParams { beta, min_quota, eplb, lplb, llep } = params;
     Ok(match kind {
-        PolicyKind::Eplb => Box::new(Eplb::new(topology, params.eplb)?),
+        PolicyKind::None => Box::new(Unbalanced::new(topology)),
+        PolicyKind::Eplb => Box::new(Eplb::new(topology, eplb)?),
         PolicyKind::EplbExact => Box::new(EplbExact::new(topology)),
+        PolicyKind::Lplb => Box::new(Lplb::new(topology, lplb)),
+        PolicyKind::Llep => Box::new(Llep::new(topology, llep)),
+        PolicyKind::MoonEp => Box::new(MoonEp::new(topology)?),
+        PolicyKind::Greedy => Box::new(Greedy::new(topology, GreedyParams { beta, min_quota })),
+        PolicyKind::UltraepV1 => {
+            Box::new(UltraepV1::new(topology, UltraepV1Params { min_tokens: min_quota, ..Default::default() }))
+        }
         PolicyKind::Ideal => Box::new(MastersOnly::new(kind.name(), topology)),
     })
+}
+
+/// An empty plan with room for what a policy makes on `topology`, so that solving allocates nothing for it.
+pub fn plan_for(kind: PolicyKind, topology: &Topology) -> Plan {
+    let slots = || (0..topology.ranks()).map(|r| topology.slots(Rank::new(r))).sum::<usize>();
+    let replicas = match kind {
+        PolicyKind::None | PolicyKind::Ideal => 0,
+        // Every physical expert may be away from its home.
+        PolicyKind::Eplb => topology.experts() + slots(),
+        // No limit. A piece fills a rank or ends an expert, but for those under the least piece.
+        PolicyKind::Llep | PolicyKind::MoonEp => topology.experts() + topology.ranks(),
+        _ => slots(),
+    };
+    Plan::with_capacity(topology, replicas)
 }

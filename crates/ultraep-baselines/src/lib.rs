@@ -16,10 +16,16 @@ mod heuristic;
 mod history;
 pub mod ideal;
 mod kind;
+mod llep;
+mod lplb;
 mod masters;
+mod moonep;
 
 pub use eplb::{Eplb, EplbParams, ExpertGroups};
 pub use eplb_exact::EplbExact;
 pub use history::{History, HistoryParams};
-pub use kind::{BuildError, ParsePolicyError, PolicyKind, PolicyParams, build};
+pub use kind::{BuildError, ParsePolicyError, PolicyKind, PolicyParams, build, plan_for};
+pub use llep::{Llep, LlepParams};
+pub use lplb::{Lplb, LplbParams};
 pub use masters::MastersOnly;
+pub use moonep::MoonEp;

@@ -173,6 +173,49 @@ pub fn dot(x: &[f32], y: &[f32]) -> f32 {
     )
 }
 
+/// One AdamW step (Loshchilov and Hutter, 2019).
+#[derive(Clone, Copy, Debug)]
+pub struct AdamStep {
+    /// Learning rate.
+    pub learning_rate: f32,
+    /// Decay of the first moment.
+    pub beta1: f32,
+    /// Decay of the second moment.
+    pub beta2: f32,
+    /// `1 - beta1^t` for step `t`, from 1.
+    pub correction1: f32,
+    /// `1 - beta2^t`.
+    pub correction2: f32,
+    /// Added to the root of the second moment.
+    pub epsilon: f32,
+    /// Decoupled weight decay.
+    pub weight_decay: f32,
+    /// What gradients are multiplied with first.
+    pub gradient_scale: f32,
+}
+
+impl AdamStep {
+    /// Updates weights and moments of `gradient`'s length.
+    pub fn apply(self, weights: &mut [f32], gradient: &[f32], first: &mut [f32], second: &mut [f32]) {
+        let Self { learning_rate, beta1, beta2, epsilon, gradient_scale, .. } = self;
+        let (inverse1, inverse2) = (1.0 / self.correction1, 1.0 / self.correction2);
+        let keep = 1.0 - learning_rate * self.weight_decay;
+        Arch::new().dispatch(
+            #[inline(always)]
+            || {
+                let state = first.iter_mut().zip(second);
+                for ((w, &g), (m, v)) in weights.iter_mut().zip(gradient).zip(state) {
+                    let g = g * gradient_scale;
+                    *m = beta1 * *m + (1.0 - beta1) * g;
+                    *v = beta2 * *v + (1.0 - beta2) * g * g;
+                    let step = *m * inverse1 / ((*v * inverse2).sqrt() + epsilon);
+                    *w = *w * keep - learning_rate * step;
+                }
+            },
+        );
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -220,5 +263,23 @@ mod tests {
             let want: f32 = (0..len).map(|i| (i * i) as f32).sum();
             assert_eq!(dot(&x, &x), want, "{len}");
         }
+    }
+
+    #[test]
+    fn the_first_adam_step_moves_by_the_learning_rate_against_the_gradient() {
+        let step = AdamStep {
+            learning_rate: 0.1,
+            beta1: 0.9,
+            beta2: 0.99,
+            correction1: 0.1,
+            correction2: 0.01,
+            epsilon: 1e-8,
+            weight_decay: 0.5,
+            gradient_scale: 2.0,
+        };
+        let (mut w, mut m, mut v) = ([1.0, 1.0], [0.0; 2], [0.0; 2]);
+        step.apply(&mut w, &[3.0, -3.0], &mut m, &mut v);
+        assert!((w[0] - (0.95 - 0.1)).abs() < 1e-5 && (w[1] - (0.95 + 0.1)).abs() < 1e-5, "{w:?}");
+        assert!((m[0] - 0.6).abs() < 1e-6 && (v[0] - 0.36).abs() < 1e-5);
     }
 }

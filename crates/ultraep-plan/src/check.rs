@@ -392,7 +392,7 @@ fn remote_tokens(problem: &Problem<'_>, plan: &Plan) -> Result<u64, PlanViolatio
 
 /// Checks a split of all sources, `[N, instances]` row-major, of a plan that [`check_plan`] has accepted.
 ///
-/// Per source under every rule; per instance and local first too under [`SplitRule::LocalFirstExact`]. The report says by
+/// Per source under every rule; per instance under the exact ones, and local first under [`SplitRule::LocalFirstExact`]. The report says by
 /// how much other rules miss the quotas.
 pub fn check_split(problem: &Problem<'_>, plan: &Plan, split: &[u32]) -> Result<SplitReport, PlanViolation> {
     let (topology, width) = (problem.topology(), plan.instances().len());
@@ -400,7 +400,8 @@ pub fn check_split(problem: &Problem<'_>, plan: &Plan, split: &[u32]) -> Result<
         let (got, expected) = (split.len(), topology.ranks() * width);
         return Err(PlanViolation::Split(SplitError::Room { got, expected }));
     }
-    let exact = plan.split_rule() == SplitRule::LocalFirstExact;
+    let local_first = plan.split_rule() == SplitRule::LocalFirstExact;
+    let exact = local_first || plan.split_rule() == SplitRule::ProportionalExact;
     let mut realised = vec![0u64; width];
     let mut report = SplitReport::default();
     for source in (0..topology.ranks()).map(Rank::new) {
@@ -414,7 +415,7 @@ pub fn check_split(problem: &Problem<'_>, plan: &Plan, split: &[u32]) -> Result<
             }
             for (instance, &got) in plan.of(expert).iter().zip(of_expert) {
                 let at_home = instance.rank == source;
-                if exact && at_home && got != expected.min(instance.quota) {
+                if local_first && at_home && got != expected.min(instance.quota) {
                     let expected = expected.min(instance.quota);
                     return Err(PlanViolation::LocalFirst { source_rank: source, expert, got, expected });
                 }

@@ -23,6 +23,8 @@ pub enum SplitRule {
     /// Local first, the rest in proportion, both sums exact (ours).
     #[default]
     LocalFirstExact,
+    /// As [`SplitRule::LocalFirstExact`] without the local step: all tokens in proportion, both sums exact (MoonEP).
+    ProportionalExact,
     /// As released in v1.0.0: rounded per source only, may miss quotas by some tokens; `planner-v1`.
     SourceRounded {
         /// Whether a source's own instance takes its tokens first.
@@ -42,6 +44,7 @@ impl SplitRule {
             Self::SourceRounded { locality: false } => 1,
             Self::SourceRounded { locality: true } => 2,
             Self::RoundRobin => 3,
+            Self::ProportionalExact => 4,
         }
     }
 }

@@ -19,6 +19,8 @@
 //! `rho[r] > 0`, `c[r] = 0`, so the own instance gets nothing twice. *Locality of work*: a source needs only its own row, the
 //! column prefix up to its row, and one count for each instance's host.
 //!
+//! [`SplitRule::ProportionalExact`] is the same with nothing kept at home: `a[r] = 0` for all `r`.
+//!
 //! Deviation from the paper (section on quota-aware reroute) and from v1.0.0: those round each source alone, so realised
 //! loads miss quotas by some tokens.
 //!
@@ -86,7 +88,7 @@ pub fn split_source(
     check(problem, plan, source, plan.instances().len(), out.len())?;
     let row = problem.row(source.index());
     match plan.split_rule() {
-        SplitRule::LocalFirstExact => {
+        SplitRule::LocalFirstExact | SplitRule::ProportionalExact => {
             workspace.before.resize(row.len(), 0);
             problem.tokens_before(source, &mut workspace.before);
             exact(problem, plan, source, &workspace.before, out);
@@ -115,7 +117,7 @@ pub fn split_all(
     workspace.before.clear();
     workspace.before.resize(problem.topology().experts(), 0);
     for (source, shares) in out.chunks_exact_mut(width).enumerate() {
-        if plan.split_rule() == SplitRule::LocalFirstExact {
+        if matches!(plan.split_rule(), SplitRule::LocalFirstExact | SplitRule::ProportionalExact) {
             exact(problem, plan, Rank::new(source), &workspace.before, shares);
             workspace.before.iter_mut().zip(problem.row(source)).for_each(|(b, &c)| *b += c);
         } else {
@@ -172,11 +174,12 @@ fn for_replicated(
 }
 
 fn exact(problem: &Problem<'_>, plan: &Plan, source: Rank, before: &[u32], out: &mut [u32]) {
+    let local_first = plan.split_rule() == SplitRule::LocalFirstExact;
     for_replicated(plan, problem.row(source.index()), out, |expert, tokens, instances, shares| {
         let column = Column { problem, expert };
         let (mut x, mut residual, mut cumulative) = (before[expert], tokens, 0);
         for (instance, share) in instances.iter().zip(shares.iter_mut()) {
-            let home = column.at(instance.rank).min(instance.quota);
+            let home = if local_first { column.at(instance.rank).min(instance.quota) } else { 0 };
             if instance.rank < source {
                 x = x.saturating_sub(home);
             } else if instance.rank == source {

@@ -138,6 +138,11 @@ impl ExpertParallel {
         self.records.as_mut().map(std::mem::take).unwrap_or_default()
     }
 
+    /// The way to the other ranks, when these experts are done with.
+    pub fn into_endpoint(self) -> Endpoint {
+        self.endpoint
+    }
+
     /// Forgets all forwards in flight.
     pub fn abandon(&mut self) {
         self.manager.abandon();
@@ -302,12 +307,9 @@ impl ExpertParallel {
     ) -> Result<(), RuntimeError> {
         let (d, top_k) = (self.config().shape.hidden, self.config().top_k);
         let mut send = self.send.write::<f32>()?;
-        for (token, rows) in source.chunks_exact(d).zip(saved.rows.chunks_exact(top_k).enumerate()).map(|(t, r)| (t, r))
-        {
-            for (k, &row) in rows.1.iter().enumerate() {
-                let at = row as usize * d;
-                write(&mut send[at..at + d], token, rows.0 * top_k + k);
-            }
+        for (i, &row) in saved.rows.iter().enumerate() {
+            let (token, at) = (i / top_k * d, row as usize * d);
+            write(&mut send[at..at + d], &source[token..token + d], i);
         }
         Ok(())
     }
