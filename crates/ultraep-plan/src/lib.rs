@@ -37,7 +37,7 @@ pub use deal::{Turns, dealt};
 pub use digest::{digest_counts, digest_plan, digest_problem};
 pub use ids::{Domain, Expert, PhysicalIndex, Rank};
 pub use plan::{DomainOutcome, Instance, Plan, SplitRule, StopReason};
-pub use policies::{Greedy, GreedyParams, UltraepV1, UltraepV1Params, Unbalanced, V1Path};
+pub use policies::{Greedy, GreedyParams, Ultraep, UltraepParams, UltraepV1, UltraepV1Params, Unbalanced, V1Path};
 pub use policy::{PlanRules, Policy, SlotRule, SolveError};
 pub use problem::{Problem, ProblemError};
 pub use ratio::{ParseRatioError, Ratio};
