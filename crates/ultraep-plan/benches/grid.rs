@@ -78,8 +78,8 @@ fn main() {
                 let mean = |s: &[Score], f: fn(&Score) -> f64| s.iter().map(f).sum::<f64>() / s.len() as f64;
                 let worst = |s: &[Score]| s.iter().map(|s| s.imbalance).fold(0.0, f64::max);
                 let (mut ours, mut theirs) = (0, 0);
-                for i in 0..seeds {
-                    let [greedy, v1, own] = [all[0][i], all[1][i], all[2][i]];
+                let [of_greedy, of_v1, of_own] = &all;
+                for ((greedy, v1), own) in of_greedy.iter().zip(of_v1).zip(of_own) {
                     missed += usize::from(own.imbalance > 1.011);
                     worse += usize::from(
                         own.imbalance > greedy.imbalance.max(1.011) || own.imbalance > v1.imbalance.max(1.011),

@@ -1,4 +1,4 @@
-//! Time of plan and own split: `cargo bench -p ultraep-plan --bench speed [-- ROUNDS]`.
+//! Time of plan and own split: `cargo bench -p ultraep-plan --bench speed [-- ROUNDS [SHAPE]]`.
 //!
 //! For each shape: p50 and p99 in ns over `ROUNDS` solves (64 different microbatches in turn) of reading the counts
 //! (the physical floor), `ultraep-v1`, and `ultraep`, all with the own split and from raw counts, interleaved in the same
@@ -48,7 +48,9 @@ fn quantiles(ns: &mut [u64]) -> (u64, u64) {
 }
 
 fn main() {
-    let rounds = std::env::args().skip(1).find_map(|a| a.parse().ok()).unwrap_or(3000);
+    let arguments: Vec<usize> = std::env::args().skip(1).filter_map(|a| a.parse().ok()).collect();
+    let rounds = arguments.first().copied().unwrap_or(3000);
+    let only = arguments.get(1).copied();
     let shapes = [
         (256, 64, 2, 2.0),
         (256, 64, 2, 4.0),
@@ -58,7 +60,8 @@ fn main() {
         (4096, 1024, 2, 3.0),
         (4096, 1024, 8, 8.0),
     ];
-    for (experts, ranks, slots, ratio) in shapes {
+    let chosen = shapes.into_iter().enumerate().filter(|&(i, _)| only.is_none_or(|only| only == i));
+    for (experts, ranks, slots, ratio) in chosen.map(|(_, shape)| shape) {
         let topology = topology(ranks, experts, ranks, slots);
         let large = ranks > 256;
         let batches: Vec<Vec<u32>> = (0..if large { 2 } else { 64 })

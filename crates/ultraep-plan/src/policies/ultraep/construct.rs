@@ -56,10 +56,12 @@ pub(crate) struct Style {
 /// Memory of the construction.
 #[derive(Clone, Debug)]
 pub(crate) struct Builder {
-    /// `(excess << 16) | (MAX - rank)`, largest last.
+    /// Ranks with excess, `(excess << 16) | (MAX - rank)`, as served: last first.
     donors: Vec<u64>,
-    /// `(slack << 16) | (MAX - rank)`, largest last.
+    donors_at_first: Vec<u64>,
+    /// Ranks with slack and slots, `(slack << 16) | (MAX - rank)`, most slack last.
     receivers: Vec<u64>,
+    receivers_at_first: Vec<u64>,
     free: Vec<u16>,
     /// What is left of each expert on its master.
     left: Vec<u32>,
@@ -82,34 +84,45 @@ fn rank(key: u64) -> usize {
 
 impl Builder {
     pub(crate) fn new(topology: &Topology) -> Self {
+        let ranks = topology.domain_ranks();
         Self {
-            donors: Vec::with_capacity(topology.domain_ranks()),
-            receivers: Vec::with_capacity(topology.domain_ranks()),
-            free: vec![0; topology.domain_ranks()],
+            donors: Vec::with_capacity(ranks),
+            donors_at_first: Vec::with_capacity(ranks),
+            receivers: Vec::with_capacity(ranks),
+            receivers_at_first: Vec::with_capacity(ranks),
+            free: vec![0; ranks],
             left: Vec::with_capacity(topology.experts()),
             moves: Vec::with_capacity(total_slots(topology)),
         }
     }
 
-    /// Builds replicas that bring every rank within its capacity at `tau`; `self.moves` holds them. `false` when some
-    /// excess is left.
-    pub(crate) fn build(&mut self, field: &Field, tau: u32, style: Style) -> bool {
+    /// Sorts the ranks into donors and receivers at `tau`, for the constructions that follow.
+    pub(crate) fn prepare(&mut self, field: &Field, tau: u32) {
+        self.donors_at_first.clear();
+        self.receivers_at_first.clear();
+        for (r, (&load, &slots)) in field.load.iter().zip(&field.slots).enumerate() {
+            let capacity = field.capacity(r, tau);
+            if load > capacity {
+                self.donors_at_first.push(key(load - capacity, r));
+            } else if capacity - load >= field.min_quota && slots > 0 {
+                self.receivers_at_first.push(key(capacity - load, r));
+            }
+        }
+        self.donors_at_first.sort_unstable();
+        self.receivers_at_first.sort_unstable();
+    }
+
+    /// Builds replicas that bring every rank within its capacity at the `tau` that was prepared; `self.moves` holds
+    /// them. `false` when some excess is left.
+    pub(crate) fn build(&mut self, field: &Field, style: Style) -> bool {
         self.moves.clear();
         self.donors.clear();
         self.receivers.clear();
-        self.free.copy_from_slice(&field.slots);
         self.left.clear();
+        self.donors.extend_from_slice(&self.donors_at_first);
+        self.receivers.extend_from_slice(&self.receivers_at_first);
+        self.free.copy_from_slice(&field.slots);
         self.left.extend_from_slice(&field.experts);
-        for r in 0..field.ranks() {
-            let (load, capacity) = (field.load[r], field.capacity(r, tau));
-            if load > capacity {
-                self.donors.push(key(load - capacity, r));
-            } else if capacity - load >= field.min_quota && field.slots[r] > 0 {
-                self.receivers.push(key(capacity - load, r));
-            }
-        }
-        self.donors.sort_unstable();
-        self.receivers.sort_unstable();
         if style.order == Order::Smallest {
             self.donors.reverse();
         }

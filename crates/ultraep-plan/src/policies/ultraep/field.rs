@@ -115,6 +115,11 @@ impl Field {
     ///
     /// Both are monotone in `tau`; the bound is the least `tau` that fulfils them.
     pub(crate) fn lower_bound(&self) -> u32 {
+        let mean = (u64::from(self.total) * u64::from(FULL_SPEED)).div_ceil(self.speeds());
+        let mean = u32::try_from(mean).unwrap_or(u32::MAX);
+        if self.mean_is_plain(mean) {
+            return mean;
+        }
         let mut top = Top::default();
         let room: usize = self.slots.iter().map(|&s| usize::from(s)).sum();
         let most_slots = self.slots.iter().copied().max().unwrap_or(0) as usize;
@@ -122,8 +127,7 @@ impl Field {
         let holds = |r: usize| u64::from(self.load[r]) + top.sum(self.slots[r] as usize);
         let stays = (0..self.ranks()).map(|r| self.weigh(r, self.stays(r, room - self.slots[r] as usize)));
         let mut low = stays.max().unwrap_or(0);
-        let mean = (u64::from(self.total) * u64::from(FULL_SPEED)).div_ceil(self.speeds());
-        low = low.max(u32::try_from(mean).unwrap_or(u32::MAX));
+        low = low.max(mean);
         let reached = |tau: u32| {
             let most: u64 = (0..self.ranks()).map(|r| u64::from(self.capacity(r, tau)).min(holds(r))).sum();
             most >= u64::from(self.total)
@@ -137,6 +141,23 @@ impl Field {
             if reached(middle) { high = middle } else { low = middle + 1 }
         }
         high
+    }
+
+    /// Whether both conditions hold at the mean for a plain reason: every expert but the smallest can travel, and every
+    /// rank with room has a slot for the largest expert, which fills it.
+    fn mean_is_plain(&self, mean: u32) -> bool {
+        let room: usize = self.slots.iter().map(|&s| usize::from(s)).sum();
+        let largest = self.experts.iter().copied().max().unwrap_or(0);
+        let least = (0..self.ranks()).map(|r| self.capacity(r, mean)).min().unwrap_or(0);
+        let masters = self.masters.windows(2).map(|m| m[1] - m[0]).max().unwrap_or(0);
+        let most_slots = self.slots.iter().copied().max().unwrap_or(0);
+        room >= usize::from(masters + most_slots)
+            && u64::from(masters) * u64::from(self.min_quota - 1) <= u64::from(least)
+            && largest >= self.min_quota
+            && (0..self.ranks()).all(|r| {
+                let (capacity, load) = (self.capacity(r, mean), self.load[r]);
+                load >= capacity || (self.slots[r] > 0 && largest >= capacity - load)
+            })
     }
 
     /// Tokens that cannot leave rank `r` when others have `room` slots.

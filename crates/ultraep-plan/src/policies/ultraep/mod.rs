@@ -136,7 +136,8 @@ impl Ultraep {
         while low < high {
             let middle = low + (high - low) / 2;
             let mut styles = PLAIN.iter().chain(&TIGHT);
-            if styles.any(|&style| self.builder.build(&self.field, middle, style)) {
+            self.builder.prepare(&self.field, middle);
+            if styles.any(|&style| self.builder.build(&self.field, style)) {
                 high = middle;
             } else {
                 low = middle + 1;
@@ -148,11 +149,16 @@ impl Ultraep {
     /// Builds in every way of `styles` and keeps the best that fits. `false` when none does.
     fn keep_best(&mut self, tau: u32, styles: &[Style]) -> bool {
         let mut best = None;
+        self.builder.prepare(&self.field, tau);
         for &style in styles {
-            if !self.builder.build(&self.field, tau, style) {
+            if !self.builder.build(&self.field, style) {
                 continue;
             }
-            let score = (self.builder.moves.len(), self.most_sends());
+            let replicas = self.builder.moves.len();
+            if best.is_some_and(|(fewest, _)| replicas > fewest) {
+                continue;
+            }
+            let score = (replicas, self.most_sends());
             if best.is_none_or(|b| score < b) {
                 best = Some(score);
                 core::mem::swap(&mut self.best, &mut self.builder.moves);
