@@ -112,10 +112,14 @@ fn barrier_stamps(mut fabric: Box<dyn Fabric>, _seed: u64) -> Report {
 
 fn all_gather(mut fabric: Box<dyn Fabric>, seed: u64) -> Report {
     let (me, ranks) = (fabric.rank().index(), fabric.ranks());
-    let largest = if ranks > 5 { 300_000 } else { 700_001 };
+    // Exactly one staging chunk, and a bit more than two; smaller with many ranks, for the sake of the test's time.
+    let (chunk, largest) = if ranks > 5 { (5000, 262_145) } else { (256 * 1024, 524_289) };
     let mut seen = 0;
-    for (round, size) in [0, 1, 3, 64, 1000, 0, 256 * 1024, largest].into_iter().enumerate() {
+    for (round, size) in [0, 1, 3, 64, 1000, 0, chunk, largest].into_iter().enumerate() {
         for in_place in [false, true] {
+            if in_place && ranks > 5 && size == largest {
+                continue;
+            }
             let purpose = seed * 100 + round as u64;
             let mine = bytes(purpose, me, size);
             // With something before and after, which must stay as it is.

@@ -113,7 +113,8 @@ impl Random {
 /// Test bytes that tell sender, purpose and place.
 pub(crate) fn bytes(purpose: u64, rank: usize, count: usize) -> Vec<u8> {
     let mut random = Random(purpose.wrapping_mul(1_000_003).wrapping_add(rank as u64));
-    (0..count).map(|_| (random.next() >> 40) as u8).collect()
+    let words = (0..count.div_ceil(8)).flat_map(|_| random.next().to_le_bytes());
+    words.take(count).collect()
 }
 
 /// Folds bytes into a digest (FNV-1a).
