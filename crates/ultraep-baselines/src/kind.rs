@@ -8,7 +8,7 @@ use ultraep_plan::{Greedy, GreedyParams, Plan, Policy, Rank, Ratio, Topology, Ul
 use crate::{Eplb, EplbExact, EplbParams, Llep, LlepParams, Lplb, LplbParams, MastersOnly, MoonEp};
 
 /// Every policy of the project.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub enum PolicyKind {
     /// Masters only.
@@ -24,6 +24,7 @@ pub enum PolicyKind {
     /// Every rank gets exactly its share.
     MoonEp,
     /// The paper's Algorithm 1.
+    #[default]
     Greedy,
     /// UltraEP v1.0.0 as released.
     UltraepV1,

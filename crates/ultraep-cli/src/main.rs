@@ -1,5 +1,51 @@
-//! The `ultraep` command.
-fn main() {
-    eprintln!("ultraep: no command is built yet");
-    std::process::exit(2);
+//! The `ultraep` command: parses arguments, dispatches, and turns every error into one line and an exit code.
+//!
+//! What it is for: the only place that reads the command line. Each command has a file under `commands`.
+//!
+//! What it must never do: compute anything that a library could, or print logs on stdout (results only; everything else
+//! goes to stderr).
+
+#![forbid(unsafe_code)]
+
+mod commands;
+mod error;
+mod evaluate;
+mod input;
+mod picture;
+mod timing;
+
+use std::io::{self, BufWriter, Write};
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use commands::Command;
+use error::CliError;
+
+/// Balance the experts of mixture-of-experts models from the exact load, in real time.
+#[derive(Debug, Parser)]
+#[command(name = "ultraep", version, max_term_width = 100, arg_required_else_help = false, after_help = EXIT_CODES)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+const EXIT_CODES: &str = "Exit codes: 0 success, 1 failure, 2 usage or bad input.";
+
+fn main() -> ExitCode {
+    let result = match Cli::try_parse() {
+        Ok(cli) => run(&cli.command),
+        Err(error) => CliError::from_clap(&error),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => error.report(),
+    }
+}
+
+fn run(command: &Command) -> Result<(), CliError> {
+    let mut out = BufWriter::new(io::stdout().lock());
+    command.run(&mut out)?;
+    out.flush()?;
+    Ok(())
 }

@@ -1,0 +1,389 @@
+//! `ultraep bench`: how long planning, splitting and rerouting take, with the physical floor measured in the same run.
+
+use std::hint::black_box;
+use std::io::Write;
+
+use comfy_table::{CellAlignment, Table, presets};
+use serde::Serialize;
+use ultraep_baselines::{PolicyKind, build, plan_for};
+use ultraep_load::{LoadMatrix, LoadParams, Workload, generate};
+use ultraep_plan::{
+    Cursor, Plan, Policy, Problem, Rank, Ratio, RouteTable, SplitWorkspace, Tally, Topology, digest_counts,
+    digest_plan, split_all, split_source,
+};
+
+use super::write_json;
+use crate::error::CliError;
+use crate::input::{GroupArgs, PolicyArgs};
+use crate::timing::{Times, measure, pretty};
+
+/// What is measured.
+#[derive(Debug, clap::Subcommand)]
+pub(crate) enum Bench {
+    /// From counts to a plan; floor: reading the count matrix once
+    #[command(after_help = EXAMPLES)]
+    Plan(Args),
+    /// From a plan to the shares of a source; floor: copying the source's row or the matrix once
+    #[command(after_help = EXAMPLES)]
+    Split(Args),
+    /// From logical to physical routing of one rank's tokens; floor: copying inputs and outputs once
+    #[command(after_help = EXAMPLES)]
+    Reroute(Args),
+}
+
+const EXAMPLES: &str = "Examples:
+  ultraep bench plan
+  ultraep bench plan --ranks 64 --experts 128 --slots 1 --ratio 8 --min-quota 1
+  ultraep bench split --ranks 1024 --experts 4096 --slots 8 --iterations 50 --json
+  ultraep bench reroute --tokens 8192";
+
+/// The problem and how often to solve it.
+#[derive(Clone, Copy, Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Ranks in the group
+    #[arg(long, default_value_t = 64, value_name = "N")]
+    ranks: usize,
+    /// Logical experts
+    #[arg(long, default_value_t = 256, value_name = "E")]
+    experts: usize,
+    /// Slots for replicas on each rank
+    #[arg(long, default_value_t = 2, value_name = "R")]
+    slots: usize,
+    /// Ranks in a domain [default: all ranks]
+    #[arg(long, value_name = "G")]
+    domain: Option<usize>,
+    /// Imbalance before balancing
+    #[arg(long, default_value = "2", value_name = "RATIO")]
+    ratio: Ratio,
+    /// Which load is generated
+    #[arg(long, default_value_t = Workload::HotRankZipf, value_name = "NAME")]
+    workload: Workload,
+    /// Tokens of each source rank
+    #[arg(long, default_value_t = 4096, value_name = "TOKENS")]
+    tokens: u32,
+    /// Experts that a token chooses
+    #[arg(long, default_value_t = 8, value_name = "K")]
+    top_k: u32,
+    /// Seed of the load
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Which policy plans
+    #[arg(long, default_value_t, value_name = "NAME")]
+    policy: PolicyKind,
+    #[command(flatten)]
+    params: PolicyArgs,
+    /// Measured runs, after a tenth as many that do not count
+    #[arg(long, default_value_t = 1000, value_name = "RUNS", value_parser = iterations)]
+    iterations: usize,
+    /// JSON (schema ultraep.bench/1) instead of a table
+    #[arg(long)]
+    json: bool,
+}
+
+fn iterations(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(number @ 1..=10_000_000) => Ok(number),
+        _ => Err("allowed are 1 to 10000000".to_owned()),
+    }
+}
+
+/// `ultraep.bench/1`.
+#[derive(Debug, Serialize)]
+struct Record {
+    schema: &'static str,
+    bench: &'static str,
+    policy: &'static str,
+    workload: &'static str,
+    ranks: usize,
+    experts: usize,
+    slots_per_rank: usize,
+    domain: usize,
+    tokens_per_rank: u32,
+    top_k: u32,
+    imbalance_before: f64,
+    iterations: usize,
+    lines: Vec<Line>,
+}
+
+/// One measurement beside its floor.
+#[derive(Debug, Serialize)]
+struct Line {
+    name: &'static str,
+    #[serde(flatten)]
+    times: Times,
+    floor: &'static str,
+    floor_p50_ns: u64,
+    /// `p50_ns` over `floor_p50_ns`.
+    ratio: f64,
+    digest: String,
+}
+
+impl Line {
+    fn new(name: &'static str, times: Times, (floor, least): (&'static str, Times), digest: u64) -> Self {
+        let floor_p50_ns = least.p50_ns.max(1);
+        let ratio = times.p50_ns as f64 / floor_p50_ns as f64;
+        Self { name, times, floor, floor_p50_ns, ratio, digest: format!("{digest:016x}") }
+    }
+}
+
+/// One kind of bench.
+type Measurement = fn(&Subject<'_>) -> Result<Vec<Line>, CliError>;
+
+impl Bench {
+    pub(crate) fn run(&self, out: &mut dyn Write) -> Result<(), CliError> {
+        let (name, args, lines): (_, _, Measurement) = match self {
+            Self::Plan(args) => ("plan", args, plan),
+            Self::Split(args) => ("split", args, split),
+            Self::Reroute(args) => ("reroute", args, reroute),
+        };
+        let group = GroupArgs { slots: args.slots, domain: args.domain };
+        let topology = group.topology(args.ranks, args.experts)?;
+        let params = LoadParams {
+            tokens_per_rank: args.tokens,
+            top_k: args.top_k,
+            ratio: args.ratio,
+            seed: args.seed,
+            microbatch: 7,
+        };
+        let load = generate(args.workload, &topology, &params).map_err(CliError::input)?;
+        let subject = Subject { args, topology: &topology, load: &load };
+        let record = Record {
+            schema: "ultraep.bench/1",
+            bench: name,
+            policy: args.policy.name(),
+            workload: args.workload.name(),
+            ranks: args.ranks,
+            experts: args.experts,
+            slots_per_rank: args.slots,
+            domain: topology.domain_ranks(),
+            tokens_per_rank: args.tokens,
+            top_k: args.top_k,
+            imbalance_before: imbalance(&load, &topology),
+            iterations: args.iterations,
+            lines: lines(&subject)?,
+        };
+        if args.json { write_json(out, &record) } else { print(&record, out) }
+    }
+}
+
+fn imbalance(load: &LoadMatrix, topology: &Topology) -> f64 {
+    let largest = load.rank_loads(topology).into_iter().max().unwrap_or(0);
+    f64::from(largest) * topology.ranks() as f64 / f64::from(load.total().max(1))
+}
+
+/// What is measured on.
+struct Subject<'a> {
+    args: &'a Args,
+    topology: &'a Topology,
+    load: &'a LoadMatrix,
+}
+
+/// The rank whose own split and tokens are measured.
+const OWN: Rank = Rank::new(0);
+
+impl Subject<'_> {
+    fn policy(&self) -> Result<Box<dyn Policy>, CliError> {
+        build(self.args.policy, self.topology, &self.args.params.params()).map_err(CliError::input)
+    }
+
+    fn problem(&self) -> Result<Problem<'_>, CliError> {
+        Problem::new(self.topology, self.load.counts()).map_err(CliError::input)
+    }
+
+    fn plan(&self) -> Result<Plan, CliError> {
+        let mut plan = plan_for(self.args.policy, self.topology);
+        self.policy()?.solve(&self.problem()?, &mut plan).map_err(CliError::input)?;
+        Ok(plan)
+    }
+
+    fn measure<T>(&self, work: impl FnMut() -> T) -> Times {
+        measure(self.args.iterations, work)
+    }
+}
+
+fn plan(subject: &Subject<'_>) -> Result<Vec<Line>, CliError> {
+    let (topology, counts) = (subject.topology, subject.load.counts());
+    let mut policy = subject.policy()?;
+    let mut plan = subject.plan()?;
+    let digest = digest_plan(&plan);
+    let mut tally = Tally::new(topology);
+    let mut workspace = SplitWorkspace::new(topology);
+    let mut shares = vec![0; plan.instances().len()];
+    let floor = ("read counts", subject.measure(|| read(black_box(counts))));
+    let only = subject.measure(|| {
+        let problem = Problem::tallied(topology, black_box(counts), OWN, &mut tally)?;
+        policy.solve(&problem, &mut plan)
+    });
+    let both = subject.measure(|| {
+        let problem = Problem::tallied(topology, black_box(counts), OWN, &mut tally).ok()?;
+        policy.solve(&problem, &mut plan).ok()?;
+        split_source(&problem, &plan, OWN, &mut workspace, &mut shares).ok()
+    });
+    if digest_plan(&plan) != digest {
+        return Err(CliError::Failure("the same counts gave two different plans".to_owned()));
+    }
+    let of_both = digest_counts(&[digest as u32, (digest >> 32) as u32, digest_counts(&shares) as u32]);
+    Ok(vec![Line::new("plan", only, floor, digest), Line::new("plan + own split", both, floor, of_both)])
+}
+
+/// Reads every count once.
+fn read(counts: &[u32]) -> u32 {
+    counts.iter().fold(0, |sum, &count| sum ^ count)
+}
+
+fn split(subject: &Subject<'_>) -> Result<Vec<Line>, CliError> {
+    let (topology, counts) = (subject.topology, subject.load.counts());
+    let plan = subject.plan()?;
+    let width = plan.instances().len();
+    let mut workspace = SplitWorkspace::new(topology);
+    let (mut own, mut all) = (vec![0; width], vec![0; width * topology.ranks()]);
+    let mut copy = vec![0; counts.len()];
+    let experts = topology.experts();
+    let row_floor = subject.measure(|| copy[..experts].copy_from_slice(black_box(&counts[..experts])));
+    let all_floor = subject.measure(|| copy.copy_from_slice(black_box(counts)));
+    let mut tally = Tally::new(topology);
+    let problem = Problem::tallied(topology, counts, OWN, &mut tally).map_err(CliError::input)?;
+    let of_own = subject.measure(|| split_source(&problem, black_box(&plan), OWN, &mut workspace, &mut own));
+    let of_all = subject.measure(|| split_all(&problem, black_box(&plan), &mut workspace, &mut all));
+    Ok(vec![
+        Line::new("own split", of_own, ("copy own row", row_floor), digest_counts(&own)),
+        Line::new("splits of all sources", of_all, ("copy counts", all_floor), digest_counts(&all)),
+    ])
+}
+
+/// The chosen experts of one source's tokens, `[tokens, k]`, so that they have the counts of `row`: the list of experts,
+/// each as often as it is chosen, dealt to the tokens in turn. No expert has more choices than there are tokens, so no
+/// token gets one twice. Then tokens are spread by a stride, so that neighbours differ.
+fn choices(row: &[u32], top_k: usize) -> Vec<i32> {
+    let dealt: Vec<i32> =
+        row.iter().enumerate().flat_map(|(e, &c)| std::iter::repeat_n(e as i32, c as usize)).collect();
+    let tokens = dealt.len() / top_k;
+    let gcd = |mut a: usize, mut b: usize| {
+        while b > 0 {
+            (a, b) = (b, a % b);
+        }
+        a
+    };
+    let stride = (tokens * 5 / 8 + 1..).find(|&s| gcd(s, tokens.max(1)) == 1).unwrap_or(1);
+    let token_at = |place: usize| place * stride % tokens.max(1);
+    (0..tokens)
+        .flat_map(|place| (0..top_k).map(move |k| (place, k)))
+        .map(|(place, k)| dealt[token_at(place) + k * tokens])
+        .collect()
+}
+
+fn reroute(subject: &Subject<'_>) -> Result<Vec<Line>, CliError> {
+    let topology = subject.topology;
+    let internal = |error: &dyn std::fmt::Display| CliError::Failure(error.to_string());
+    let plan = subject.plan()?;
+    let mut shares = vec![0; plan.instances().len()];
+    split_source(&subject.problem()?, &plan, OWN, &mut SplitWorkspace::new(topology), &mut shares)
+        .map_err(|e| internal(&e))?;
+    let physical_per_rank = plan.instances().iter().map(|i| i.physical.index() + 1).max().unwrap_or(1);
+    let mut table = RouteTable::new(topology, physical_per_rank);
+    table.prepare(&plan, &shares).map_err(|e| internal(&e))?;
+    let ids = choices(subject.load.row(OWN.index()), subject.args.top_k as usize);
+    let sparse = sparse(subject, &table, &ids).map_err(|e| internal(&e))?;
+    let (forward, backward) = dense(subject, &table, &ids).map_err(|e| internal(&e))?;
+    Ok(vec![sparse, forward, backward])
+}
+
+fn sparse(subject: &Subject<'_>, table: &RouteTable, ids: &[i32]) -> Result<Line, ultraep_plan::AssignError> {
+    let mut cursor = Cursor::new(subject.topology);
+    let (mut physical, mut copy) = (vec![0; ids.len()], vec![0; ids.len()]);
+    table.start(&mut cursor);
+    table.assign(&mut cursor, ids, &mut physical)?;
+    let floor = subject.measure(|| copy.copy_from_slice(black_box(ids)));
+    let times = subject.measure(|| {
+        table.start(&mut cursor);
+        table.assign(&mut cursor, black_box(ids), &mut physical)
+    });
+    let words: Vec<u32> = physical.iter().map(|&p| p as u32).collect();
+    Ok(Line::new("sparse forward", times, ("copy ids", floor), digest_counts(&words)))
+}
+
+fn dense(subject: &Subject<'_>, table: &RouteTable, ids: &[i32]) -> Result<(Line, Line), ultraep_plan::AssignError> {
+    let (experts, width) = (subject.topology.experts(), table.physical_experts());
+    let tokens = ids.len() / subject.args.top_k as usize;
+    let (mut mask, mut values) = (vec![0_u8; tokens * experts], vec![0.0_f32; tokens * experts]);
+    for (choice, &id) in ids.iter().enumerate() {
+        let at = choice / subject.args.top_k as usize * experts + id as usize;
+        mask[at] = 1;
+        values[at] = 1.0 + choice as f32;
+    }
+    let (mut physical_mask, mut physical_values) = (vec![0_u8; tokens * width], vec![0.0_f32; tokens * width]);
+    let mut gradient = vec![0.0_f32; tokens * experts];
+    let mut cursor = Cursor::new(subject.topology);
+    table.start(&mut cursor);
+    table.reroute_dense(&mut cursor, &mask, &values, &mut physical_mask, &mut physical_values)?;
+    table.start(&mut cursor);
+    table.reroute_dense_backward(&mut cursor, &mask, &physical_values, &mut gradient)?;
+    let of_forward = digest_counts(&physical_values.iter().map(|v| v.to_bits()).collect::<Vec<_>>());
+    let of_backward = digest_counts(&gradient.iter().map(|v| v.to_bits()).collect::<Vec<_>>());
+
+    let (mut mask_copy, mut values_copy) = (mask.clone(), values.clone());
+    let (mut physical_mask_copy, mut physical_copy) = (physical_mask.clone(), physical_values.clone());
+    let forward_floor = subject.measure(|| {
+        mask_copy.copy_from_slice(black_box(&mask));
+        values_copy.copy_from_slice(black_box(&values));
+        physical_mask_copy.copy_from_slice(black_box(&physical_mask));
+        physical_copy.copy_from_slice(black_box(&physical_values));
+    });
+    let backward_floor = subject.measure(|| {
+        mask_copy.copy_from_slice(black_box(&mask));
+        physical_copy.copy_from_slice(black_box(&physical_values));
+        values_copy.copy_from_slice(black_box(&gradient));
+    });
+    let forward = subject.measure(|| {
+        table.start(&mut cursor);
+        table.reroute_dense(&mut cursor, black_box(&mask), &values, &mut physical_mask, &mut physical_values)
+    });
+    let backward = subject.measure(|| {
+        table.start(&mut cursor);
+        table.reroute_dense_backward(&mut cursor, black_box(&mask), &physical_values, &mut gradient)
+    });
+    let floor = "copy maps in and out";
+    Ok((
+        Line::new("dense forward", forward, (floor, forward_floor), of_forward),
+        Line::new("dense backward", backward, (floor, backward_floor), of_backward),
+    ))
+}
+
+fn print(record: &Record, out: &mut dyn Write) -> Result<(), CliError> {
+    writeln!(
+        out,
+        "{} of {}: {} experts on {} ranks, {} slots, {} at {:.2}, {} tokens a rank, top-{}; {} runs",
+        record.bench,
+        record.policy,
+        record.experts,
+        record.ranks,
+        record.slots_per_rank,
+        record.workload,
+        record.imbalance_before,
+        record.tokens_per_rank,
+        record.top_k,
+        record.iterations
+    )?;
+    let mut table = Table::new();
+    table.load_style(presets::UTF8_FULL_CONDENSED);
+    table.set_header(["", "p50", "p99", "max", "floor", "floor p50", "ratio", "digest"]);
+    for line in &record.lines {
+        table.add_row([
+            line.name.to_owned(),
+            pretty(line.times.p50_ns),
+            pretty(line.times.p99_ns),
+            pretty(line.times.max_ns),
+            line.floor.to_owned(),
+            pretty(line.floor_p50_ns),
+            format!("{:.2}", line.ratio),
+            line.digest.clone(),
+        ]);
+    }
+    for column in [1, 2, 3, 5, 6] {
+        if let Some(column) = table.column_mut(column) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+    writeln!(out, "{table}")?;
+    Ok(())
+}

@@ -1,0 +1,320 @@
+//! `ultraep plan`: one load, one policy, the whole plan.
+
+use std::io::Write;
+use std::path::PathBuf;
+
+use comfy_table::{Table, presets};
+use serde::{Serialize, Serializer};
+use ultraep_baselines::PolicyKind;
+use ultraep_plan::{Expert, Plan, PlanReport, Problem, Rank, SplitWorkspace, StopReason, Topology, split_source};
+
+use super::write_json;
+use crate::error::{CliError, note};
+use crate::evaluate::{Evaluator, Outcome, quotient};
+use crate::input::{GroupArgs, PolicyArgs, policy_list, read_loads};
+use crate::picture;
+
+/// Arguments of `ultraep plan`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = format!("Policies:\n{}\n{EXAMPLES}", policy_list()))]
+pub(crate) struct Args {
+    /// Counts: .json ({"loads": [[...]]}), .csv or .npy; rows = source ranks, columns = experts
+    loads: PathBuf,
+    #[command(flatten)]
+    group: GroupArgs,
+    /// Which policy plans
+    #[arg(long, default_value_t, value_name = "NAME")]
+    policy: PolicyKind,
+    #[command(flatten)]
+    params: PolicyArgs,
+    /// Say which source's tokens go to which instance
+    #[arg(long)]
+    split: bool,
+    /// JSON (schema ultraep.plan/1) instead of a table
+    #[arg(long)]
+    json: bool,
+}
+
+const EXAMPLES: &str = "Examples:
+  ultraep plan loads.csv --slots 2
+  ultraep plan loads.npy --slots 1 --domain 32 --min-quota 1 --json
+  ultraep plan loads.json --slots 2 --policy greedy --split --json | jq .imbalance_after";
+
+pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<(), CliError> {
+    let load = read_loads(&args.loads)?;
+    let topology = args.group.topology(load.ranks(), load.experts())?;
+    let mut evaluator = Evaluator::new(args.policy, &topology, &args.params.params())?;
+    let counts = evaluator.counts(&load);
+    let outcome = evaluator.microbatch(&counts, 1)?;
+    if args.policy.is_historical() {
+        note(format_args!("{} plans from earlier microbatches; one load gives it none: masters only", args.policy));
+    }
+    if args.policy.forces_routing() {
+        note(format_args!("{} changes the routing: the load it meets is balanced, not the file's", args.policy));
+    }
+    let answer = Answer { args, topology: &topology, counts: &counts, plan: &evaluator.plan, outcome: &outcome };
+    if args.json { write_json(out, &answer.json()?) } else { answer.print(out) }
+}
+
+/// A plan and what it was made for.
+struct Answer<'a> {
+    args: &'a Args,
+    topology: &'a Topology,
+    counts: &'a [u32],
+    plan: &'a Plan,
+    outcome: &'a Outcome,
+}
+
+/// `ultraep.plan/1`.
+#[derive(Debug, Serialize)]
+struct Json<'a> {
+    schema: &'static str,
+    policy: &'static str,
+    ranks: usize,
+    experts: usize,
+    masters_per_rank: PerRank,
+    slots_per_rank: usize,
+    domain: usize,
+    threshold: Vec<u32>,
+    lower_bound: Vec<u32>,
+    stop_reason: &'static str,
+    instances: Vec<JsonInstance>,
+    rank_load_before: &'a [u32],
+    rank_load_after: &'a [u32],
+    imbalance_before: f64,
+    imbalance_after: f64,
+    replicas: usize,
+    max_fanout: usize,
+    max_sends: usize,
+    remote_tokens: u64,
+    total_tokens: u64,
+    digest: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    split: Option<Vec<JsonShare>>,
+}
+
+/// One number, or one a rank where ranks differ.
+#[derive(Debug)]
+struct PerRank(Vec<usize>);
+
+impl Serialize for PerRank {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match &self.0[..] {
+            [first, rest @ ..] if rest.iter().all(|n| n == first) => first.serialize(serializer),
+            all => all.serialize(serializer),
+        }
+    }
+}
+
+#[derive(Debug, Serialize)]
+struct JsonInstance {
+    expert: usize,
+    rank: usize,
+    slot: usize,
+    quota: u32,
+}
+
+#[derive(Debug, Serialize)]
+struct JsonShare {
+    expert: usize,
+    source: usize,
+    tokens: Vec<u32>,
+}
+
+impl<'a> Answer<'a> {
+    fn report(&self) -> &'a PlanReport {
+        &self.outcome.report
+    }
+
+    /// The least favourable reason of all domains.
+    fn stop(&self) -> StopReason {
+        let order = [
+            StopReason::SearchExhausted,
+            StopReason::LowerBound,
+            StopReason::TargetReached,
+            StopReason::AlreadyBalanced,
+            StopReason::NotASearch,
+        ];
+        let found = order.into_iter().find(|reason| self.plan.domains().iter().any(|d| d.stop == *reason));
+        found.unwrap_or_default()
+    }
+
+    fn json(&self) -> Result<Json<'a>, CliError> {
+        let (topology, plan, report) = (self.topology, self.plan, self.report());
+        let of = |e: usize| {
+            let one = move |i: &ultraep_plan::Instance| JsonInstance {
+                expert: e,
+                rank: i.rank.index(),
+                slot: i.physical.index(),
+                quota: i.quota,
+            };
+            plan.of(Expert::new(e)).iter().map(one)
+        };
+        Ok(Json {
+            schema: "ultraep.plan/1",
+            policy: self.args.policy.name(),
+            ranks: topology.ranks(),
+            experts: topology.experts(),
+            masters_per_rank: PerRank((0..topology.ranks()).map(|r| topology.masters(Rank::new(r)).len()).collect()),
+            slots_per_rank: self.args.group.slots,
+            domain: topology.domain_ranks(),
+            threshold: plan.domains().iter().map(|d| d.threshold).collect(),
+            lower_bound: plan.domains().iter().map(|d| d.lower_bound).collect(),
+            stop_reason: stop_name(self.stop()),
+            instances: (0..topology.experts()).flat_map(of).collect(),
+            rank_load_before: &report.rank_load_before,
+            rank_load_after: &report.rank_load_after,
+            imbalance_before: quotient(report.imbalance_before()),
+            imbalance_after: quotient(report.imbalance_after()),
+            replicas: report.replicas,
+            max_fanout: report.max_fanout,
+            max_sends: report.max_sends,
+            remote_tokens: report.remote_tokens,
+            total_tokens: report.total_tokens,
+            digest: format!("{:016x}", self.outcome.digest),
+            split: if self.args.split { Some(self.split()?) } else { None },
+        })
+    }
+
+    /// Shares of every expert and source, experts first.
+    fn split(&self) -> Result<Vec<JsonShare>, CliError> {
+        let problem = Problem::new(self.topology, self.counts).map_err(CliError::input)?;
+        let mut workspace = SplitWorkspace::new(self.topology);
+        let mut shares = vec![0; self.plan.instances().len()];
+        let mut all = Vec::with_capacity(self.counts.len());
+        for source in 0..self.topology.ranks() {
+            split_source(&problem, self.plan, Rank::new(source), &mut workspace, &mut shares)
+                .map_err(|error| CliError::Failure(error.to_string()))?;
+            let of = |expert: usize| shares[self.plan.range(Expert::new(expert))].to_vec();
+            all.extend((0..self.topology.experts()).map(|expert| JsonShare { expert, source, tokens: of(expert) }));
+        }
+        all.sort_by_key(|share| (share.expert, share.source));
+        Ok(all)
+    }
+
+    fn print(&self, out: &mut dyn Write) -> Result<(), CliError> {
+        let (topology, report) = (self.topology, self.report());
+        writeln!(
+            out,
+            "{}: {} experts on {} ranks, {} slots a rank, domains of {}",
+            self.args.policy,
+            topology.experts(),
+            topology.ranks(),
+            self.args.group.slots,
+            topology.domain_ranks()
+        )?;
+        writeln!(out, "{}", self.summary())?;
+        self.print_bars(out)?;
+        if report.replicas > 0 {
+            writeln!(out, "{}", self.replicas())?;
+        }
+        if self.args.split {
+            self.print_split(out)?;
+        }
+        Ok(())
+    }
+
+    fn summary(&self) -> Table {
+        let report = self.report();
+        let largest = |loads: &[u32]| loads.iter().max().copied().unwrap_or(0).to_string();
+        let domains = |of: fn(&ultraep_plan::DomainOutcome) -> u32| {
+            let mut all: Vec<String> = self.plan.domains().iter().take(8).map(|d| of(d).to_string()).collect();
+            if self.plan.domains().len() > 8 {
+                all.push("...".to_owned());
+            }
+            all.join(" ")
+        };
+        let remote = 100.0 * quotient((report.remote_tokens, report.total_tokens));
+        let mut table = Table::new();
+        table.load_style(presets::UTF8_FULL_CONDENSED);
+        table.set_header(["", "before", "after"]);
+        table.add_row([
+            "imbalance".to_owned(),
+            format!("{:.4}", quotient(report.imbalance_before())),
+            format!("{:.4}", quotient(report.imbalance_after())),
+        ]);
+        table.add_row([
+            "largest rank load".to_owned(),
+            largest(&report.rank_load_before),
+            largest(&report.rank_load_after),
+        ]);
+        for (name, value) in [
+            ("threshold", domains(|d| d.threshold)),
+            ("lower bound", domains(|d| d.lower_bound)),
+            ("stop reason", stop_name(self.stop()).to_owned()),
+            ("replicas", report.replicas.to_string()),
+            ("largest fan-out", report.max_fanout.to_string()),
+            ("most sends of a rank", report.max_sends.to_string()),
+            ("remote tokens", format!("{} of {} ({remote:.1}%)", report.remote_tokens, report.total_tokens)),
+            ("digest", format!("{:016x}", self.outcome.digest)),
+        ] {
+            table.add_row([name.to_owned(), String::new(), value]);
+        }
+        table
+    }
+
+    fn print_bars(&self, out: &mut dyn Write) -> Result<(), CliError> {
+        let report = self.report();
+        let full = report.rank_load_before.iter().chain(&report.rank_load_after).max().copied().unwrap_or(0);
+        let per_column = picture::ranks_per_column(report.rank_load_before.len());
+        let columns =
+            if per_column == 1 { "one a rank".to_owned() } else { format!("the fullest of {per_column} ranks") };
+        writeln!(out, "rank loads ({columns}; full height = {full} tokens)")?;
+        for (name, loads) in [("before", &report.rank_load_before), ("after", &report.rank_load_after)] {
+            for (i, line) in picture::bars(loads, full).into_iter().enumerate() {
+                writeln!(out, "{:>7} |{line}|", if i == 0 { name } else { "" })?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Replicas by expert, most tokens first.
+    fn replicas(&self) -> Table {
+        const MOST: usize = 20;
+        let mut table = Table::new();
+        table.load_style(presets::UTF8_FULL_CONDENSED);
+        table.set_header(["expert", "load", "home keeps", "replicas (rank: tokens)"]);
+        let mut replicated: Vec<_> = (0..self.plan.experts()).map(|e| (e, self.plan.of(Expert::new(e)))).collect();
+        replicated.retain(|(_, instances)| instances.len() > 1);
+        let load = |instances: &[ultraep_plan::Instance]| instances.iter().map(|i| u64::from(i.quota)).sum::<u64>();
+        replicated.sort_by_key(|&(e, instances)| (std::cmp::Reverse(load(instances)), e));
+        for (expert, instances) in replicated.iter().take(MOST) {
+            let mut replicas: Vec<String> =
+                instances[1..].iter().take(6).map(|i| format!("{}: {}", i.rank, i.quota)).collect();
+            if instances.len() > 7 {
+                replicas.push(format!("and {} more", instances.len() - 7));
+            }
+            table.add_row([
+                expert.to_string(),
+                load(instances).to_string(),
+                instances[0].quota.to_string(),
+                replicas.join(", "),
+            ]);
+        }
+        if replicated.len() > MOST {
+            table.add_row([format!("and {} more", replicated.len() - MOST)]);
+        }
+        table
+    }
+
+    /// One line for each replicated expert and source with tokens.
+    fn print_split(&self, out: &mut dyn Write) -> Result<(), CliError> {
+        writeln!(out, "split of replicated experts: expert, source: tokens for each instance (master first)")?;
+        for share in self.split()?.iter().filter(|s| s.tokens.len() > 1 && s.tokens.iter().any(|&t| t > 0)) {
+            let tokens: Vec<String> = share.tokens.iter().map(u32::to_string).collect();
+            writeln!(out, "  {}, {}: {}", share.expert, share.source, tokens.join(" "))?;
+        }
+        Ok(())
+    }
+}
+
+/// Name of a stop reason in JSON and tables.
+fn stop_name(reason: StopReason) -> &'static str {
+    match reason {
+        StopReason::AlreadyBalanced => "already-balanced",
+        StopReason::TargetReached => "target-reached",
+        StopReason::LowerBound => "lower-bound",
+        StopReason::SearchExhausted => "search-exhausted",
+        _ => "not-a-search",
+    }
+}
