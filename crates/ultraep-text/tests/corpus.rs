@@ -96,6 +96,7 @@ fn a_capped_domain_is_an_even_sample() {
         let taken = numbers.iter().filter(|n| third.contains(*n)).count();
         assert!((4..=18).contains(&taken), "{taken} of {third:?}: {numbers:?}");
     }
+    assert_eq!((corpus.skipped.unused, corpus.skipped.cut), (70, 0));
     assert!(!numbers.is_sorted(), "the held-out end must not be the alphabet's end");
 }
 
@@ -106,6 +107,8 @@ fn the_beginning_of_a_long_file_is_cut_at_a_character() {
     let limits = Limits { file_bytes_max: 51, ..Limits::GIVEN };
     let corpus = Corpus::from_paths(&[path], &limits).expect("corpus");
     assert_eq!(domain(&corpus, "prose"), format!("{}\n", "é".repeat(25)));
+    assert_eq!(corpus.skipped.cut, 1);
+    assert_eq!(corpus.summary().last().map(String::as_str), Some("left out: files 1 in part"));
 }
 
 #[test]
