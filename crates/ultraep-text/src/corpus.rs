@@ -36,7 +36,7 @@ pub struct TextDomain {
 /// Bounds on what is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Most text of one domain. Where there is more, it is shared evenly: over the given paths or, in discovery, over
+    /// Most text of one domain (line ends added to cut files come on top). Where there is more, it is shared evenly: over the given paths or, in discovery, over
     /// crates, books and the project; none gets more than an equal share unless others leave theirs.
     pub domain_bytes_max: u64,
     /// Least text of one domain; smaller ones are left out, unless all are smaller.

@@ -219,3 +219,32 @@ fn discovery_does_with_what_there_is() {
     let tiny = Discovery { sysroot: all.sysroot, ..Discovery::default() };
     assert_eq!(names(&Corpus::discover(&tiny, &small).expect("corpus")), ["prose", "markup"], "unless all are");
 }
+
+#[test]
+fn a_snapshot_carries_the_corpus_to_other_processes() {
+    let folder = TempDir::new().expect("folder");
+    let limits = Limits { domain_bytes_min: 0, ..Limits::DISCOVERED };
+    let corpus = Corpus::discover(&machine(folder.path()), &limits).expect("corpus");
+    let mut bytes = Vec::new();
+    corpus.write_snapshot(&mut bytes).expect("write");
+    let read = Corpus::read_snapshot(&mut bytes.as_slice()).expect("read");
+    assert_eq!(read.domains, corpus.domains);
+    assert_eq!(read.digest(), corpus.digest());
+
+    for length in (0..bytes.len()).step_by(4_001).chain(0..100).chain(bytes.len() - 10..bytes.len()) {
+        assert!(Corpus::read_snapshot(&mut &bytes[..length]).is_err(), "cut at {length}");
+    }
+    for at in (0..bytes.len()).step_by(4_001).chain(0..100).chain(bytes.len() - 10..bytes.len()) {
+        let mut damaged = bytes.clone();
+        damaged[at] ^= 0x40;
+        match Corpus::read_snapshot(&mut damaged.as_slice()) {
+            // Origins and numbers of files are only for the screen, and not in the digest.
+            Ok(read) => assert_eq!(read.digest(), corpus.digest(), "byte {at}"),
+            Err(error) => assert!(matches!(error, TextError::Snapshot { .. } | TextError::SnapshotIo(_)), "{error}"),
+        }
+    }
+    let mut lying = bytes[..12].to_vec();
+    lying.extend_from_slice(&u64::MAX.to_le_bytes());
+    let error = Corpus::read_snapshot(&mut lying.as_slice()).expect_err("a name of 16 EiB");
+    assert_eq!(error.to_string(), "snapshot of a corpus: a length over its limit");
+}

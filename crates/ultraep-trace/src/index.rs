@@ -365,8 +365,7 @@ fn scan<R: Read + Seek>(
             }
         }
         if entries.len() == MAX_BLOCKS {
-            let max = MAX_BLOCKS as u64;
-            return Err(TraceError::Limit { offset, what: "blocks", got: max + 1, max });
+            return Err(TraceError::too_many_blocks(offset));
         }
         entries.push(entry);
         offset = entry.end_offset();
