@@ -136,6 +136,12 @@ impl RunWriter {
         Ok(())
     }
 
+    /// Waits until the disk has every line: what a checkpoint needs.
+    pub fn sync_metrics(&self) -> Result<(), RunError> {
+        let kept = || format!("the last of {} lines may not survive a power cut", self.metrics_lines);
+        self.metrics.sync_data().map_err(|source| RunError::write(self.folder.join(METRICS_FILE), kept())(source))
+    }
+
     /// Writes the final table, as JSON and as Markdown.
     pub fn write_table(&self, table: &PolicyTable) -> Result<(), RunError> {
         write_json(&self.folder.join(TABLE_FILE), table)?;
@@ -150,13 +156,12 @@ impl RunWriter {
 
     /// Ends the run: metrics synced to the disk, status and time written.
     pub fn end(mut self, status: RunStatus, ended: UtcTime) -> Result<(), RunError> {
-        let synced = self.metrics.sync_all();
+        let synced = self.sync_metrics();
         self.update_info(|info| {
             info.status = status;
             info.ended = Some(ended);
         })?;
-        let path = self.folder.join(METRICS_FILE);
-        synced.map_err(RunError::write(path, format!("the last of {} lines may be lost", self.metrics_lines)))
+        synced
     }
 }
 
