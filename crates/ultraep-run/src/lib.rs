@@ -25,6 +25,7 @@ mod metrics;
 mod reader;
 mod table;
 mod time;
+mod trace;
 mod writer;
 
 pub use error::RunError;
@@ -34,4 +35,5 @@ pub use metrics::{Imbalance, Metric, PolicyMeasurement, StepMetrics, StepParts, 
 pub use reader::{LINE_BYTES_MAX, MetricsReader, RunReader};
 pub use table::{PolicyRow, PolicyTable, TABLE_SCHEMA};
 pub use time::{UtcTime, UtcTimeError};
+pub use trace::RunTrace;
 pub use writer::RunWriter;

@@ -142,7 +142,7 @@ pub struct StepMetrics {
 /// Loss on held-out text.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ValidationMetrics {
-    /// Steps trained before.
+    /// The last step trained before it was measured.
     pub step: u64,
     /// Mean cross-entropy in nats; null in JSON where it is not finite.
     #[serde(deserialize_with = "null_as_nan")]

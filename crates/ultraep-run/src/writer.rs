@@ -4,10 +4,11 @@ use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
-use ultraep_trace::{Resumed, TraceMeta, TraceWriter};
+use ultraep_trace::{Resumed, TraceMeta};
 
 use crate::files::{write_atomically, write_json};
 use crate::reader::RunReader;
+use crate::trace::RunTrace;
 use crate::{Metric, PolicyTable, RunError, RunInfo, RunStatus, UtcTime};
 
 pub(crate) const INFO_FILE: &str = "run.json";
@@ -104,19 +105,16 @@ impl RunWriter {
         self.folder.join(CHECKPOINTS_FOLDER)
     }
 
-    /// Begins the trace, `loads.uet`. The caller appends, flushes (say, with each checkpoint) and finishes it.
-    pub fn create_trace(&self, meta: TraceMeta) -> Result<TraceWriter<File>, RunError> {
+    /// Begins the trace, `loads.uet`.
+    pub fn create_trace(&self, meta: TraceMeta) -> Result<RunTrace, RunError> {
         let path = self.folder.join(TRACE_FILE);
         let file = OpenOptions::new().read(true).write(true).create_new(true).open(&path);
-        let file = file.map_err(RunError::write(&path, "no trace was begun"))?;
-        TraceWriter::new(file, meta).map_err(|source| RunError::Trace { path, source })
+        RunTrace::new(file.map_err(RunError::write(&path, "no trace was begun"))?, path, meta)
     }
 
     /// Takes up the trace of a resumed run: records of `from_step` and later ones are removed.
-    pub fn resume_trace(&self, from_step: u64) -> Result<(TraceWriter<File>, Resumed), RunError> {
-        let path = self.folder.join(TRACE_FILE);
-        let file = OpenOptions::new().read(true).write(true).open(&path).map_err(RunError::read(&path))?;
-        TraceWriter::resume(file, from_step).map_err(|source| RunError::Trace { path, source })
+    pub fn resume_trace(&self, from_step: u64) -> Result<(RunTrace, Resumed), RunError> {
+        RunTrace::resume(self.folder.join(TRACE_FILE), from_step)
     }
 
     /// Appends a line to the metrics: it has left the process when this returns. After an error every earlier line is
@@ -138,6 +136,12 @@ impl RunWriter {
         Ok(())
     }
 
+    /// Waits until the disk has every line: what a checkpoint needs.
+    pub fn sync_metrics(&self) -> Result<(), RunError> {
+        let kept = || format!("the last of {} lines may not survive a power cut", self.metrics_lines);
+        self.metrics.sync_data().map_err(|source| RunError::write(self.folder.join(METRICS_FILE), kept())(source))
+    }
+
     /// Writes the final table, as JSON and as Markdown.
     pub fn write_table(&self, table: &PolicyTable) -> Result<(), RunError> {
         write_json(&self.folder.join(TABLE_FILE), table)?;
@@ -152,13 +156,12 @@ impl RunWriter {
 
     /// Ends the run: metrics synced to the disk, status and time written.
     pub fn end(mut self, status: RunStatus, ended: UtcTime) -> Result<(), RunError> {
-        let synced = self.metrics.sync_all();
+        let synced = self.sync_metrics();
         self.update_info(|info| {
             info.status = status;
             info.ended = Some(ended);
         })?;
-        let path = self.folder.join(METRICS_FILE);
-        synced.map_err(RunError::write(path, format!("the last of {} lines may be lost", self.metrics_lines)))
+        synced
     }
 }
 

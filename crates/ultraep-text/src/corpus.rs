@@ -36,7 +36,7 @@ pub struct TextDomain {
 /// Bounds on what is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Most text of one domain. Where there is more, it is shared evenly: over the given paths or, in discovery, over
+    /// Most text of one domain (line ends added to cut files come on top). Where there is more, it is shared evenly: over the given paths or, in discovery, over
     /// crates, books and the project; none gets more than an equal share unless others leave theirs.
     pub domain_bytes_max: u64,
     /// Least text of one domain; smaller ones are left out, unless all are smaller.
@@ -68,6 +68,10 @@ pub struct Skipped {
     pub duplicates: usize,
     /// Symbolic links, which are not followed.
     pub links: usize,
+    /// Read only in part, because of [`Limits::file_bytes_max`] or because the domain was full.
+    pub cut: usize,
+    /// Not read, because the domain was full without them.
+    pub unused: usize,
     /// In domains smaller than [`Limits::domain_bytes_min`].
     pub in_small_domains: usize,
     /// Files and folders that the system refused to read (discovery only; in given folders that is an error).
@@ -85,6 +89,8 @@ impl Skipped {
             (self.duplicates, "with the same text as another"),
             (self.links, "symbolic links"),
             (self.in_small_domains, "of a kind with too little text"),
+            (self.unused, "beyond a domain's size limit"),
+            (self.cut, "in part"),
             (self.unreadable, "unreadable"),
         ]
         .iter()

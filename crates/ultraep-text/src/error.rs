@@ -97,4 +97,13 @@ pub enum TextError {
         /// Its size.
         available: usize,
     },
+    /// A snapshot that is none, or damaged.
+    #[error("snapshot of a corpus: {reason}")]
+    Snapshot {
+        /// What is wrong.
+        reason: &'static str,
+    },
+    /// A snapshot that could not be written or read.
+    #[error("snapshot of a corpus: {0}")]
+    SnapshotIo(#[from] io::Error),
 }

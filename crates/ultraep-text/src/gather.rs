@@ -146,10 +146,12 @@ impl Reader<'_> {
         let mut left = level;
         for (hash, file) in files {
             if left == 0 {
-                break;
+                self.skipped.unused += 1;
+                continue;
             }
             let bytes_max = left.min(self.limits.file_bytes_max);
             if let Some(text) = self.read_text(file, bytes_max)? {
+                self.skipped.cut += usize::from(file.bytes > bytes_max);
                 left -= (text.len() as u64).min(left);
                 documents.push(Document { order: (hash, index, file.relative.clone()), text });
             }

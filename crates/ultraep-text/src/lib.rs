@@ -8,7 +8,7 @@
 //! schedule by which the mixture of domains rotates.
 //!
 //! What it must never do: read a clock or the environment (roots come in as arguments); use the network; follow a
-//! symbolic link while walking a folder; write anything; use floating point or hash iteration. The same files give the
+//! symbolic link while walking a folder; write a file; use floating point or hash iteration. The same files give the
 //! same corpus, in the same order, on every machine.
 //!
 //! ```
@@ -34,6 +34,7 @@ mod kind;
 mod mix;
 mod mixture;
 mod sampler;
+mod snapshot;
 mod walk;
 
 pub use corpus::{Corpus, Limits, Skipped, TextDomain};

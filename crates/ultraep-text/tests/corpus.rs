@@ -96,6 +96,7 @@ fn a_capped_domain_is_an_even_sample() {
         let taken = numbers.iter().filter(|n| third.contains(*n)).count();
         assert!((4..=18).contains(&taken), "{taken} of {third:?}: {numbers:?}");
     }
+    assert_eq!((corpus.skipped.unused, corpus.skipped.cut), (70, 0));
     assert!(!numbers.is_sorted(), "the held-out end must not be the alphabet's end");
 }
 
@@ -106,6 +107,8 @@ fn the_beginning_of_a_long_file_is_cut_at_a_character() {
     let limits = Limits { file_bytes_max: 51, ..Limits::GIVEN };
     let corpus = Corpus::from_paths(&[path], &limits).expect("corpus");
     assert_eq!(domain(&corpus, "prose"), format!("{}\n", "é".repeat(25)));
+    assert_eq!(corpus.skipped.cut, 1);
+    assert_eq!(corpus.summary().last().map(String::as_str), Some("left out: files 1 in part"));
 }
 
 #[test]
@@ -215,4 +218,33 @@ fn discovery_does_with_what_there_is() {
     assert_eq!(corpus.skipped.in_small_domains, 4);
     let tiny = Discovery { sysroot: all.sysroot, ..Discovery::default() };
     assert_eq!(names(&Corpus::discover(&tiny, &small).expect("corpus")), ["prose", "markup"], "unless all are");
+}
+
+#[test]
+fn a_snapshot_carries_the_corpus_to_other_processes() {
+    let folder = TempDir::new().expect("folder");
+    let limits = Limits { domain_bytes_min: 0, ..Limits::DISCOVERED };
+    let corpus = Corpus::discover(&machine(folder.path()), &limits).expect("corpus");
+    let mut bytes = Vec::new();
+    corpus.write_snapshot(&mut bytes).expect("write");
+    let read = Corpus::read_snapshot(&mut bytes.as_slice()).expect("read");
+    assert_eq!(read.domains, corpus.domains);
+    assert_eq!(read.digest(), corpus.digest());
+
+    for length in (0..bytes.len()).step_by(4_001).chain(0..100).chain(bytes.len() - 10..bytes.len()) {
+        assert!(Corpus::read_snapshot(&mut &bytes[..length]).is_err(), "cut at {length}");
+    }
+    for at in (0..bytes.len()).step_by(4_001).chain(0..100).chain(bytes.len() - 10..bytes.len()) {
+        let mut damaged = bytes.clone();
+        damaged[at] ^= 0x40;
+        match Corpus::read_snapshot(&mut damaged.as_slice()) {
+            // Origins and numbers of files are only for the screen, and not in the digest.
+            Ok(read) => assert_eq!(read.digest(), corpus.digest(), "byte {at}"),
+            Err(error) => assert!(matches!(error, TextError::Snapshot { .. } | TextError::SnapshotIo(_)), "{error}"),
+        }
+    }
+    let mut lying = bytes[..12].to_vec();
+    lying.extend_from_slice(&u64::MAX.to_le_bytes());
+    let error = Corpus::read_snapshot(&mut lying.as_slice()).expect_err("a name of 16 EiB");
+    assert_eq!(error.to_string(), "snapshot of a corpus: a length over its limit");
 }

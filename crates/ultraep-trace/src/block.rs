@@ -102,9 +102,9 @@ impl BlockHeader {
     /// Checks the sizes of a block of records at `offset` against the limits, before anything is allocated for it.
     pub(crate) fn check_limits(&self, offset: u64) -> Result<(), TraceError> {
         let limits = [
-            ("block payload", self.payload_bytes, MAX_BLOCK_BYTES),
-            ("block", self.raw_bytes, MAX_BLOCK_BYTES),
-            ("records in a block", self.record_count, MAX_BLOCK_RECORDS),
+            ("payload bytes of a block:", self.payload_bytes, MAX_BLOCK_BYTES),
+            ("bytes of a block:", self.raw_bytes, MAX_BLOCK_BYTES),
+            ("records in a block:", self.record_count, MAX_BLOCK_RECORDS),
         ];
         match limits.into_iter().find(|(_, got, max)| got > max) {
             Some((what, got, max)) => Err(TraceError::Limit { offset, what, got: u64::from(got), max: u64::from(max) }),
@@ -141,7 +141,7 @@ pub(crate) fn file_header(meta: &TraceMeta) -> Result<Vec<u8>, TraceError> {
     let json = serde_json::to_vec(meta).map_err(|e| TraceError::Header(e.to_string()))?;
     if json.len() > MAX_HEADER_BYTES as usize {
         let (got, max) = (json.len() as u64, u64::from(MAX_HEADER_BYTES));
-        return Err(TraceError::Limit { offset: 0, what: "header", got, max });
+        return Err(TraceError::Limit { offset: 0, what: "bytes of the header:", got, max });
     }
     let mut bytes = MAGIC.to_vec();
     bytes.extend_from_slice(&VERSION.to_le_bytes());
@@ -168,7 +168,7 @@ pub(crate) fn read_file_header(reader: &mut impl Read) -> Result<(TraceMeta, u64
     }
     if length > MAX_HEADER_BYTES {
         let (got, max) = (u64::from(length), u64::from(MAX_HEADER_BYTES));
-        return Err(TraceError::Limit { offset: 12, what: "header", got, max });
+        return Err(TraceError::Limit { offset: 12, what: "bytes of the header:", got, max });
     }
     let mut json = vec![0; length as usize];
     let got = fill(reader, &mut json).map_err(TraceError::io(FIXED as u64))?;

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use crate::{DecodeError, MetaError, RecordError};
+use crate::{DecodeError, MAX_BLOCKS, MetaError, RecordError};
 
 /// Why a trace could not be written or read. Offsets are bytes from the beginning of the file.
 #[derive(Debug, thiserror::Error)]
@@ -32,7 +32,7 @@ pub enum TraceError {
     #[error("header: {0}")]
     Meta(#[from] MetaError),
     /// A size over its limit, refused before anything was allocated.
-    #[error("at byte {offset}: {what} of {got}; allowed are up to {max}")]
+    #[error("at byte {offset}: {what} {got}; allowed are up to {max}")]
     Limit {
         /// Where in the file.
         offset: u64,
@@ -88,5 +88,10 @@ pub enum TraceError {
 impl TraceError {
     pub(crate) fn io(offset: u64) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Io { offset, source }
+    }
+
+    pub(crate) fn too_many_blocks(offset: u64) -> Self {
+        let max = MAX_BLOCKS as u64;
+        Self::Limit { offset, what: "number of blocks:", got: max + 1, max }
     }
 }

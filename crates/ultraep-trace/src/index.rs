@@ -85,13 +85,44 @@ impl<R: Read + Seek> TraceFile<R> {
         let file_bytes = input.seek(SeekFrom::End(0)).map_err(TraceError::io(0))?;
         input.rewind().map_err(TraceError::io(0))?;
         let (meta, header_bytes) = block::read_file_header(&mut input)?;
-        let mut loaded = LoadedBlock::default();
-        let extent = Extent { start: header_bytes, end: file_bytes };
-        let (blocks, ending) = match read_index(&mut input, extent)? {
-            Some(blocks) => (blocks, Ending::CLOSED),
-            None => scan(&mut input, extent, &mut loaded)?,
+        let mut file = Self {
+            input,
+            meta,
+            header_bytes,
+            blocks: Vec::new(),
+            ending: Ending::OPEN,
+            loaded_index: None,
+            loaded: LoadedBlock::default(),
         };
-        Ok(Self { input, meta, header_bytes, blocks, ending, loaded_index: None, loaded })
+        file.read_blocks(file_bytes)?;
+        Ok(file)
+    }
+
+    /// Looks for what the writer has added since: follows a run at work. Costs the headers of new blocks.
+    pub fn refresh(&mut self) -> Result<(), TraceError> {
+        let end = self.blocks_end();
+        let file_bytes = self.input.seek(SeekFrom::End(0)).map_err(TraceError::io(end))?;
+        if file_bytes < end {
+            return Err(TraceError::Damaged { offset: file_bytes, reason: "the trace became shorter; open it again" });
+        }
+        self.read_blocks(file_bytes)
+    }
+
+    /// Takes the index, or scans on behind the blocks already known.
+    fn read_blocks(&mut self, file_bytes: u64) -> Result<(), TraceError> {
+        self.loaded_index = None; // a scan loads the last block to check it
+        let all = Extent { start: self.header_bytes, end: file_bytes };
+        if let Some(blocks) = read_index(&mut self.input, all)? {
+            (self.blocks, self.ending) = (blocks, Ending::CLOSED);
+            return Ok(());
+        }
+        let rest = Extent { start: self.blocks_end(), end: file_bytes };
+        self.ending = scan(&mut self.input, rest, &mut self.blocks, &mut self.loaded)?;
+        Ok(())
+    }
+
+    fn blocks_end(&self) -> u64 {
+        self.blocks.last().map_or(self.header_bytes, BlockEntry::end_offset)
     }
 
     /// What was recorded.
@@ -213,9 +244,9 @@ impl TraceWriter<File> {
                 moved.push(record);
             }
         }
-        let TraceFile { mut input, meta, header_bytes, mut blocks, .. } = trace;
-        blocks.truncate(kept_blocks);
-        let end = blocks.last().map_or(header_bytes, BlockEntry::end_offset);
+        trace.blocks.truncate(kept_blocks);
+        let end = trace.blocks_end();
+        let TraceFile { mut input, meta, blocks, .. } = trace;
         input.set_len(end).map_err(TraceError::io(end))?;
         input.seek(SeekFrom::Start(end)).map_err(TraceError::io(end))?;
         let mut writer = Self::continuing(input, meta, end, blocks);
@@ -289,13 +320,13 @@ fn read_index<R: Read + Seek>(input: &mut R, blocks: Extent) -> Result<Option<Ve
     Ok(Some(entries))
 }
 
-/// Finds the blocks of a file without index by their headers.
+/// Finds the blocks of a file without index, in `extent` and behind `entries`, by their headers.
 fn scan<R: Read + Seek>(
     input: &mut R,
     extent: Extent,
+    entries: &mut Vec<BlockEntry>,
     loaded: &mut LoadedBlock,
-) -> Result<(Vec<BlockEntry>, Ending), TraceError> {
-    let mut entries: Vec<BlockEntry> = Vec::new();
+) -> Result<Ending, TraceError> {
     let mut offset = extent.start;
     let torn = |offset: u64, records| Ending::torn(extent.end - offset, records);
     loop {
@@ -304,11 +335,11 @@ fn scan<R: Read + Seek>(
         let got = fill(input, &mut bytes).map_err(TraceError::io(offset))?;
         if got < BLOCK_HEADER_BYTES {
             let ending = if got == 0 { Ending::OPEN } else { torn(offset, None) };
-            return Ok((entries, ending));
+            return Ok(ending);
         }
         let Some(header) = BlockHeader::from_bytes(&bytes) else {
             return match rest_without_block(input, bytes).map_err(TraceError::io(offset))? {
-                Some(_) => Ok((entries, torn(offset, None))),
+                Some(_) => Ok(torn(offset, None)),
                 None => Err(TraceError::Damaged { offset, reason: "no valid block header, but later ones follow" }),
             };
         };
@@ -317,7 +348,7 @@ fn scan<R: Read + Seek>(
             return if extent.end - offset > index_bytes {
                 Err(TraceError::Damaged { offset, reason: "bytes follow the end" })
             } else {
-                Ok((entries, torn(offset, Some(0))))
+                Ok(torn(offset, Some(0)))
             };
         }
         header.check_limits(offset)?;
@@ -325,17 +356,16 @@ fn scan<R: Read + Seek>(
         check_order(&header, offset, last.map_or(0, BlockEntry::end_record), last.map_or(0, |b| b.last_step))?;
         let entry = BlockEntry::of(&header, offset);
         if entry.end_offset() > extent.end {
-            return Ok((entries, torn(offset, Some(header.record_count))));
+            return Ok(torn(offset, Some(header.record_count)));
         }
         if entry.end_offset() == extent.end {
             let got = loaded.read_payload(&header, input).map_err(TraceError::io(offset))?;
             if got < header.payload_bytes as usize || !loaded.is_intact(&header) {
-                return Ok((entries, torn(offset, Some(header.record_count))));
+                return Ok(torn(offset, Some(header.record_count)));
             }
         }
         if entries.len() == MAX_BLOCKS {
-            let max = MAX_BLOCKS as u64;
-            return Err(TraceError::Limit { offset, what: "blocks", got: max + 1, max });
+            return Err(TraceError::too_many_blocks(offset));
         }
         entries.push(entry);
         offset = entry.end_offset();

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use flate2::Decompress;
 
-use crate::block::{self, BLOCK_HEADER_BYTES, BlockHeader, BlockKind, END_MAGIC, FOOTER_BYTES, fill};
+use crate::block::{self, BLOCK_HEADER_BYTES, BlockHeader, BlockKind, END_MAGIC, FOOTER_BYTES, MAX_BLOCKS, fill};
 use crate::codec::{LENGTH_BYTES_MAX, decode, decode_step};
 use crate::index::ENTRY_BYTES;
 use crate::{DecodeError, Record, TraceError, TraceMeta};
@@ -130,6 +130,9 @@ impl<R: Read> TraceReader<R> {
             return self.read_ending(&header).map(Some);
         }
         header.check_limits(offset)?;
+        if self.blocks as usize == MAX_BLOCKS {
+            return Err(TraceError::too_many_blocks(offset));
+        }
         check_order(&header, offset, self.records, self.last_step)?;
         let got = self.block.read_payload(&header, &mut self.input).map_err(io())?;
         let dropped = (BLOCK_HEADER_BYTES as u64) + got as u64;

@@ -167,17 +167,37 @@ impl PlanRecord {
     /// Tokens that each rank processes, `[ranks]`: by the realised split where there is one, else by quotas.
     pub fn rank_loads(&self, ranks: usize) -> Vec<u64> {
         let mut loads = vec![0; ranks];
-        for (index, instance) in self.instances.iter().enumerate() {
-            loads[instance.rank.index()] += match &self.split {
-                Some(split) => split.iter().skip(index).step_by(self.instances.len()).map(|&q| u64::from(q)).sum(),
-                None => u64::from(instance.quota),
-            };
+        match &self.split {
+            Some(split) => {
+                for row in split.chunks_exact(self.instances.len().max(1)) {
+                    for (instance, &share) in self.instances.iter().zip(row) {
+                        loads[instance.rank.index()] += u64::from(share);
+                    }
+                }
+            }
+            None => {
+                for instance in &self.instances {
+                    loads[instance.rank.index()] += u64::from(instance.quota);
+                }
+            }
         }
         loads
     }
 }
 
 impl Record {
+    /// `l[r]`: tokens that each rank's masters would process, `[N]`, before balancing. The record fits the header.
+    pub fn rank_loads(&self, meta: &TraceMeta) -> Vec<u64> {
+        let mut first = 0;
+        let of_masters = |masters: &u32| {
+            let experts = first..first + *masters as usize;
+            first = experts.end;
+            let rows = self.before.chunks_exact(meta.experts);
+            rows.flat_map(|row| &row[experts.clone()]).map(|&count| u64::from(count)).sum()
+        };
+        meta.masters_per_rank.iter().map(of_masters).collect()
+    }
+
     /// Whether it fits a trace with this header. Cost: one pass over its values.
     pub fn check(&self, meta: &TraceMeta) -> Result<(), RecordError> {
         if self.layer as usize >= meta.layers {

@@ -120,7 +120,7 @@ impl<W: Write> TraceWriter<W> {
         let length = self.encoded.len() + LENGTH_BYTES_MAX;
         if length > MAX_BLOCK_BYTES as usize {
             let (got, max) = (length as u64, u64::from(MAX_BLOCK_BYTES));
-            return Err(TraceError::Limit { offset: self.offset, what: "record", got, max });
+            return Err(TraceError::Limit { offset: self.offset, what: "bytes of a record:", got, max });
         }
         if self.raw.len() + length > MAX_BLOCK_BYTES as usize {
             self.write_block()?;
@@ -185,8 +185,7 @@ impl<W: Write> TraceWriter<W> {
             return Ok(());
         }
         if self.index.len() == MAX_BLOCKS {
-            let max = MAX_BLOCKS as u64;
-            return Err(TraceError::Limit { offset: self.offset, what: "blocks", got: max + 1, max });
+            return Err(TraceError::too_many_blocks(self.offset));
         }
         self.block.clear();
         self.block.resize(BLOCK_HEADER_BYTES, 0);

@@ -264,7 +264,7 @@ fn headers_that_lie_are_refused() {
     assert_eq!(refused(&version).to_string(), "trace version 2; this reader knows version 1");
     let mut long = with_json(b"{}");
     long[12..16].copy_from_slice(&(MAX_HEADER_BYTES + 1).to_le_bytes());
-    assert!(matches!(refused(&long), TraceError::Limit { what: "header", .. }));
+    assert!(matches!(refused(&long), TraceError::Limit { offset: 12, .. }));
     assert!(matches!(refused(&with_json(b"{}")), TraceError::Header(_)));
     assert!(matches!(refused(&with_json(b"[".repeat(5_000).as_slice())), TraceError::Header(_)), "no stack overflow");
 

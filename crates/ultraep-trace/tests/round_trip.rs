@@ -2,14 +2,14 @@
 
 mod common;
 
-use std::fs::{self, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::Read;
 
 use common::{Draws, Shape, meta, open, read_all, records, write};
 use proptest::prelude::*;
 use tempfile::TempDir;
 use ultraep_plan::{Instance, PhysicalIndex, Plan, Rank, SplitRule, Topology, TopologySpec};
-use ultraep_trace::{BlockSize, PlanRecord, Record, RecordError, TopKIds, TraceError, TraceWriter};
+use ultraep_trace::{BlockSize, PlanRecord, Record, RecordError, TopKIds, TraceError, TraceFile, TraceWriter};
 
 fn shapes() -> impl Strategy<Value = Shape> {
     (1_usize..9, 1_usize..5, 1_usize..5, 1_usize..4).prop_map(|(ranks, per_rank, layers, top_k)| {
@@ -180,6 +180,43 @@ fn a_plan_is_captured_as_it_is() {
     assert_eq!(captured.rank_loads(2), [6, 6]);
     captured.split = Some(vec![3, 0, 1, 0, 0, 4, 0, 4]); // [2 sources, 4 instances]
     assert_eq!(captured.rank_loads(2), [4, 8], "by the realised split where there is one");
+}
+
+#[test]
+fn a_trace_at_work_is_followed() {
+    let shape = Shape { ranks: 2, experts: 3, layers: 1, top_k: 1 };
+    let records = records(9, shape, &mut Draws(4));
+    let folder = TempDir::new().expect("folder");
+    let path = folder.path().join("loads.uet");
+    let mut writer = TraceWriter::new(File::create(&path).expect("create"), meta(shape)).expect("writer");
+    let mut follower = TraceFile::open(File::open(&path).expect("open")).expect("a header is enough");
+    assert_eq!((follower.records(), follower.ending().is_closed), (0, false));
+    let mut read = Record::default();
+    for (number, record) in records.iter().enumerate() {
+        writer.append(record).expect("append");
+        follower.refresh().expect("refresh");
+        assert_eq!(follower.records(), number as u64, "the block is not out yet");
+        writer.flush().expect("flush");
+        follower.refresh().expect("refresh");
+        for (known, expected) in records[..=number].iter().enumerate() {
+            follower.read(known as u64, &mut read).expect("record");
+            assert_eq!(read, *expected);
+        }
+    }
+    let written = fs::read(&path).expect("read");
+    fs::write(&path, &written[..written.len() - 1]).expect("cut");
+    assert!(matches!(follower.refresh(), Err(TraceError::Damaged { .. })), "it became shorter");
+    fs::write(&path, &written).expect("as it was");
+    writer.finish().expect("finish");
+    follower.refresh().expect("refresh");
+    assert!(follower.ending().is_closed && follower.records() == 9);
+}
+
+#[test]
+fn rank_loads_before_are_those_of_the_masters() {
+    let meta = meta(Shape { ranks: 2, experts: 3, layers: 1, top_k: 1 }); // rank 0 is home to two experts
+    let record = Record { before: vec![1, 2, 3, 10, 20, 30], ..Record::default() };
+    assert_eq!(record.rank_loads(&meta), [33, 33]);
 }
 
 #[test]
