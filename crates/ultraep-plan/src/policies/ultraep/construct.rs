@@ -68,6 +68,9 @@ pub(crate) struct Builder {
     pub(crate) moves: Vec<Move>,
 }
 
+/// Most pairs of receivers looked at for one donor.
+const PAIRS: usize = 32;
+
 const LOW: u64 = 0xffff;
 
 fn key(amount: u32, rank: usize) -> u64 {
@@ -198,39 +201,55 @@ impl Builder {
         true
     }
 
-    /// Positions of two receivers whose slack adds up to least, but at least `need`; none when no two reach it, or one
-    /// expert could not serve both.
+    /// Positions of two receivers whose slack adds up to least, but at least `need` (ties: the most different two), among
+    /// the first [`PAIRS`] on the way from the most different to the most equal; none when no two reach it, or one
+    /// expert could not serve both. `need` exceeds the slack of each.
     fn pair(&self, need: u32, largest: u32, min_quota: u32) -> Option<(usize, usize)> {
         if largest < need {
             return None;
         }
-        let (mut low, mut high) = (0, self.receivers.len() - 1);
-        let mut best: Option<(u64, usize, usize)> = None;
-        while low < high {
-            let (a, b) = (amount(self.receivers[low]), amount(self.receivers[high]));
-            let sum = u64::from(a) + u64::from(b);
-            let fits = sum >= u64::from(need) && need - b >= min_quota;
-            if fits && best.is_none_or(|(least, ..)| sum < least) {
-                best = Some((sum, low, high));
+        let need = u64::from(need);
+        let most = self.receivers.last()? >> 16;
+        // Too small for the largest partner; too large to leave the partner a replica's least quota.
+        let mut low = self.receivers.partition_point(|&k| (k >> 16) + most < need);
+        let mut high = match min_quota {
+            1 => self.receivers.len(),
+            least => self.receivers.partition_point(|&k| (k >> 16) + u64::from(least) <= need),
+        };
+        let mut best = u64::MAX;
+        for _ in 0..PAIRS {
+            if low + 1 >= high {
+                break;
             }
-            if sum >= u64::from(need) { high -= 1 } else { low += 1 }
+            let sum = (self.receivers[low] >> 16) + (self.receivers[high - 1] >> 16);
+            let enough = sum >= need;
+            // Sum, then positions, in one number.
+            let candidate = sum << 32 | (low as u64) << 16 | (high - 1) as u64;
+            best = if enough { best.min(candidate) } else { best };
+            high -= usize::from(enough);
+            low += usize::from(!enough);
         }
-        best.map(|(_, low, high)| (low, high))
+        (best != u64::MAX).then_some(((best >> 16 & LOW) as usize, (best & LOW) as usize))
     }
 
     /// Makes a replica with `piece` tokens of `donor` on the receiver at `at`. Returns the tokens moved: more than
     /// `piece` where leftover slack is handed to the donor.
     fn give(&mut self, field: &Field, donor: usize, at: usize, piece: u32, waste: Waste) -> u32 {
-        let receiver = self.receivers.remove(at);
+        let receiver = self.receivers[at];
         let (to, slack) = (rank(receiver), amount(receiver));
         let expert = self.expert_for(field, donor, piece, waste);
         self.free[to] -= 1;
         let rest = slack - piece;
         let mut moved = piece;
-        if rest >= field.min_quota {
-            if self.free[to] > 0 {
-                self.insert(key(rest, to));
-            } else if waste == Waste::Hand && self.free[donor] > 0 {
+        if rest >= field.min_quota && self.free[to] > 0 {
+            // It stays a receiver, further down.
+            let smaller = key(rest, to);
+            let place = self.receivers[..at].partition_point(|&k| k < smaller);
+            self.receivers.copy_within(place..at, place + 1);
+            self.receivers[place] = smaller;
+        } else {
+            self.receivers.remove(at);
+            if waste == Waste::Hand && self.free[donor] > 0 {
                 let extra = rest.min(self.left[expert] - piece);
                 if extra >= field.min_quota {
                     moved += extra;
