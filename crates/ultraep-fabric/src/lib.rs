@@ -1,6 +1,51 @@
-//! EP ranks as threads of one process or as processes over shared memory: one trait, one implementation, one conformance
-//! suite.
-#![warn(missing_docs)]
+//! The fabric: EP ranks as threads of one process, or as processes of one machine over shared memory. One trait, one
+//! implementation behind both, one conformance suite.
+//!
+//! What it is for: everything that the ranks of an EP group exchange. Collectives (counts, token rows, dense gradients),
+//! symmetric windows with one-sided put and get (weights), signals, and the certainty that a rank that dies or hangs makes
+//! every other one end with an error that names it.
+//!
+//! What it must never do: let safe code race on memory; allocate once it runs (errors excepted); wait without end; leave a process,
+//! a descriptor or a file behind; assume, in [`Fabric`], that a rank is a thread or that memory is the host's (the trait is to
+//! carry MPI and GPU backends: operations are plain structs, submitted and polled).
+//!
+//! # Use
+//! A [`GroupSpec`] sizes everything. [`run_threads`] runs a closure on each rank; [`processes::launch`] and
+//! [`processes::join`] do the same with programs. Both hand out a `Box<dyn Fabric>`: [`Fabric::submit`], [`Fabric::poll`],
+//! [`Fabric::wait`] take an [`Operation`] through its life, [`Fabric::run`] does all at once, [`Fabric::leave`] ends. Memory is
+//! a [`Region`], read and written through guards. `examples/1_hello_ranks.rs` shows all of it on a page,
+//! `examples/2_measure_fabric.rs` measures it.
+//!
+//! # How it works
+//! All state that ranks share lies in one segment (`shared/layout.rs` has the table of its sections); references between
+//! ranks are (section, rank, offset), never addresses. Each collective is a chain of *phases*; a phase ends when every rank
+//! has entered it (`shared/turnstile.rs`), and the last to enter compares what all have published. Between phases ranks move
+//! bytes (`shared/collective.rs`). The failure word is set once and names the first cause; every futex word has a bit that
+//! says that it is set, so that no one can fall asleep past it.
+//!
+//! A rank that waits gives its core permit back and sleeps on a shared futex. When a phase ends, as many sleepers wake as
+//! permits are free; the rest are moved over to the permits' queue by the kernel, asleep, and wake one by one.
+//!
+//! # Atomics
+//! Each pair is marked `SYNC POINT` with its name at both ends. All of them come from `sync.rs`.
+//!
+//! | name       | word                         | releases (who, what)                                      | acquires |
+//! |------------|------------------------------|-----------------------------------------------------------|----------|
+//! | turn       | `Turnstile::turn`            | `enter`: what a rank published (control, sizes, staging) and put; `go`: its status | the last to `enter`; who meets a gone rank |
+//! | generation | `Turnstile::generation`      | `turn`, by the last to enter: all that it acquired, the largest stamp | `look`, by everyone else |
+//! | permits    | `Permits::word`              | `give_back`: nothing but order                            | `ask` |
+//! | signal     | a signal word                | `signal`: the rank's earlier puts                         | `signal_value` |
+//! | event      | `Control::event`             | `signal`: the signal word                                 | `sleep_for_signal` |
+//! | failure    | `Header::failure`, and bit 0 of each futex word | `fail`: the reporter's record; that the group has failed | `failure`; every waiter |
+//! | borrow     | `Inner::state` of a region   | the end of a guard, hold or epoch: the content            | the start of the next |
+//! | status     | `Control::status`            | `join` and `depart`: that a rank is there or gone         | the supervisor, `departed` |
+//!
+//! Two places need sequential consistency, as each side writes one word and reads the other's (store buffering):
+//! `generation` against `sleepers` (`turn` / `sleep`), and `event` against `listening` (`signal` / `sleep_for_signal`).
+//! Either the sleeper sees the change, or the waker sees the sleeper.
+//!
+//! Relaxed words: those ordered by `turn` and `generation` (the control block, sizes, stamp), and hints for messages
+//! (`activity`, `computing`, `Permits::taken`).
 
 mod copy;
 mod error;
@@ -11,6 +56,8 @@ mod region;
 mod shared;
 mod spec;
 mod sync;
+#[cfg(test)]
+mod tests;
 mod threads;
 
 pub use bytemuck::Pod;

@@ -116,6 +116,7 @@ pub fn join(spec: &GroupSpec, info: JoinInfo) -> Result<Box<dyn Fabric>, FabricE
     let layout = check_identity(spec, info, fd).map_err(refuse)?;
     let segment = Arc::new(Segment::map(fd, layout)?);
     let status = &segment.control(rank).status;
+    // SYNC POINT status: pairs with the supervisor's load in `ended`, and decides who is the rank if two try.
     if status.compare_exchange(STATUS_ABSENT, STATUS_RUNNING, Ordering::AcqRel, Ordering::Relaxed).is_err() {
         return Err(refuse(JoinError::Taken));
     }
@@ -286,6 +287,7 @@ impl Group {
     /// A rank's process has ended: unless it ended well, the rank is lost.
     fn ended(&self, rank: Rank, status: ExitStatus) {
         let control = self.segment.control(rank);
+        // SYNC POINT status: pairs with `join` and `depart`.
         let in_group = matches!(control.status.load(Ordering::Acquire), STATUS_ABSENT | STATUS_RUNNING);
         let loss = match (status.signal(), status.code()) {
             (Some(signal), _) => Loss::Killed { signal },

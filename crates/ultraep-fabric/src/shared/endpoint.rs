@@ -23,6 +23,8 @@ const NAP_BETWEEN: Duration = Duration::from_millis(1);
 
 /// Looks before a waiter goes to sleep, when every rank can have a core of its own.
 const SPINS: u32 = 2_000;
+/// After so many of them it yields its core.
+const SPINS_PER_YIELD: u32 = 100;
 
 // Classes of ticket, in the lowest bits of its number.
 const TICKET_CLASS_BITS: u32 = 2;
@@ -234,7 +236,7 @@ impl Endpoint {
     /// One sleep for a signal to this rank; whether it has come.
     fn sleep_for_signal(&mut self, signal: usize, at_least: u64, nap: Duration) -> Result<bool, FabricError> {
         let control = self.segment.control(self.rank);
-        // Sequentially consistent, against the reverse pair in `signal`: either we see the event, or the signaller sees that
+        // SYNC POINT event: sequentially consistent, against the reverse pair in `signal`: either we see the event, or the signaller sees that
         // we listen and wakes us.
         control.listening.store(1, Ordering::SeqCst);
         let event = control.event.load(Ordering::SeqCst);
@@ -255,6 +257,7 @@ impl Endpoint {
     }
 
     fn has_departed(&self, rank: Rank) -> bool {
+        // SYNC POINT status: pairs with `depart`.
         self.segment.control(rank).status.load(Ordering::Acquire) > STATUS_RUNNING
     }
 
@@ -376,7 +379,13 @@ impl Fabric for Endpoint {
             }
             if spins > 0 {
                 spins -= 1;
-                core::hint::spin_loop();
+                if spins.is_multiple_of(SPINS_PER_YIELD) {
+                    // If the scheduler has put two ranks on one core this lets the other on, and stays visible as two ranks that want
+                    // to run, which an idle core then pulls apart; asleep and woken in turn they would stay together.
+                    std::thread::yield_now();
+                } else {
+                    core::hint::spin_loop();
+                }
                 continue;
             }
             let since = *since.get_or_insert_with(Instant::now);

@@ -186,6 +186,7 @@ impl Segment {
     pub(crate) fn depart(&self, rank: Rank, loss: Loss, unfinished: bool) {
         let status = if loss == Loss::Left { STATUS_LEFT } else { STATUS_DROPPED };
         let running = &self.control(rank).status;
+        // SYNC POINT status: pairs with the loads in `departed`, `has_departed` and the supervisor.
         if running.compare_exchange(STATUS_RUNNING, status, Ordering::AcqRel, Ordering::Relaxed).is_err() {
             return;
         }
@@ -197,6 +198,7 @@ impl Segment {
 
     /// The first rank that has departed, and how.
     pub(crate) fn departed(&self) -> Option<(Rank, Loss)> {
+        // SYNC POINT status: pairs with `depart`.
         self.ranks().find_map(|rank| match self.control(rank).status.load(Ordering::Acquire) {
             STATUS_LEFT => Some((rank, Loss::Left)),
             STATUS_DROPPED => Some((rank, Loss::Dropped)),

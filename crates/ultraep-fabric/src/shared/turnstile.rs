@@ -90,7 +90,7 @@ impl Turnstile {
     /// Sleeps while the generation word is `value`, at most `limit`.
     pub(crate) fn sleep(&self, value: u32, limit: Duration) {
         self.sleepers.fetch_add(1, Ordering::SeqCst);
-        // Sequentially consistent: pairs with `turn`, see there.
+        // SYNC POINT generation: sequentially consistent, against the reverse pair in `turn`, see there.
         if self.generation.load(Ordering::SeqCst) == value {
             sync::sleep_while(&self.generation, value, limit);
         }

@@ -1,0 +1,152 @@
+//! What the conformance suite cannot see from outside: the segment's table, failure words, borrow states, copies.
+
+use crate::operation::{Collective, OperationKind};
+use crate::shared::{Failure, Layout, Segment};
+use crate::{AccessError, FabricError, FabricKind, GroupSpec, Loss, Region, copy};
+use core::time::Duration;
+use proptest::prelude::*;
+use ultraep_plan::Rank;
+
+fn spec(ranks: usize, windows: &[usize]) -> GroupSpec {
+    let mut spec = GroupSpec::new(ranks);
+    for &bytes in windows {
+        spec.add_window("window", bytes);
+    }
+    spec
+}
+
+#[test]
+fn sections_do_not_overlap_and_fit() {
+    for (ranks, windows) in [(1, &[][..]), (2, &[0, 1, 4096]), (5, &[100_001, 0, 7]), (1024, &[12])] {
+        let layout = Layout::new(&spec(ranks, windows)).expect("a small group");
+        let mut sections = vec![layout.control, layout.signals, layout.sizes, layout.records];
+        sections.extend(layout.staging.iter().chain(&layout.reduced).chain(&layout.windows));
+        let mut end = layout.header.offset + layout.header.stride;
+        for section in sections {
+            assert!(section.offset >= end && section.bytes <= section.stride, "{section:?} after {end}");
+            end = section.offset + section.stride * ranks;
+        }
+        assert!(end <= layout.total_bytes && layout.total_bytes.is_multiple_of(4096));
+        assert_eq!(layout.windows.iter().map(|window| window.bytes).collect::<Vec<_>>(), windows);
+    }
+}
+
+#[test]
+fn what_cannot_be_laid_out_is_refused() {
+    for spec in [spec(0, &[]), spec(1025, &[]), spec(2, &[usize::MAX]), spec(1024, &[usize::MAX / 1000])] {
+        let refused = Layout::new(&spec);
+        assert!(matches!(refused, Err(FabricError::Spec { .. })), "{refused:?}");
+    }
+    let digests =
+        [spec(2, &[1]), spec(2, &[2]), spec(2, &[1, 1]), spec(3, &[1])].map(|spec| Layout::new(&spec).unwrap().digest);
+    let different: std::collections::HashSet<u64> = digests.into_iter().collect();
+    assert_eq!(different.len(), digests.len());
+}
+
+#[test]
+fn failures_survive_the_segment() {
+    let collective = |sequence, kind, detail| Collective { sequence, kind, detail };
+    let (rank, other) = (Rank::new(3), Rank::new(69));
+    let missing = vec![Rank::new(0), Rank::new(63), Rank::new(64), other];
+    let lost = |loss| Failure::Lost { rank: other, loss };
+    let failures = [
+        lost(Loss::Left),
+        lost(Loss::Dropped),
+        lost(Loss::Failed),
+        lost(Loss::Panicked),
+        lost(Loss::Killed { signal: 64 }),
+        lost(Loss::Exited { code: 255 }),
+        lost(Loss::Refused),
+        Failure::Timeout { missing, operation: OperationKind::AllToAll, waited: Duration::from_nanos(1_500_000_001) },
+        Failure::Mismatch {
+            rank,
+            operation: collective(u64::MAX, OperationKind::Barrier, 0),
+            other,
+            other_operation: collective(1, OperationKind::AllGather, 1 << 40),
+        },
+        Failure::Sizes { from: other, to: rank, sent_bytes: u64::MAX, expected_bytes: 0 },
+    ];
+    for failure in failures {
+        let segment = Segment::anonymous(&spec(70, &[])).expect("a small group");
+        assert_eq!((segment.failure(), segment.has_failed()), (None, false));
+        segment.fail(rank, &failure);
+        // The first one stays.
+        segment.fail(Rank::new(1), &Failure::Lost { rank: Rank::new(1), loss: Loss::Panicked });
+        assert_eq!((segment.failure().as_ref(), segment.has_failed()), (Some(&failure), true));
+    }
+}
+
+#[test]
+fn adopted_memory_is_neither_copied_nor_moved() {
+    let values = vec![1.5f32, -2.0, 3.25];
+    let address = values.as_ptr();
+    let region = Region::from_vec(values);
+    assert_eq!(region.bytes(), 12);
+    assert_eq!(region.read::<f32>().expect("nobody writes").as_ptr(), address);
+    region.write::<u32>().expect("nobody reads")[1] = 7.5f32.to_bits();
+    assert_eq!(region.read::<f32>().expect("nobody writes")[..], [1.5, 7.5, 3.25]);
+    let empty = Region::from_vec(Vec::<u64>::new());
+    assert_eq!((empty.bytes(), empty.read::<u64>().expect("nobody writes").len()), (0, 0));
+    let own = Region::zeroed(64);
+    assert_eq!(own.read::<u64>().expect("aligned").as_ptr().align_offset(crate::REGION_ALIGN), 0);
+}
+
+#[test]
+fn borrow_states_exclude_each_other() {
+    let region = Region::zeroed(8);
+    let clone = region.clone();
+    let one = region.read::<u8>().expect("unused");
+    let two = clone.hold_read().expect("readers share");
+    assert_eq!(clone.write::<u8>().err(), Some(AccessError::BeingRead));
+    assert_eq!(clone.expose().err(), Some(AccessError::BeingRead));
+    drop((one, two));
+    let hold = region.hold_receiving().expect("unused");
+    assert_eq!(clone.read::<u8>().err(), Some(AccessError::Receiving));
+    hold.release();
+    drop(region.hold_write().expect("released"));
+    clone.expose().expect("unused");
+    assert_eq!(region.hold_receiving().err(), Some(AccessError::Open));
+    region.conceal();
+    // A receiving hold that is dropped, not released, never comes back.
+    drop(region.hold_receiving().expect("unused"));
+    assert_eq!(clone.write::<u8>().err(), Some(AccessError::Receiving));
+    assert!(!region.same(&Region::zeroed(8)) && region.same(&clone));
+}
+
+#[test]
+fn names_of_fabrics_are_read_back() {
+    for kind in FabricKind::ALL {
+        assert_eq!(kind.to_string().parse(), Ok(kind));
+    }
+    let error = "mpi".parse::<FabricKind>().expect_err("not yet");
+    assert_eq!(error.to_string(), "no fabric is called `mpi`: allowed are threads and processes");
+}
+
+#[test]
+fn errors_say_who_and_what() {
+    let missing = vec![Rank::new(3), Rank::new(5)];
+    let timeout =
+        FabricError::Timeout { missing, operation: OperationKind::AllGather, waited: Duration::from_millis(1500) };
+    assert_eq!(timeout.to_string(), "all-gather timed out after 1.500 s: no sign of ranks 3, 5");
+    let (rank, operation) = (Rank::new(2), OperationKind::Barrier);
+    let lost = FabricError::PeerLost { rank, operation, reason: Loss::Killed { signal: 9 } };
+    assert_eq!(lost.to_string(), "rank 2 was lost (killed by signal 9): barrier cannot complete");
+    assert!(lost.ends_group() && lost.culprit() == Some(rank));
+}
+
+proptest! {
+    /// Copies write exactly their range, whatever the length and the alignment, to each of the targets.
+    #[test]
+    fn copies_write_their_range_and_nothing_else(length in 0usize..40_000, from in 0usize..9, to in 0usize..9) {
+        let source: Vec<u8> = (0..from + length).map(|index| (index * 31 % 251) as u8).collect();
+        let mut targets = [vec![255u8; to + length + 3], vec![255u8; to + length + 3]];
+        let [first, second] = &mut targets;
+        let starts = [first[to..].as_mut_ptr(), second[to..].as_mut_ptr()];
+        // SAFETY: the ranges lie within the vectors, which nothing else refers to during the call.
+        unsafe { copy::copy_to_many(source[from..].as_ptr(), starts.into_iter(), length) };
+        for target in targets {
+            prop_assert!(target[..to].iter().chain(&target[to + length..]).all(|&byte| byte == 255));
+            prop_assert_eq!(&target[to..to + length], &source[from..]);
+        }
+    }
+}
