@@ -3,7 +3,10 @@
 use std::fmt;
 use std::str::FromStr;
 
-use ultraep_plan::{Greedy, GreedyParams, Plan, Policy, Rank, Ratio, Topology, UltraepV1, UltraepV1Params, Unbalanced};
+use ultraep_plan::{
+    Greedy, GreedyParams, Plan, Policy, Rank, Ratio, Topology, Ultraep, UltraepParams, UltraepV1, UltraepV1Params,
+    Unbalanced,
+};
 
 use crate::{Eplb, EplbExact, EplbParams, Llep, LlepParams, Lplb, LplbParams, MastersOnly, MoonEp};
 
@@ -24,17 +27,19 @@ pub enum PolicyKind {
     /// Every rank gets exactly its share.
     MoonEp,
     /// The paper's Algorithm 1.
-    #[default]
     Greedy,
     /// UltraEP v1.0.0 as released.
     UltraepV1,
+    /// Ours.
+    #[default]
+    Ultraep,
     /// The force-balanced bound.
     Ideal,
 }
 
 impl PolicyKind {
     /// All of them, in the order of tables.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::None,
         Self::Eplb,
         Self::EplbExact,
@@ -43,6 +48,7 @@ impl PolicyKind {
         Self::MoonEp,
         Self::Greedy,
         Self::UltraepV1,
+        Self::Ultraep,
         Self::Ideal,
     ];
 
@@ -57,6 +63,7 @@ impl PolicyKind {
             Self::MoonEp => "moonep",
             Self::Greedy => "greedy",
             Self::UltraepV1 => "ultraep-v1",
+            Self::Ultraep => "ultraep",
             Self::Ideal => "ideal",
         }
     }
@@ -72,6 +79,7 @@ impl PolicyKind {
             Self::MoonEp => "MoonEP: every rank gets exactly its share, no slot limit, no locality",
             Self::Greedy => "the paper's Algorithm 1: bisection on the threshold with a greedy test",
             Self::UltraepV1 => "UltraEP v1.0.0 as released",
+            Self::Ultraep => "ours: proven bound, best of several constructions, fewest replicas at the target",
             Self::Ideal => "the bound: routing itself forced to be balanced",
         }
     }
@@ -140,9 +148,9 @@ pub enum BuildError {
 /// Parameters of all policies; each takes what concerns it.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct PolicyParams {
-    /// Tolerated imbalance: `greedy`.
+    /// Tolerated imbalance: `greedy`, `ultraep`.
     pub beta: Ratio,
-    /// `u_min`, least quota of a replica in tokens: `greedy`, `ultraep-v1`.
+    /// `u_min`, least quota of a replica in tokens: `greedy`, `ultraep-v1`, `ultraep`.
     pub min_quota: u32,
     /// `eplb`.
     pub eplb: EplbParams,
@@ -179,6 +187,7 @@ pub fn build(kind: PolicyKind, topology: &Topology, params: &PolicyParams) -> Re
         PolicyKind::UltraepV1 => {
             Box::new(UltraepV1::new(topology, UltraepV1Params { min_tokens: min_quota, ..Default::default() }))
         }
+        PolicyKind::Ultraep => Box::new(Ultraep::new(topology, UltraepParams { beta, min_quota })),
         PolicyKind::Ideal => Box::new(MastersOnly::new(kind.name(), topology)),
     })
 }

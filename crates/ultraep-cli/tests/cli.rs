@@ -67,7 +67,7 @@ impl Files {
 #[test]
 fn plan_json_is_complete_and_consistent() {
     let files = Files::new();
-    for policy in ["none", "eplb", "eplb-exact", "lplb", "llep", "moonep", "greedy", "ultraep-v1"] {
+    for policy in ["none", "eplb", "eplb-exact", "lplb", "llep", "moonep", "greedy", "ultraep-v1", "ultraep"] {
         let args = ["plan", &files.path("loads.csv"), "--slots", "2", "--min-quota", "1", "--policy", policy];
         let plan = json(&[&args[..], &["--split", "--json"]].concat());
         assert_eq!(plan["schema"], "ultraep.plan/1");

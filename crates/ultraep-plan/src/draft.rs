@@ -13,68 +13,54 @@ pub(crate) struct Move {
     pub(crate) quota: u32,
 }
 
-const NONE: u32 = u32::MAX;
-
-/// Memory to turn moves into instances: a list for each expert, in order of creation.
+/// Memory to turn moves into instances.
 #[derive(Clone, Debug)]
 pub(crate) struct Emitter {
-    head: Vec<u32>,
-    tail: Vec<u32>,
-    exported: Vec<u32>,
+    /// Place of each expert's master, and of its instance placed last, `[E]`.
+    masters: Vec<u32>,
     next: Vec<u32>,
+    /// Next physical index on each rank, `[N]`.
     physical: Vec<u16>,
-    used: Vec<u16>,
 }
 
 impl Emitter {
     pub(crate) fn new(topology: &Topology) -> Self {
-        let moves = total_slots(topology);
-        Self {
-            head: vec![NONE; topology.experts()],
-            tail: vec![NONE; topology.experts()],
-            exported: vec![0; topology.experts()],
-            next: vec![NONE; moves],
-            physical: vec![0; moves],
-            used: vec![0; topology.ranks()],
-        }
+        let experts = topology.experts();
+        Self { masters: vec![0; experts], next: vec![0; experts], physical: vec![0; topology.ranks()] }
     }
 
     /// Appends the instances of one domain's experts to `plan`: masters with what is not exported, then replicas in the
     /// order of `moves`. Slots are taken on each rank in that order too. `loads` are the loads of all experts, `[E]`.
     pub(crate) fn emit(&mut self, topology: &Topology, domain: Domain, loads: &[u32], moves: &[Move], plan: &mut Plan) {
-        let experts = topology.domain_experts(domain);
-        self.head[experts.clone()].fill(NONE);
-        self.exported[experts.clone()].fill(0);
-        self.used[topology.domain_range(domain)].fill(0);
-        for (i, m) in moves.iter().enumerate() {
-            let (expert, rank) = (m.expert as usize, m.rank as usize);
-            self.physical[i] = topology.masters(Rank::new(rank)).len() as u16 + self.used[rank];
-            self.used[rank] += 1;
-            self.exported[expert] += m.quota;
-            self.next[i] = NONE;
-            if self.head[expert] == NONE {
-                self.head[expert] = i as u32;
-            } else {
-                self.next[self.tail[expert] as usize] = i as u32;
-            }
-            self.tail[expert] = i as u32;
+        let (experts, ranks) = (topology.domain_experts(domain), topology.domain_range(domain));
+        let next = &mut self.next[experts.clone()];
+        next.fill(1);
+        moves.iter().for_each(|m| next[m.expert as usize - experts.start] += 1);
+        let (first, ends, instances) = plan.append(experts.len(), experts.len() + moves.len());
+        let mut at = 0;
+        for ((next, master), end) in next.iter_mut().zip(&mut self.masters).zip(ends) {
+            let count = *next;
+            (*next, *master) = (at, at);
+            at += count;
+            *end = first as u32 + at;
         }
-        for rank in topology.domain_range(domain) {
-            for (index, expert) in topology.masters(Rank::new(rank)).enumerate() {
-                let quota = loads[expert] - self.exported[expert];
-                plan.push_instance(Instance { rank: Rank::new(rank), physical: PhysicalIndex::new(index), quota });
-                let mut at = self.head[expert];
-                while at != NONE {
-                    let m = moves[at as usize];
-                    plan.push_instance(Instance {
-                        rank: Rank::new(m.rank as usize),
-                        physical: PhysicalIndex::new(self.physical[at as usize] as usize),
-                        quota: m.quota,
-                    });
-                    at = self.next[at as usize];
-                }
-                plan.end_expert();
+        for (rank, masters) in ranks.clone().map(|r| (r, topology.masters(Rank::new(r)))) {
+            self.physical[rank] = masters.len() as u16;
+            let local = masters.start - experts.start..masters.end - experts.start;
+            for (index, (next, &quota)) in next[local].iter().zip(&loads[masters]).enumerate() {
+                let (rank, physical) = (Rank::new(rank), PhysicalIndex::new(index));
+                instances[*next as usize] = Instance { rank, physical, quota };
             }
+        }
+        // From here an expert's cursor counts the replicas placed behind its master.
+        for m in moves {
+            let (expert, rank) = (m.expert as usize - experts.start, m.rank as usize);
+            let (master, cursor) = (self.masters[expert] as usize, &mut next[expert]);
+            *cursor += 1;
+            let physical = PhysicalIndex::new(self.physical[rank] as usize);
+            self.physical[rank] += 1;
+            instances[master].quota -= m.quota;
+            instances[*cursor as usize] = Instance { rank: Rank::new(rank), physical, quota: m.quota };
         }
     }
 }

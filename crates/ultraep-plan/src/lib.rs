@@ -6,12 +6,13 @@
 //!
 //! What it must never do: read a clock, the environment or a file; start a thread; log; use random numbers, hash
 //! iteration, floating point (the one exception is policy `ultraep-v1`, whose published behaviour is defined in
-//! 32-bit floats) or `unsafe`; allocate while solving. It is `no_std` with `alloc`.
+//! 32-bit floats) or `unsafe`; allocate while solving. It is `no_std` with `alloc`; the default feature `std` only adds the run-time choice of vector
+//! instructions, never other results.
 #![no_std]
 #![forbid(unsafe_code)]
 
 extern crate alloc;
-#[cfg(test)]
+#[cfg(any(test, feature = "std"))]
 extern crate std;
 
 mod assign;
@@ -37,7 +38,7 @@ pub use deal::{Turns, dealt};
 pub use digest::{digest_counts, digest_plan, digest_problem};
 pub use ids::{Domain, Expert, PhysicalIndex, Rank};
 pub use plan::{DomainOutcome, Instance, Plan, SplitRule, StopReason};
-pub use policies::{Greedy, GreedyParams, UltraepV1, UltraepV1Params, Unbalanced, V1Path};
+pub use policies::{Greedy, GreedyParams, Ultraep, UltraepParams, UltraepV1, UltraepV1Params, Unbalanced, V1Path};
 pub use policy::{PlanRules, Policy, SlotRule, SolveError};
 pub use problem::{Problem, ProblemError};
 pub use ratio::{ParseRatioError, Ratio};

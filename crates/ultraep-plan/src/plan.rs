@@ -138,6 +138,21 @@ impl Plan {
         self.offsets.push(self.instances.len() as u32);
     }
 
+    /// Appends `experts` experts with `instances` instances in all, to be filled in: their ends in [`Plan::instances`] and
+    /// the instances.
+    pub(crate) fn append(&mut self, experts: usize, instances: usize) -> (usize, &mut [u32], &mut [Instance]) {
+        let (ends, first) = (self.offsets.len(), self.instances.len());
+        self.offsets.resize(ends + experts, 0);
+        self.instances.resize(first + instances, Instance::default());
+        (first, &mut self.offsets[ends..], &mut self.instances[first..])
+    }
+
+    /// Ends of the experts' instances, `[E]`: expert `e` has instances `ends[e - 1]..ends[e]`.
+    #[inline]
+    pub(crate) fn ends(&self) -> &[u32] {
+        self.offsets.get(1..).unwrap_or(&[])
+    }
+
     /// Appends the outcome of the next domain.
     pub fn push_domain(&mut self, outcome: DomainOutcome) {
         self.domains.push(outcome);

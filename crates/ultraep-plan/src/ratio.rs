@@ -34,9 +34,9 @@ impl Ratio {
         u32::try_from(scaled).unwrap_or(u32::MAX)
     }
 
-    /// `total * self / parts`, rounded down, at most `u32::MAX`: the largest rank load whose ratio to the mean of `parts`
-    /// ranks is still within `self`.
-    pub fn of_mean_floor(self, total: u32, parts: u32) -> u32 {
+    /// `total * self / parts`, rounded down, at most `u32::MAX`: the largest rank load whose ratio to the mean over `parts`
+    /// is still within `self`.
+    pub fn of_mean_floor(self, total: u64, parts: u64) -> u32 {
         let scaled = u128::from(total) * u128::from(self.num) / (u128::from(self.den) * u128::from(parts.max(1)));
         u32::try_from(scaled).unwrap_or(u32::MAX)
     }

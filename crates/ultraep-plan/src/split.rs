@@ -160,8 +160,8 @@ fn for_replicated(
     mut share: impl FnMut(usize, u32, &[Instance], &mut [u32]),
 ) {
     let mut start = 0;
-    for (expert, &tokens) in row.iter().enumerate() {
-        let end = plan.range(Expert::new(expert)).end;
+    for (expert, (&tokens, &end)) in row.iter().zip(plan.ends()).enumerate() {
+        let end = end as usize;
         if end - start == 1 {
             out[start] = tokens;
         } else if tokens == 0 {

@@ -53,38 +53,61 @@ impl Tally {
     }
 }
 
-/// Adds rows of `acc.len()` counts onto `acc`. The result has its top bit set exactly when some count or some running
-/// sum reached 2^31: sums of two numbers below 2^31 do not wrap, so the first offender is always seen.
+/// Adds rows of `acc.len()` counts onto `acc`. The result has its top bit set exactly when some count or some partial sum
+/// reached 2^31: sums of two numbers below 2^31 do not wrap, so the first offender is always seen.
+///
+/// With the feature `std` the widest vectors of the processor are used, chosen at run time; sums are the same.
 pub(crate) fn add_rows(acc: &mut [u32], rows: &[u32]) -> u32 {
-    const BLOCK: usize = 64;
+    #[cfg(feature = "std")]
+    return pulp::Arch::new().dispatch(AddRows { acc, rows });
+    #[cfg(not(feature = "std"))]
+    add_rows_plain(acc, rows)
+}
+
+#[cfg(feature = "std")]
+struct AddRows<'a> {
+    acc: &'a mut [u32],
+    rows: &'a [u32],
+}
+
+#[cfg(feature = "std")]
+impl pulp::NullaryFnOnce for AddRows<'_> {
+    type Output = u32;
+
+    #[inline(always)]
+    fn call(self) -> u32 {
+        add_rows_plain(self.acc, self.rows)
+    }
+}
+
+/// Four rows at a time, in the order of memory; the sums stay in the first-level cache.
+#[inline(always)]
+fn add_rows_plain(acc: &mut [u32], rows: &[u32]) -> u32 {
     let width = acc.len();
     let mut high = 0;
-    let blocks = acc.chunks_exact_mut(BLOCK).len();
-    for block in 0..blocks {
-        let mut sums = [0u32; BLOCK];
-        let at = block * BLOCK;
-        sums.copy_from_slice(&acc[at..at + BLOCK]);
-        let mut tops = [0u32; BLOCK];
-        for row in rows.chunks_exact(width) {
-            let row: &[u32; BLOCK] = row[at..at + BLOCK].try_into().expect("BLOCK counts");
-            for i in 0..BLOCK {
-                sums[i] = sums[i].wrapping_add(row[i]);
-                tops[i] |= sums[i] | row[i];
-            }
+    let mut fours = rows.chunks_exact(4 * width);
+    for four in &mut fours {
+        let (ab, cd) = four.split_at(2 * width);
+        let ((a, b), (c, d)) = (ab.split_at(width), cd.split_at(width));
+        for ((((sum, &a), &b), &c), &d) in acc.iter_mut().zip(a).zip(b).zip(c).zip(d) {
+            let (ab, cd) = (a.wrapping_add(b), c.wrapping_add(d));
+            let four = ab.wrapping_add(cd);
+            *sum = sum.wrapping_add(four);
+            high |= (a | b) | (c | d) | (ab | cd) | (four | *sum);
         }
-        high |= tops.iter().fold(0, |a, &b| a | b);
-        acc[at..at + BLOCK].copy_from_slice(&sums);
     }
-    let at = blocks * BLOCK;
-    if at < width {
-        for row in rows.chunks_exact(width) {
-            for (sum, &count) in acc[at..].iter_mut().zip(&row[at..]) {
-                *sum = sum.wrapping_add(count);
-                high |= *sum | count;
-            }
-        }
+    for row in fours.remainder().chunks_exact(width) {
+        high |= add_row(acc, row);
     }
     high
+}
+
+#[inline(always)]
+fn add_row(acc: &mut [u32], row: &[u32]) -> u32 {
+    acc.iter_mut().zip(row).fold(0, |high, (sum, &count)| {
+        *sum = sum.wrapping_add(count);
+        high | *sum | count
+    })
 }
 
 /// Sum of `loads`, unless it exceeds [`MAX_TOKENS`].

@@ -1,5 +1,6 @@
 //! The EP group that plans are made for: ranks, domains, home ranks of experts, slots and speeds. Validated once.
 
+use alloc::sync::Arc;
 use alloc::vec;
 use alloc::vec::Vec;
 use core::ops::Range;
@@ -32,8 +33,13 @@ pub struct TopologySpec {
 ///
 /// Experts have their masters on ranks in contiguous blocks: rank `r` is home to `masters(r)`. When `N` does not divide
 /// `E`, the first `E mod N` ranks hold one master more.
+///
+/// Clones share their contents: cloning costs nothing, comparing clones neither.
+#[derive(Clone, Debug)]
+pub struct Topology(Arc<Contents>);
+
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Topology {
+struct Contents {
     domain_ranks: usize,
     master_offsets: Vec<u16>,
     homes: Vec<Rank>,
@@ -85,6 +91,14 @@ pub enum TopologyError {
     NoSpeed(Domain),
 }
 
+impl PartialEq for Topology {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0) || self.0 == other.0
+    }
+}
+
+impl Eq for Topology {}
+
 impl Topology {
     /// A group with the same slots on every rank and all ranks at full speed.
     pub fn new(spec: TopologySpec) -> Result<Self, TopologyError> {
@@ -105,13 +119,8 @@ impl Topology {
         let offset = |rank: usize| rank * each + rank.min(extra);
         let master_offsets = (0..=ranks).map(|r| offset(r) as u16).collect();
         let homes = (0..ranks).flat_map(|r| core::iter::repeat_n(Rank::new(r), offset(r + 1) - offset(r))).collect();
-        Ok(Self {
-            domain_ranks,
-            master_offsets,
-            homes,
-            slots: vec![slots_per_rank as u16; ranks],
-            speeds: vec![FULL_SPEED; ranks],
-        })
+        let (slots, speeds) = (vec![slots_per_rank as u16; ranks], vec![FULL_SPEED; ranks]);
+        Ok(Self(Arc::new(Contents { domain_ranks, master_offsets, homes, slots, speeds })))
     }
 
     /// The same group with `slots[r]` slots on rank `r`.
@@ -120,7 +129,7 @@ impl Topology {
         if let Some(&over) = slots.iter().find(|&&s| s > MAX_SLOTS) {
             return Err(TopologyError::Slots(over));
         }
-        self.slots = slots.iter().map(|&s| s as u16).collect();
+        Arc::make_mut(&mut self.0).slots = slots.iter().map(|&s| s as u16).collect();
         Ok(self)
     }
 
@@ -131,12 +140,12 @@ impl Topology {
         if let Some(&over) = speeds.iter().find(|&&s| s > FULL_SPEED) {
             return Err(TopologyError::Speed(over));
         }
-        for (domain, of_domain) in speeds.chunks(self.domain_ranks).enumerate() {
+        for (domain, of_domain) in speeds.chunks(self.domain_ranks()).enumerate() {
             if of_domain.iter().all(|&s| s == 0) {
                 return Err(TopologyError::NoSpeed(Domain::new(domain)));
             }
         }
-        self.speeds = speeds.to_vec();
+        Arc::make_mut(&mut self.0).speeds = speeds.to_vec();
         Ok(self)
     }
 
@@ -147,86 +156,86 @@ impl Topology {
     /// `N`.
     #[inline]
     pub fn ranks(&self) -> usize {
-        self.slots.len()
+        self.0.slots.len()
     }
 
     /// `E`.
     #[inline]
     pub fn experts(&self) -> usize {
-        self.homes.len()
+        self.0.homes.len()
     }
 
     /// `G`, ranks in a domain.
     #[inline]
     pub fn domain_ranks(&self) -> usize {
-        self.domain_ranks
+        self.0.domain_ranks
     }
 
     /// Number of domains, `N / G`.
     #[inline]
     pub fn domains(&self) -> usize {
-        self.ranks() / self.domain_ranks
+        self.ranks() / self.0.domain_ranks
     }
 
     /// The domain of a rank.
     #[inline]
     pub fn domain_of(&self, rank: Rank) -> Domain {
-        Domain::new(rank.index() / self.domain_ranks)
+        Domain::new(rank.index() / self.0.domain_ranks)
     }
 
     /// Ranks of a domain, as indices.
     #[inline]
     pub fn domain_range(&self, domain: Domain) -> Range<usize> {
-        domain.index() * self.domain_ranks..(domain.index() + 1) * self.domain_ranks
+        domain.index() * self.0.domain_ranks..(domain.index() + 1) * self.0.domain_ranks
     }
 
     /// Experts whose home is in a domain, as indices.
     #[inline]
     pub fn domain_experts(&self, domain: Domain) -> Range<usize> {
         let ranks = self.domain_range(domain);
-        self.master_offsets[ranks.start] as usize..self.master_offsets[ranks.end] as usize
+        self.0.master_offsets[ranks.start] as usize..self.0.master_offsets[ranks.end] as usize
     }
 
     /// Experts whose home is this rank, as indices.
     #[inline]
     pub fn masters(&self, rank: Rank) -> Range<usize> {
-        self.master_offsets[rank.index()] as usize..self.master_offsets[rank.index() + 1] as usize
+        self.0.master_offsets[rank.index()] as usize..self.0.master_offsets[rank.index() + 1] as usize
     }
 
     /// Home rank of every expert, `[E]`.
     #[inline]
     pub fn homes(&self) -> &[Rank] {
-        &self.homes
+        &self.0.homes
     }
 
     /// Home rank of an expert.
     #[inline]
     pub fn home(&self, expert: Expert) -> Rank {
-        self.homes[expert.index()]
+        self.0.homes[expert.index()]
     }
 
     /// Slots on a rank.
     #[inline]
     pub fn slots(&self, rank: Rank) -> usize {
-        self.slots[rank.index()] as usize
+        self.0.slots[rank.index()] as usize
     }
 
     /// Slots on a rank that a planner may fill: none where the speed weight is 0.
     #[inline]
     pub fn replica_slots(&self, rank: Rank) -> usize {
-        if self.speeds[rank.index()] == 0 { 0 } else { self.slots(rank) }
+        if self.0.speeds[rank.index()] == 0 { 0 } else { self.slots(rank) }
     }
 
     /// Speed weight of a rank, `0..=FULL_SPEED`.
     #[inline]
     pub fn speed(&self, rank: Rank) -> u32 {
-        self.speeds[rank.index()]
+        self.0.speeds[rank.index()]
     }
 
     /// Speed weights of all ranks, `[N]`.
     #[inline]
     pub fn speeds(&self) -> &[u32] {
-        &self.speeds
+        &self.0.speeds
     }
 
     /// Physical experts on a rank: masters and slots.

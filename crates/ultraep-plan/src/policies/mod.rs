@@ -3,8 +3,10 @@
 mod greedy;
 mod none;
 mod probe;
+mod ultraep;
 mod ultraep_v1;
 
 pub use greedy::{Greedy, GreedyParams};
 pub use none::Unbalanced;
+pub use ultraep::{Ultraep, UltraepParams};
 pub use ultraep_v1::{UltraepV1, UltraepV1Params, V1Path};

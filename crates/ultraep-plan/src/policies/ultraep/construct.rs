@@ -1,0 +1,284 @@
+//! Construction of replicas at one threshold.
+//!
+//! Problem: ranks over their capacity (donors) must hand their excess to ranks under it (receivers), each receiver taking
+//! at most as many pieces as it has slots, each piece coming from one expert; fewest pieces wanted. Every donor needs at
+//! least as many pieces as the largest receivers that cover its excess; waste (slack that a used slot leaves behind) is
+//! what makes others need more. So, donors by decreasing excess (ties: lower rank):
+//!
+//! ```text
+//! excess fits one receiver:   the one with least sufficient slack (best fit)
+//! excess fits two:            the pair with least sufficient sum
+//! otherwise:                  fill the receiver with most slack, go on
+//! ```
+//!
+//! A receiver with slack and slots left stays a receiver. Where its slots are used up, [`Waste::Hand`] lets the last piece
+//! fill it anyway: the donor falls below its capacity and becomes a receiver itself, so no slack is lost (this is what
+//! reaches exact balance with a single slot a rank).
+//!
+//! Cost: `O(pieces * (log G + M) + donors * G)`.
+
+use alloc::vec;
+use alloc::vec::Vec;
+
+use crate::Topology;
+use crate::draft::{Move, total_slots};
+use crate::policies::ultraep::field::Field;
+
+/// What becomes of slack that a receiver without free slots has left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Waste {
+    /// It stays unused.
+    Leave,
+    /// It goes to the donor, which receives in its stead.
+    Hand,
+}
+
+/// Which donor is served next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Order {
+    /// The one with most excess, to the end.
+    Largest,
+    /// The one with least excess, to the end.
+    Smallest,
+    /// The one with most excess left, until it no longer is.
+    Alternate,
+    /// The one with the largest expert: it fills the receiver with most slack, and may fall below its capacity.
+    Fill,
+}
+
+/// One way to construct.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Style {
+    pub(crate) order: Order,
+    pub(crate) waste: Waste,
+}
+
+/// Memory of the construction.
+#[derive(Clone, Debug)]
+pub(crate) struct Builder {
+    /// Ranks with excess, `(excess << 16) | (MAX - rank)`, as served: last first.
+    donors: Vec<u64>,
+    donors_at_first: Vec<u64>,
+    /// Ranks with slack and slots, `(slack << 16) | (MAX - rank)`, most slack last.
+    receivers: Vec<u64>,
+    receivers_at_first: Vec<u64>,
+    free: Vec<u16>,
+    /// What is left of each expert on its master.
+    left: Vec<u32>,
+    pub(crate) moves: Vec<Move>,
+}
+
+/// Most pairs of receivers looked at for one donor.
+const PAIRS: usize = 32;
+
+const LOW: u64 = 0xffff;
+
+fn key(amount: u32, rank: usize) -> u64 {
+    u64::from(amount) << 16 | (LOW - rank as u64)
+}
+
+fn amount(key: u64) -> u32 {
+    (key >> 16) as u32
+}
+
+fn rank(key: u64) -> usize {
+    (LOW - (key & LOW)) as usize
+}
+
+impl Builder {
+    pub(crate) fn new(topology: &Topology) -> Self {
+        let ranks = topology.domain_ranks();
+        Self {
+            donors: Vec::with_capacity(ranks),
+            donors_at_first: Vec::with_capacity(ranks),
+            receivers: Vec::with_capacity(ranks),
+            receivers_at_first: Vec::with_capacity(ranks),
+            free: vec![0; ranks],
+            left: Vec::with_capacity(topology.experts()),
+            moves: Vec::with_capacity(total_slots(topology)),
+        }
+    }
+
+    /// Sorts the ranks into donors and receivers at `tau`, for the constructions that follow.
+    pub(crate) fn prepare(&mut self, field: &Field, tau: u32) {
+        self.donors_at_first.clear();
+        self.receivers_at_first.clear();
+        for (r, (&load, &slots)) in field.load.iter().zip(&field.slots).enumerate() {
+            let capacity = field.capacity(r, tau);
+            if load > capacity {
+                self.donors_at_first.push(key(load - capacity, r));
+            } else if capacity - load >= field.min_quota && slots > 0 {
+                self.receivers_at_first.push(key(capacity - load, r));
+            }
+        }
+        self.donors_at_first.sort_unstable();
+        self.receivers_at_first.sort_unstable();
+    }
+
+    /// Builds replicas that bring every rank within its capacity at the `tau` that was prepared; `self.moves` holds
+    /// them. `false` when some excess is left.
+    pub(crate) fn build(&mut self, field: &Field, style: Style) -> bool {
+        self.moves.clear();
+        self.donors.clear();
+        self.receivers.clear();
+        self.left.clear();
+        self.donors.extend_from_slice(&self.donors_at_first);
+        self.receivers.extend_from_slice(&self.receivers_at_first);
+        self.free.copy_from_slice(&field.slots);
+        self.left.extend_from_slice(&field.experts);
+        if style.order == Order::Smallest {
+            self.donors.reverse();
+        }
+        if style.order == Order::Fill {
+            return self.fill(field);
+        }
+        while let Some(donor) = self.donors.pop() {
+            match self.relieve(field, rank(donor), amount(donor), style) {
+                Some(0) => {}
+                Some(need) => {
+                    let donor = key(need, rank(donor));
+                    let at = self.donors.partition_point(|&k| k < donor);
+                    self.donors.insert(at, donor);
+                }
+                None => return false,
+            }
+        }
+        true
+    }
+
+    /// Moves `need` tokens away from `donor`; returns what is left to move, `None` when nothing can.
+    fn relieve(&mut self, field: &Field, donor: usize, mut need: u32, style: Style) -> Option<u32> {
+        while need > 0 {
+            let most = *self.receivers.last()?;
+            let largest = self.left[field.experts_of(donor)].iter().copied().max().unwrap_or(0);
+            let whole = need.max(field.min_quota);
+            let piece = whole.min(largest);
+            if piece < field.min_quota {
+                return None;
+            }
+            if amount(most) >= piece {
+                // Best fit: the piece finishes the donor, or its largest expert.
+                let at = self.receivers.partition_point(|&k| amount(k) < piece);
+                let waste = if piece == whole { style.waste } else { Waste::Leave };
+                need -= self.give(field, donor, at, piece, waste).min(need);
+            } else if style.order == Order::Alternate {
+                let at = self.receivers.len() - 1;
+                return Some(need - self.give(field, donor, at, amount(most), Waste::Leave));
+            } else if let Some((low, high)) = self.pair(need, largest, field.min_quota) {
+                let full = amount(self.receivers[high]);
+                need -= self.give(field, donor, high, full, Waste::Leave);
+                need -= self.give(field, donor, low, need.max(field.min_quota), style.waste).min(need);
+            } else {
+                let at = self.receivers.len() - 1;
+                need -= self.give(field, donor, at, amount(most), Waste::Leave);
+            }
+        }
+        Some(0)
+    }
+
+    /// Fills the receiver with most slack from the largest expert of any donor, until no donor is left. For receivers
+    /// whose few slots must each bring much.
+    fn fill(&mut self, field: &Field) -> bool {
+        while !self.donors.is_empty() {
+            let Some(&most) = self.receivers.last() else { return false };
+            let largest = |k: u64| field.experts_of(rank(k)).map(|e| self.left[e]).max().unwrap_or(0);
+            let at = (0..self.donors.len()).max_by_key(|&d| (largest(self.donors[d]), self.donors[d]));
+            let donor = self.donors.remove(at.expect("there is a donor"));
+            let (from, need) = (rank(donor), amount(donor));
+            let piece = largest(donor).min(amount(most));
+            if piece < field.min_quota {
+                return false;
+            }
+            let moved = self.give(field, from, self.receivers.len() - 1, piece, Waste::Leave);
+            if moved < need {
+                let donor = key(need - moved, from);
+                let at = self.donors.partition_point(|&k| k < donor);
+                self.donors.insert(at, donor);
+            } else if moved - need >= field.min_quota && self.free[from] > 0 {
+                self.insert(key(moved - need, from));
+            }
+        }
+        true
+    }
+
+    /// Positions of two receivers whose slack adds up to least, but at least `need` (ties: the most different two), among
+    /// the first [`PAIRS`] on the way from the most different to the most equal; none when no two reach it, or one
+    /// expert could not serve both. `need` exceeds the slack of each.
+    fn pair(&self, need: u32, largest: u32, min_quota: u32) -> Option<(usize, usize)> {
+        if largest < need {
+            return None;
+        }
+        let need = u64::from(need);
+        let most = self.receivers.last()? >> 16;
+        // Too small for the largest partner; too large to leave the partner a replica's least quota.
+        let mut low = self.receivers.partition_point(|&k| (k >> 16) + most < need);
+        let mut high = match min_quota {
+            1 => self.receivers.len(),
+            least => self.receivers.partition_point(|&k| (k >> 16) + u64::from(least) <= need),
+        };
+        let mut best = u64::MAX;
+        for _ in 0..PAIRS {
+            if low + 1 >= high {
+                break;
+            }
+            let sum = (self.receivers[low] >> 16) + (self.receivers[high - 1] >> 16);
+            let enough = sum >= need;
+            // Sum, then positions, in one number.
+            let candidate = sum << 32 | (low as u64) << 16 | (high - 1) as u64;
+            best = if enough { best.min(candidate) } else { best };
+            high -= usize::from(enough);
+            low += usize::from(!enough);
+        }
+        (best != u64::MAX).then_some(((best >> 16 & LOW) as usize, (best & LOW) as usize))
+    }
+
+    /// Makes a replica with `piece` tokens of `donor` on the receiver at `at`. Returns the tokens moved: more than
+    /// `piece` where leftover slack is handed to the donor.
+    fn give(&mut self, field: &Field, donor: usize, at: usize, piece: u32, waste: Waste) -> u32 {
+        let receiver = self.receivers[at];
+        let (to, slack) = (rank(receiver), amount(receiver));
+        let expert = self.expert_for(field, donor, piece, waste);
+        self.free[to] -= 1;
+        let rest = slack - piece;
+        let mut moved = piece;
+        if rest >= field.min_quota && self.free[to] > 0 {
+            // It stays a receiver, further down.
+            let smaller = key(rest, to);
+            let place = self.receivers[..at].partition_point(|&k| k < smaller);
+            self.receivers.copy_within(place..at, place + 1);
+            self.receivers[place] = smaller;
+        } else {
+            self.receivers.remove(at);
+            if waste == Waste::Hand && self.free[donor] > 0 {
+                let extra = rest.min(self.left[expert] - piece);
+                if extra >= field.min_quota {
+                    moved += extra;
+                    self.insert(key(extra, donor));
+                }
+            }
+        }
+        self.left[expert] -= moved;
+        self.moves.push(Move {
+            expert: (field.first_expert + expert) as u16,
+            rank: (field.first_rank + to) as u16,
+            quota: moved,
+        });
+        moved
+    }
+
+    fn insert(&mut self, receiver: u64) {
+        let at = self.receivers.partition_point(|&k| k < receiver);
+        self.receivers.insert(at, receiver);
+    }
+
+    /// The donor's expert with least left that is still enough for `piece`, or, to hand waste on, with most left (ties:
+    /// lower expert).
+    fn expert_for(&self, field: &Field, donor: usize, piece: u32, waste: Waste) -> usize {
+        let enough = field.experts_of(donor).filter(|&e| self.left[e] >= piece);
+        let best = match waste {
+            Waste::Leave => enough.min_by_key(|&e| (self.left[e], e)),
+            Waste::Hand => enough.min_by_key(|&e| (u32::MAX - self.left[e], e)),
+        };
+        best.expect("the largest expert has enough")
+    }
+}

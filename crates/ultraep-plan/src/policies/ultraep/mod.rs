@@ -1,0 +1,206 @@
+//! Policy `ultraep`, the default.
+//!
+//! # Problem
+//!
+//! Masters stay; choose replicas and quotas so that, in this order: (1) the largest rank load falls to the target `beta`
+//! times the mean, or as low as possible; (2) replicas are few; (3) the rank that sends most copies sends few; (4) few
+//! tokens cross ranks. (Paper: section on planning; its Algorithm 1 is policy `greedy`.) Each domain is planned alone.
+//!
+//! # Method
+//!
+//! ```text
+//! bound  = lower bound on any plan's threshold                     (field)
+//! goal   = max(beta * mean, bound)
+//! loads already within the goal: masters only
+//! build replicas at the goal in several ways                       (construct)
+//!   none fits: bisect for the least threshold at which one does
+//! of those that fit, keep the one with fewest replicas, then fewest sends of a rank, then the earlier way
+//! ```
+//!
+//! The bound is proven, so a plan at the bound is optimal and says so ([`StopReason::LowerBound`]).
+//! With speed weights, a rank's load counts as `ceil(load * FULL_SPEED / speed)` and `mean` is the load over the
+//! sum of speeds; a rank of weight 0 gets no replica and keeps its masters' load, counted at full speed.
+//!
+//! # Determinism
+//!
+//! Integers only; orders: ranks and experts by their stated key, ties to the lower index; ways in their listed order.
+//!
+//! # Cost
+//!
+//! `O(N * E)` once for the column sums, then for each construction `O(G log G + replicas * (log G + M) + donors * G)`, at
+//! most six at the goal, and six for each of the `log2(largest load)` steps of the bisection when the goal is missed.
+
+mod construct;
+mod field;
+
+use alloc::vec;
+use alloc::vec::Vec;
+
+use crate::draft::{Emitter, Move, total_slots};
+use crate::{
+    Domain, DomainOutcome, Plan, PlanRules, Policy, Problem, Ratio, SlotRule, SolveError, SplitRule, StopReason,
+    Topology,
+};
+use construct::{Builder, Order, Style, Waste};
+use field::Field;
+
+/// Parameters of policy `ultraep`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct UltraepParams {
+    /// `beta`: tolerated imbalance. Replicas are not spent on getting below it.
+    pub beta: Ratio,
+    /// `u_min`: least quota of a replica; 0 counts as 1.
+    pub min_quota: u32,
+}
+
+impl Default for UltraepParams {
+    /// As in the paper: 1.01 and 1024 tokens.
+    fn default() -> Self {
+        Self { beta: Ratio::BETA, min_quota: 1024 }
+    }
+}
+
+/// Ways tried first: they leave no replica's work to a rank that is relieved itself.
+const PLAIN: [Style; 2] =
+    [Style { order: Order::Smallest, waste: Waste::Leave }, Style { order: Order::Largest, waste: Waste::Leave }];
+
+/// Ways for tight cases, where every slot must count.
+const TIGHT: [Style; 4] = [
+    Style { order: Order::Largest, waste: Waste::Hand },
+    Style { order: Order::Smallest, waste: Waste::Hand },
+    Style { order: Order::Alternate, waste: Waste::Hand },
+    Style { order: Order::Fill, waste: Waste::Leave },
+];
+
+/// The default planner. See the module's documentation in the source for the method.
+#[derive(Clone, Debug)]
+pub struct Ultraep {
+    topology: Topology,
+    params: UltraepParams,
+    loads: Vec<u32>,
+    field: Field,
+    builder: Builder,
+    best: Vec<Move>,
+    /// Copies sent by each rank, `[N]`, to compare constructions.
+    sends: Vec<u16>,
+    emitter: Emitter,
+}
+
+impl Ultraep {
+    /// The policy for one group.
+    pub fn new(topology: &Topology, params: UltraepParams) -> Self {
+        let params = UltraepParams { min_quota: params.min_quota.max(1), ..params };
+        Self {
+            topology: topology.clone(),
+            params,
+            loads: vec![0; topology.experts()],
+            field: Field::new(topology, params.min_quota),
+            builder: Builder::new(topology),
+            best: Vec::with_capacity(total_slots(topology)),
+            sends: vec![0; topology.ranks()],
+            emitter: Emitter::new(topology),
+        }
+    }
+
+    fn solve_domain(&mut self, domain: Domain) -> DomainOutcome {
+        self.field.enter(&self.topology, domain, &self.loads);
+        self.best.clear();
+        let largest = self.field.largest();
+        let lower_bound = self.field.lower_bound();
+        let target = self.field.target(self.params.beta);
+        let goal = target.max(lower_bound);
+        let outcome = |threshold: u32| {
+            let stop = match threshold {
+                _ if largest <= target => StopReason::AlreadyBalanced,
+                reached if reached <= target => StopReason::TargetReached,
+                reached if reached <= lower_bound => StopReason::LowerBound,
+                _ => StopReason::SearchExhausted,
+            };
+            DomainOutcome { threshold, lower_bound, stop }
+        };
+        if largest <= goal {
+            return outcome(largest);
+        }
+        let mut tau = goal;
+        if !self.keep_best(goal, &PLAIN) && !self.keep_best(goal, &TIGHT) {
+            tau = self.bisect(goal + 1, largest);
+            if tau < largest && !self.keep_best(tau, &PLAIN) {
+                self.keep_best(tau, &TIGHT);
+            }
+        }
+        outcome(tau)
+    }
+
+    /// The least threshold in `low..=high` at which a construction was seen to fit; at `high` no replica is needed.
+    fn bisect(&mut self, mut low: u32, mut high: u32) -> u32 {
+        while low < high {
+            let middle = low + (high - low) / 2;
+            let mut styles = PLAIN.iter().chain(&TIGHT);
+            self.builder.prepare(&self.field, middle);
+            if styles.any(|&style| self.builder.build(&self.field, style)) {
+                high = middle;
+            } else {
+                low = middle + 1;
+            }
+        }
+        high
+    }
+
+    /// Builds in every way of `styles` and keeps the best that fits. `false` when none does.
+    fn keep_best(&mut self, tau: u32, styles: &[Style]) -> bool {
+        let mut best = None;
+        self.builder.prepare(&self.field, tau);
+        for &style in styles {
+            if !self.builder.build(&self.field, style) {
+                continue;
+            }
+            let replicas = self.builder.moves.len();
+            if best.is_some_and(|(fewest, _)| replicas > fewest) {
+                continue;
+            }
+            let score = (replicas, self.most_sends());
+            if best.is_none_or(|b| score < b) {
+                best = Some(score);
+                core::mem::swap(&mut self.best, &mut self.builder.moves);
+            }
+        }
+        best.is_some()
+    }
+
+    /// Most copies that one rank sends for the replicas just built.
+    fn most_sends(&mut self) -> u16 {
+        self.sends.fill(0);
+        for m in &self.builder.moves {
+            self.sends[self.topology.homes()[m.expert as usize].index()] += 1;
+        }
+        self.sends.iter().copied().max().unwrap_or(0)
+    }
+}
+
+impl Policy for Ultraep {
+    fn name(&self) -> &'static str {
+        "ultraep"
+    }
+
+    fn rules(&self) -> PlanRules {
+        PlanRules {
+            slots: SlotRule::Replicas,
+            min_quota: self.params.min_quota,
+            empty_replicas: false,
+            within_domain: true,
+            speeds: true,
+        }
+    }
+
+    fn solve(&mut self, problem: &Problem<'_>, plan: &mut Plan) -> Result<(), SolveError> {
+        SolveError::check_topology(&self.topology, problem)?;
+        problem.expert_loads(&mut self.loads);
+        plan.begin(SplitRule::LocalFirstExact);
+        for domain in (0..self.topology.domains()).map(Domain::new) {
+            let outcome = self.solve_domain(domain);
+            self.emitter.emit(&self.topology, domain, &self.loads, &self.best, plan);
+            plan.push_domain(outcome);
+        }
+        Ok(())
+    }
+}
