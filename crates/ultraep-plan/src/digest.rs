@@ -46,6 +46,7 @@ pub fn digest_plan(plan: &Plan) -> u64 {
             StopReason::LowerBound => 2,
             StopReason::SearchExhausted => 3,
             StopReason::NotASearch => 4,
+            StopReason::LeastCost => 5,
         });
     }
     words.finish()

@@ -17,6 +17,7 @@ extern crate std;
 
 mod assign;
 mod check;
+mod cost;
 mod deal;
 mod digest;
 mod draft;
@@ -34,6 +35,7 @@ mod transfer;
 
 pub use assign::{AssignError, Cursor, NOWHERE, RouteTable};
 pub use check::{PlanReport, PlanViolation, SplitReport, check_plan, check_split};
+pub use cost::{HardwareModel, Prediction};
 pub use deal::{Turns, dealt};
 pub use digest::{digest_counts, digest_plan, digest_problem};
 pub use ids::{Domain, Expert, PhysicalIndex, Rank};

@@ -62,6 +62,8 @@ pub enum StopReason {
     LowerBound,
     /// The search ended above both target and lower bound.
     SearchExhausted,
+    /// No other candidate was predicted to be faster (the cost-aware objective): reaching the target would not pay.
+    LeastCost,
     /// The policy does not search (a baseline): its plan is what it is.
     NotASearch,
 }

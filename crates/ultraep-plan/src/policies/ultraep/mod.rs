@@ -32,17 +32,19 @@
 
 mod construct;
 mod field;
+mod price;
 
 use alloc::vec;
 use alloc::vec::Vec;
 
 use crate::draft::{Emitter, Move, total_slots};
 use crate::{
-    Domain, DomainOutcome, Plan, PlanRules, Policy, Problem, Ratio, SlotRule, SolveError, SplitRule, StopReason,
-    Topology,
+    Domain, DomainOutcome, HardwareModel, Plan, PlanRules, Policy, Problem, Ratio, SlotRule, SolveError, SplitRule,
+    StopReason, Topology,
 };
 use construct::{Builder, Order, Style, Waste};
 use field::Field;
+use price::{PASSES, Pricer, evenly, squares};
 
 /// Parameters of policy `ultraep`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,6 +86,8 @@ pub struct Ultraep {
     /// Copies sent by each rank, `[N]`, to compare constructions.
     sends: Vec<u16>,
     emitter: Emitter,
+    /// Present when the predicted time decides instead of `beta`.
+    pricer: Option<Pricer>,
 }
 
 impl Ultraep {
@@ -99,7 +103,14 @@ impl Ultraep {
             best: Vec::with_capacity(total_slots(topology)),
             sends: vec![0; topology.ranks()],
             emitter: Emitter::new(topology),
+            pricer: None,
         }
+    }
+
+    /// The cost-aware planner, policy `ultraep-cost`: of masters only and of plans at many thresholds from `params.beta`
+    /// up, the one with the least predicted time under `model`.
+    pub fn cost_aware(topology: &Topology, params: UltraepParams, model: HardwareModel) -> Self {
+        Self { pricer: Some(Pricer::new(topology, model)), ..Self::new(topology, params) }
     }
 
     fn solve_domain(&mut self, domain: Domain) -> DomainOutcome {
@@ -118,6 +129,12 @@ impl Ultraep {
             };
             DomainOutcome { threshold, lower_bound, stop }
         };
+        if let Some(mut pricer) = self.pricer.take() {
+            let threshold = if largest <= goal { largest } else { self.cheapest(&mut pricer, goal, largest) };
+            self.pricer = Some(pricer);
+            let stop = if threshold > target { StopReason::LeastCost } else { outcome(threshold).stop };
+            return DomainOutcome { stop, ..outcome(threshold) };
+        }
         if largest <= goal {
             return outcome(largest);
         }
@@ -167,6 +184,45 @@ impl Ultraep {
         best.is_some()
     }
 
+    /// Keeps the candidate with the least predicted time; returns its threshold.
+    fn cheapest(&mut self, pricer: &mut Pricer, goal: u32, largest: u32) -> u32 {
+        let (price, sends) = pricer.price(&self.topology, &self.field, &[]);
+        let mut best = ((price, 0, sends), largest);
+        let (mut low, mut high) = (goal, largest);
+        for pass in 0..PASSES {
+            let points = if pass == 0 { squares(low, high) } else { evenly(low, high) };
+            for tau in points {
+                self.price_at(pricer, tau, &mut best);
+            }
+            low = points.into_iter().filter(|&tau| tau < best.1).max().unwrap_or(low);
+            high = points.into_iter().filter(|&tau| tau > best.1).min().unwrap_or(high);
+        }
+        best.1
+    }
+
+    /// Builds at `tau` and keeps what is cheaper than `best`: `((price, replicas, sends), threshold)`.
+    fn price_at(&mut self, pricer: &mut Pricer, tau: u32, best: &mut ((u64, usize, u32), u32)) {
+        self.builder.prepare(&self.field, tau);
+        let mut fits = false;
+        for styles in [&PLAIN[..], &TIGHT[..]] {
+            for &style in styles {
+                if !self.builder.build(&self.field, style) {
+                    continue;
+                }
+                fits = true;
+                let (price, sends) = pricer.price(&self.topology, &self.field, &self.builder.moves);
+                let score = (price, self.builder.moves.len(), sends);
+                if score < best.0 {
+                    *best = (score, tau);
+                    core::mem::swap(&mut self.best, &mut self.builder.moves);
+                }
+            }
+            if fits {
+                return;
+            }
+        }
+    }
+
     /// Most copies that one rank sends for the replicas just built.
     fn most_sends(&mut self) -> u16 {
         self.sends.fill(0);
@@ -179,7 +235,7 @@ impl Ultraep {
 
 impl Policy for Ultraep {
     fn name(&self) -> &'static str {
-        "ultraep"
+        if self.pricer.is_some() { "ultraep-cost" } else { "ultraep" }
     }
 
     fn rules(&self) -> PlanRules {
@@ -197,6 +253,9 @@ impl Policy for Ultraep {
         problem.expert_loads(&mut self.loads);
         plan.begin(SplitRule::LocalFirstExact);
         for domain in (0..self.topology.domains()).map(Domain::new) {
+            if let Some(pricer) = &mut self.pricer {
+                pricer.enter(problem, domain);
+            }
             let outcome = self.solve_domain(domain);
             self.emitter.emit(&self.topology, domain, &self.loads, &self.best, plan);
             plan.push_domain(outcome);
