@@ -3,7 +3,10 @@
 use std::fmt;
 use std::str::FromStr;
 
-use ultraep_plan::{Greedy, GreedyParams, Plan, Policy, Rank, Ratio, Topology, UltraepV1, UltraepV1Params, Unbalanced};
+use ultraep_plan::{
+    Greedy, GreedyParams, HardwareModel, Plan, Policy, Rank, Ratio, Topology, Ultraep, UltraepParams, UltraepV1,
+    UltraepV1Params, Unbalanced,
+};
 
 use crate::{Eplb, EplbExact, EplbParams, Llep, LlepParams, Lplb, LplbParams, MastersOnly, MoonEp};
 
@@ -24,17 +27,21 @@ pub enum PolicyKind {
     /// Every rank gets exactly its share.
     MoonEp,
     /// The paper's Algorithm 1.
-    #[default]
     Greedy,
     /// UltraEP v1.0.0 as released.
     UltraepV1,
+    /// Ours.
+    #[default]
+    Ultraep,
+    /// Ours, for the least predicted time.
+    UltraepCost,
     /// The force-balanced bound.
     Ideal,
 }
 
 impl PolicyKind {
     /// All of them, in the order of tables.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 11] = [
         Self::None,
         Self::Eplb,
         Self::EplbExact,
@@ -43,6 +50,8 @@ impl PolicyKind {
         Self::MoonEp,
         Self::Greedy,
         Self::UltraepV1,
+        Self::Ultraep,
+        Self::UltraepCost,
         Self::Ideal,
     ];
 
@@ -57,6 +66,8 @@ impl PolicyKind {
             Self::MoonEp => "moonep",
             Self::Greedy => "greedy",
             Self::UltraepV1 => "ultraep-v1",
+            Self::Ultraep => "ultraep",
+            Self::UltraepCost => "ultraep-cost",
             Self::Ideal => "ideal",
         }
     }
@@ -72,6 +83,8 @@ impl PolicyKind {
             Self::MoonEp => "MoonEP: every rank gets exactly its share, no slot limit, no locality",
             Self::Greedy => "the paper's Algorithm 1: bisection on the threshold with a greedy test",
             Self::UltraepV1 => "UltraEP v1.0.0 as released",
+            Self::Ultraep => "ours: proven bound, best of several constructions, fewest replicas at the target",
+            Self::UltraepCost => "ours, for the least time that the hardware model predicts; may do nothing",
             Self::Ideal => "the bound: routing itself forced to be balanced",
         }
     }
@@ -140,9 +153,9 @@ pub enum BuildError {
 /// Parameters of all policies; each takes what concerns it.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct PolicyParams {
-    /// Tolerated imbalance: `greedy`.
+    /// Tolerated imbalance: `greedy`, `ultraep`, `ultraep-cost`.
     pub beta: Ratio,
-    /// `u_min`, least quota of a replica in tokens: `greedy`, `ultraep-v1`.
+    /// `u_min`, least quota of a replica in tokens: `greedy`, `ultraep-v1`, `ultraep`, `ultraep-cost`.
     pub min_quota: u32,
     /// `eplb`.
     pub eplb: EplbParams,
@@ -150,6 +163,8 @@ pub struct PolicyParams {
     pub lplb: LplbParams,
     /// `llep`.
     pub llep: LlepParams,
+    /// `ultraep-cost`.
+    pub hardware: HardwareModel,
 }
 
 impl Default for PolicyParams {
@@ -161,13 +176,14 @@ impl Default for PolicyParams {
             eplb: EplbParams::default(),
             lplb: LplbParams::default(),
             llep: LlepParams::default(),
+            hardware: HardwareModel::default(),
         }
     }
 }
 
 /// Builds a policy for `topology`.
 pub fn build(kind: PolicyKind, topology: &Topology, params: &PolicyParams) -> Result<Box<dyn Policy>, BuildError> {
-    let &PolicyParams { beta, min_quota, eplb, lplb, llep } = params;
+    let &PolicyParams { beta, min_quota, eplb, lplb, llep, hardware } = params;
     Ok(match kind {
         PolicyKind::None => Box::new(Unbalanced::new(topology)),
         PolicyKind::Eplb => Box::new(Eplb::new(topology, eplb)?),
@@ -179,6 +195,8 @@ pub fn build(kind: PolicyKind, topology: &Topology, params: &PolicyParams) -> Re
         PolicyKind::UltraepV1 => {
             Box::new(UltraepV1::new(topology, UltraepV1Params { min_tokens: min_quota, ..Default::default() }))
         }
+        PolicyKind::Ultraep => Box::new(Ultraep::new(topology, UltraepParams { beta, min_quota })),
+        PolicyKind::UltraepCost => Box::new(Ultraep::cost_aware(topology, UltraepParams { beta, min_quota }, hardware)),
         PolicyKind::Ideal => Box::new(MastersOnly::new(kind.name(), topology)),
     })
 }

@@ -86,7 +86,7 @@ impl Llep {
             }
             return;
         }
-        let cap = u64::from(alpha.of_mean_floor(total as u32, ranks.len() as u32)).max(1);
+        let cap = u64::from(alpha.of_mean_floor(total, ranks.len() as u64)).max(1);
         self.order.clear();
         self.order.extend(experts.map(Expert::new));
         self.order.sort_unstable_by_key(|&e| (Reverse(self.totals[e.index()]), e));

@@ -138,6 +138,8 @@ fn policies_balance_as_they_promise() {
         (PolicyKind::MoonEp, 1.0001),
         (PolicyKind::Greedy, 1.02),
         (PolicyKind::UltraepV1, 1.02),
+        (PolicyKind::Ultraep, 1.0101),
+        (PolicyKind::UltraepCost, 3.0),
         (PolicyKind::Ideal, 1.0001),
     ] {
         let report = last(kind);

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use ultraep_baselines::{PolicyKind, PolicyParams, build, ideal, plan_for};
 use ultraep_load::LoadMatrix;
-use ultraep_plan::{Plan, PlanReport, Policy, Problem, Topology, check_plan, digest_plan};
+use ultraep_plan::{HardwareModel, Plan, PlanReport, Policy, Problem, Topology, check_plan, digest_plan};
 
 use crate::error::CliError;
 
@@ -12,6 +12,7 @@ use crate::error::CliError;
 pub(crate) struct Evaluator {
     kind: PolicyKind,
     topology: Topology,
+    hardware: HardwareModel,
     policy: Box<dyn Policy>,
     pub(crate) plan: Plan,
 }
@@ -22,13 +23,15 @@ pub(crate) struct Outcome {
     pub(crate) digest: u64,
     /// Median time of a solve.
     pub(crate) solve_ns: u64,
+    /// Critical path of the layer's forward as the hardware model predicts it.
+    pub(crate) predicted_ps: u64,
 }
 
 impl Evaluator {
     /// A policy that the group cannot have is bad input.
     pub(crate) fn new(kind: PolicyKind, topology: &Topology, params: &PolicyParams) -> Result<Self, CliError> {
         let policy = build(kind, topology, params).map_err(CliError::input)?;
-        Ok(Self { kind, topology: topology.clone(), policy, plan: plan_for(kind, topology) })
+        Ok(Self { kind, topology: topology.clone(), hardware: params.hardware, policy, plan: plan_for(kind, topology) })
     }
 
     /// The counts that the policy meets: the load's, or balanced ones where it forces the routing.
@@ -54,7 +57,12 @@ impl Evaluator {
         let report = check_plan(&problem, &self.plan, &self.policy.rules())
             .map_err(|error| CliError::Failure(format!("{}: the plan breaks a rule: {error}", self.kind)))?;
         self.policy.observe(&problem);
-        Ok(Outcome { report, digest: digest_plan(&self.plan), solve_ns: times[times.len() / 2] })
+        Ok(Outcome {
+            report,
+            digest: digest_plan(&self.plan),
+            solve_ns: times[times.len() / 2],
+            predicted_ps: self.hardware.predict(&problem, &self.plan).total_ps(),
+        })
     }
 }
 

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use ultraep_baselines::{PolicyKind, PolicyParams};
 use ultraep_load::{LoadMatrix, read_file};
-use ultraep_plan::{Ratio, Topology, TopologySpec};
+use ultraep_plan::{HardwareModel, Ratio, Topology, TopologySpec};
 
 use crate::error::CliError;
 
@@ -44,9 +44,62 @@ impl PolicyArgs {
     }
 }
 
+/// The hardware model by which times are predicted.
+#[derive(Clone, Copy, Debug, clap::Args)]
+#[command(next_help_heading = "Hardware model (defaults: Qwen3-235B in bf16 on a 900 GB/s fabric)")]
+pub(crate) struct HardwareArgs {
+    /// Bytes of one expert's weights that a replica needs copied
+    #[arg(long, default_value_t = HardwareModel::default().expert_bytes, value_name = "BYTES")]
+    expert_bytes: u64,
+    /// Bytes that one routed token moves through a rank's link, dispatch and combine together
+    #[arg(long, default_value_t = HardwareModel::default().token_bytes, value_name = "BYTES")]
+    token_bytes: u64,
+    /// What one rank's link carries in one direction, bytes a second
+    #[arg(long, default_value_t = HardwareModel::default().link_bytes_per_s, value_name = "RATE",
+          value_parser = clap::value_parser!(u64).range(1..))]
+    link_bytes_per_s: u64,
+    /// Experts' time for one row (a token through one expert), picoseconds
+    #[arg(long, default_value_t = HardwareModel::default().row_ps, value_name = "PS")]
+    row_ps: u64,
+    /// Fixed time of an instance that has tokens, picoseconds
+    #[arg(long, default_value_t = HardwareModel::default().gemm_ps, value_name = "PS")]
+    gemm_ps: u64,
+    /// Rows of a GEMM tile
+    #[arg(long, default_value_t = HardwareModel::default().tile_rows, value_name = "ROWS",
+          value_parser = clap::value_parser!(u32).range(1..))]
+    tile_rows: u32,
+    /// Fixed time of one copy, picoseconds
+    #[arg(long, default_value_t = HardwareModel::default().replica_ps, value_name = "PS")]
+    replica_ps: u64,
+    /// Time to plan, picoseconds
+    #[arg(long, default_value_t = HardwareModel::default().plan_ps, value_name = "PS")]
+    plan_ps: u64,
+    /// Time to reroute, picoseconds
+    #[arg(long, default_value_t = HardwareModel::default().reroute_ps, value_name = "PS")]
+    reroute_ps: u64,
+}
+
+impl HardwareArgs {
+    pub(crate) fn model(&self) -> HardwareModel {
+        let &Self { expert_bytes, token_bytes, link_bytes_per_s, row_ps, gemm_ps, tile_rows, .. } = self;
+        let &Self { replica_ps, plan_ps, reroute_ps, .. } = self;
+        HardwareModel {
+            expert_bytes,
+            token_bytes,
+            link_bytes_per_s,
+            row_ps,
+            gemm_ps,
+            tile_rows,
+            replica_ps,
+            plan_ps,
+            reroute_ps,
+        }
+    }
+}
+
 /// All policies, one a line, for `--help`.
 pub(crate) fn policy_list() -> String {
-    let line = |kind: PolicyKind| format!("  {kind:<11} {}\n", kind.description());
+    let line = |kind: PolicyKind| format!("  {kind:<12} {}\n", kind.description());
     PolicyKind::ALL.map(line).concat()
 }
 

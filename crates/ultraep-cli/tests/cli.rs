@@ -67,7 +67,9 @@ impl Files {
 #[test]
 fn plan_json_is_complete_and_consistent() {
     let files = Files::new();
-    for policy in ["none", "eplb", "eplb-exact", "lplb", "llep", "moonep", "greedy", "ultraep-v1"] {
+    for policy in
+        ["none", "eplb", "eplb-exact", "lplb", "llep", "moonep", "greedy", "ultraep-v1", "ultraep", "ultraep-cost"]
+    {
         let args = ["plan", &files.path("loads.csv"), "--slots", "2", "--min-quota", "1", "--policy", policy];
         let plan = json(&[&args[..], &["--split", "--json"]].concat());
         assert_eq!(plan["schema"], "ultraep.plan/1");
@@ -175,6 +177,8 @@ fn compare_shows_all_policies_side_by_side() {
     let eplb = line("eplb");
     assert!(eplb["historical"] == true && eplb["imbalance_worst"].as_f64() > eplb["imbalance_mean"].as_f64());
     assert!(line("moonep")["max_copies"].as_u64() >= Some(1) && line("llep")["solve_ns_p50"].as_u64() > Some(0));
+    let predicted = |policy: &str| line(policy)["predicted_ns_mean"].as_u64().unwrap();
+    assert!(predicted("ultraep-cost") <= predicted("ultraep").min(predicted("none")));
     let table = ultraep(&args).assert().success().get_output().stdout.clone();
     let table = String::from_utf8(table).unwrap();
     for line in comparison["policies"].as_array().unwrap() {
@@ -258,6 +262,8 @@ fn bad_input_is_one_clear_line() {
             "other.csv: 2 ranks and 2 experts: allowed are 8 and 16",
         ),
         (words(&format!("compare {loads} --slots 1 --window 0")), "'--window <MICROBATCHES>': allowed are 1 to 1000"),
+        (more(&["--link-bytes-per-s", "0"]), "0 is not in 1.."),
+        (more(&["--row-ps", "fast"]), "invalid value 'fast' for '--row-ps <PS>'"),
         (words("bench"), "subcommand"),
         (words("bench plan --ranks 0"), "0 ranks: allowed are 1 to 1024"),
         (words("bench plan --ranks 2000 --experts 2000"), "2000 ranks: allowed are 1 to 1024"),

@@ -12,7 +12,7 @@ use ultraep_plan::Topology;
 use super::write_json;
 use crate::error::CliError;
 use crate::evaluate::{Evaluator, quotient};
-use crate::input::{GroupArgs, PolicyArgs, policy_list, read_loads};
+use crate::input::{GroupArgs, HardwareArgs, PolicyArgs, policy_list, read_loads};
 use crate::timing::pretty;
 
 /// Arguments of `ultraep compare`.
@@ -26,6 +26,8 @@ pub(crate) struct Args {
     group: GroupArgs,
     #[command(flatten)]
     params: PolicyArgs,
+    #[command(flatten)]
+    hardware: HardwareArgs,
     /// Policies to compare [default: all]
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     policies: Vec<PolicyKind>,
@@ -86,6 +88,8 @@ struct Line {
     /// Copies beside another copy of the same expert on the same rank.
     wasted_copies: usize,
     solve_ns_p50: u64,
+    /// Critical path of a layer's forward as the hardware model predicts it.
+    predicted_ns_mean: u64,
     /// Of the plans of all microbatches.
     digest: String,
 }
@@ -118,6 +122,7 @@ fn compare(args: &Args, topology: &Topology, loads: &[LoadMatrix]) -> Result<Com
     let mut params = args.params.params();
     params.eplb.history = history;
     params.lplb.history = history;
+    params.hardware = args.hardware.model();
     let asked = if args.policies.is_empty() { PolicyKind::ALL.to_vec() } else { args.policies.clone() };
     let mut comparison = Comparison {
         schema: "ultraep.compare/1",
@@ -154,9 +159,11 @@ fn line(kind: PolicyKind, topology: &Topology, params: &PolicyParams, loads: &[L
         max_copies: 0,
         wasted_copies: 0,
         solve_ns_p50: 0,
+        predicted_ns_mean: 0,
         digest: String::new(),
     };
     let (mut times, mut digests, mut remote, mut total) = (Vec::new(), Vec::new(), 0, 0);
+    let mut predicted_ps = 0_u128;
     for load in loads {
         let counts = evaluator.counts(load);
         let outcome = evaluator.microbatch(&counts, REPEATS)?;
@@ -172,10 +179,12 @@ fn line(kind: PolicyKind, topology: &Topology, params: &PolicyParams, loads: &[L
         remote += report.remote_tokens;
         total += report.total_tokens;
         times.push(outcome.solve_ns);
+        predicted_ps += u128::from(outcome.predicted_ps);
         digests.extend([outcome.digest as u32, (outcome.digest >> 32) as u32]);
     }
     times.sort_unstable();
     line.remote_share = quotient((remote, total));
+    line.predicted_ns_mean = (predicted_ps / loads.len() as u128 / 1000) as u64;
     line.solve_ns_p50 = times[times.len() / 2];
     line.digest = format!("{:016x}", ultraep_plan::digest_counts(&digests));
     Ok(line)
@@ -204,6 +213,7 @@ fn print(comparison: &Comparison, out: &mut dyn Write) -> Result<(), CliError> {
         "remote",
         "fullest rank",
         "solve time",
+        "predicted",
     ]);
     for line in &comparison.policies {
         table.add_row([
@@ -216,6 +226,7 @@ fn print(comparison: &Comparison, out: &mut dyn Write) -> Result<(), CliError> {
             format!("{:.1}%", 100.0 * line.remote_share),
             line.max_copies.to_string(),
             pretty(line.solve_ns_p50),
+            pretty(line.predicted_ns_mean),
         ]);
     }
     table.column_iter_mut().skip(1).for_each(|column| {
@@ -224,7 +235,8 @@ fn print(comparison: &Comparison, out: &mut dyn Write) -> Result<(), CliError> {
     writeln!(out, "{table}")?;
     writeln!(
         out,
-        "imbalance and replicas are means over microbatches, the rest largest (fullest rank: foreign experts it holds)"
+        "imbalance, replicas and predicted (forward of a layer, by the hardware model) are means over microbatches; \
+         fan-out, sends and fullest rank (foreign experts it holds) the largest"
     )?;
     if comparison.policies.iter().any(|l| l.historical) {
         writeln!(out, "* plans from earlier microbatches; the first one gives it none (masters only)")?;

@@ -5,14 +5,15 @@ use std::path::PathBuf;
 
 use comfy_table::{Table, presets};
 use serde::{Serialize, Serializer};
-use ultraep_baselines::PolicyKind;
+use ultraep_baselines::{PolicyKind, PolicyParams};
 use ultraep_plan::{Expert, Plan, PlanReport, Problem, Rank, SplitWorkspace, StopReason, Topology, split_source};
 
 use super::write_json;
 use crate::error::{CliError, note};
 use crate::evaluate::{Evaluator, Outcome, quotient};
-use crate::input::{GroupArgs, PolicyArgs, policy_list, read_loads};
+use crate::input::{GroupArgs, HardwareArgs, PolicyArgs, policy_list, read_loads};
 use crate::picture;
+use crate::timing::pretty;
 
 /// Arguments of `ultraep plan`.
 #[derive(Debug, clap::Args)]
@@ -27,6 +28,8 @@ pub(crate) struct Args {
     policy: PolicyKind,
     #[command(flatten)]
     params: PolicyArgs,
+    #[command(flatten)]
+    hardware: HardwareArgs,
     /// Say which source's tokens go to which instance
     #[arg(long)]
     split: bool,
@@ -43,7 +46,8 @@ const EXAMPLES: &str = "Examples:
 pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<(), CliError> {
     let load = read_loads(&args.loads)?;
     let topology = args.group.topology(load.ranks(), load.experts())?;
-    let mut evaluator = Evaluator::new(args.policy, &topology, &args.params.params())?;
+    let params = PolicyParams { hardware: args.hardware.model(), ..args.params.params() };
+    let mut evaluator = Evaluator::new(args.policy, &topology, &params)?;
     let counts = evaluator.counts(&load);
     let outcome = evaluator.microbatch(&counts, 1)?;
     if args.policy.is_historical() {
@@ -246,6 +250,7 @@ impl<'a> Answer<'a> {
             ("largest fan-out", report.max_fanout.to_string()),
             ("most sends of a rank", report.max_sends.to_string()),
             ("remote tokens", format!("{} of {} ({remote:.1}%)", report.remote_tokens, report.total_tokens)),
+            ("predicted time", pretty(self.outcome.predicted_ps / 1000)),
             ("digest", format!("{:016x}", self.outcome.digest)),
         ] {
             table.add_row([name.to_owned(), String::new(), value]);
