@@ -3,29 +3,50 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candle_core::{CpuStorage, CustomOp2, Error, Layout, Result, Shape, Tensor};
-use ultraep_runtime::{ExpertParallel, Part, Pass, Routing, VirtualLayer};
+use ultraep_runtime::{ExpertParallel, Part, Pass, Routing, RuntimeError, VirtualLayer};
 
 use crate::Router;
 use crate::ops::{operand, with_elements};
 
 /// A rank's expert-parallel runtime, shared by all its MoE layers.
 #[derive(Clone)]
-pub struct SharedExperts(Arc<Mutex<ExpertParallel>>);
+pub struct SharedExperts(Arc<Shared>);
+
+struct Shared {
+    experts: Mutex<ExpertParallel>,
+    failure: Mutex<Option<RuntimeError>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 impl SharedExperts {
     /// Shares `experts`.
     pub fn new(experts: ExpertParallel) -> Self {
-        Self(Arc::new(Mutex::new(experts)))
+        Self(Arc::new(Shared { experts: Mutex::new(experts), failure: Mutex::new(None) }))
     }
 
     /// The runtime itself.
     pub fn lock(&self) -> MutexGuard<'_, ExpertParallel> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0.experts)
     }
 
     /// The runtime, when this is the last handle.
     pub fn into_inner(self) -> Option<ExpertParallel> {
-        Arc::into_inner(self.0).map(|mutex| mutex.into_inner().unwrap_or_else(PoisonError::into_inner))
+        let shared = Arc::into_inner(self.0)?;
+        Some(shared.experts.into_inner().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// The runtime's error behind the tensor library's: candle's errors do not keep the type of what they wrap.
+    pub fn take_failure(&self) -> Option<RuntimeError> {
+        lock(&self.0.failure).take()
+    }
+
+    fn failed(&self, error: RuntimeError) -> Error {
+        let message = error.to_string();
+        *lock(&self.0.failure) = Some(error);
+        Error::msg(message)
     }
 }
 
@@ -88,7 +109,7 @@ impl CustomOp2 for ExpertsOp {
         let mut y = vec![0.0; x.len()];
         let mut experts = self.experts.lock();
         let routing = Routing { experts: &self.chosen, gates };
-        experts.forward(self.at, self.pass, routing, x, &mut y).map_err(Error::wrap)?;
+        experts.forward(self.at, self.pass, routing, x, &mut y).map_err(|error| self.experts.failed(error))?;
         experts.endpoint.clock.enter(Part::Dense);
         Ok((CpuStorage::F32(y), lx.shape().clone()))
     }
@@ -99,7 +120,8 @@ impl CustomOp2 for ExpertsOp {
         with_elements(x, |x| {
             with_elements(gates, |gates| {
                 with_elements(dy, |dy| {
-                    experts.backward(self.at, gates, x, dy, &mut dx, &mut d_gates).map_err(Error::wrap)
+                    let done = experts.backward(self.at, gates, x, dy, &mut dx, &mut d_gates);
+                    done.map_err(|error| self.experts.failed(error))
                 })
             })
         })?;

@@ -31,7 +31,7 @@ mod writer;
 pub use error::RunError;
 pub use files::write_atomically;
 pub use info::{CorpusSummary, Digest, DigestError, DomainSummary, RUN_SCHEMA, RunInfo, RunStatus};
-pub use metrics::{Imbalance, Metric, PolicyMeasurement, StepMetrics, StepParts, ValidationMetrics};
+pub use metrics::{Imbalance, Metric, PolicyMeasurement, ReferenceMetrics, StepMetrics, StepParts, ValidationMetrics};
 pub use reader::{LINE_BYTES_MAX, MetricsReader, RunReader};
 pub use table::{PolicyRow, PolicyTable, TABLE_SCHEMA};
 pub use time::{UtcTime, UtcTimeError};

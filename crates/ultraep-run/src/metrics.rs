@@ -13,6 +13,8 @@ pub enum Metric {
     Validation(ValidationMetrics),
     /// One policy measured on one step's load.
     Policy(PolicyMeasurement),
+    /// A step of the same training under another policy.
+    Reference(ReferenceMetrics),
     /// A line of a later version; read, never written.
     #[serde(other)]
     Unknown,
@@ -25,6 +27,7 @@ impl Metric {
             Self::Step(metrics) => Some(metrics.step),
             Self::Validation(metrics) => Some(metrics.step),
             Self::Policy(metrics) => Some(metrics.step),
+            Self::Reference(metrics) => Some(metrics.step),
             Self::Unknown => None,
         }
     }
@@ -149,6 +152,18 @@ pub struct ValidationMetrics {
     pub loss: f64,
     /// Tokens it was measured on.
     pub tokens: u64,
+}
+
+/// A step of the same training, from the same seed on the same batches, under another policy: for its loss curve.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ReferenceMetrics {
+    /// The policy.
+    pub policy: String,
+    /// Optimizer step, from 0.
+    pub step: u64,
+    /// Mean cross-entropy in nats; null in JSON where it is not finite.
+    #[serde(deserialize_with = "null_as_nan")]
+    pub loss: f64,
 }
 
 /// One policy measured on one step's load.

@@ -73,6 +73,7 @@ pub struct Manager {
     digest_recv: Region,
     split_workspace: SplitWorkspace,
     reducing: Deadline,
+    synced_ns: u64,
     /// Tokens of every expert since [`Manager::take_loads`], `[layers, E]`.
     loads: Vec<u64>,
 }
@@ -119,6 +120,7 @@ impl Manager {
             digest_recv: Region::zeroed(ranks * size_of::<u64>()),
             split_workspace: SplitWorkspace::new(topology),
             reducing: Deadline::default(),
+            synced_ns: 0,
             loads: vec![0; config.layers * experts],
             config,
         })
@@ -310,7 +312,9 @@ impl Manager {
         let bytes = self.config.shape.weight_bytes();
         let charged = !kept.historical || (direction == Direction::Forward && kept.placement_is_new);
         let copies = if charged { kept.busiest_copies } else { 0 };
-        let deadline = endpoint.clock.beside(endpoint.link().transfer_ns(copies * bytes as u64));
+        let transfer_ns = endpoint.link().transfer_ns(copies * bytes as u64);
+        self.synced_ns += transfer_ns;
+        let deadline = endpoint.clock.beside(transfer_ns);
         endpoint.aside(Operation::Open { window: window::SLOT_WEIGHTS }, 0)?;
         let weights = &self.masters[layer].weights;
         let masters = self.config.topology.masters(self.rank);
@@ -327,6 +331,11 @@ impl Manager {
         }
         endpoint.aside(Operation::Close { window: window::SLOT_WEIGHTS }, 0)?;
         Ok(deadline)
+    }
+
+    /// Virtual time that weight syncs took since the last call, from start to end, hidden or not.
+    pub fn take_synced_ns(&mut self) -> u64 {
+        std::mem::take(&mut self.synced_ns)
     }
 
     /// Slot of a physical index on a rank.

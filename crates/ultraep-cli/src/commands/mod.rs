@@ -3,6 +3,7 @@
 mod bench;
 mod compare;
 mod plan;
+mod train;
 
 use std::io::Write;
 
@@ -11,6 +12,8 @@ use crate::error::CliError;
 /// What the user asked for.
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum Command {
+    /// Train a mixture-of-experts model with live balancing, and compare policies on the way
+    Train(Box<train::Args>),
     /// Plan for one load: which experts get replicas where, and how many tokens each processes
     Plan(plan::Args),
     /// Compare all policies on the same loads
@@ -18,11 +21,16 @@ pub(crate) enum Command {
     /// Measure how long planning, splitting and rerouting take
     #[command(subcommand, arg_required_else_help = false)]
     Bench(bench::Bench),
+    /// One rank of a training run, started by `train --fabric processes`
+    #[command(hide = true)]
+    Rank(train::RankArgs),
 }
 
 impl Command {
     pub(crate) fn run(&self, out: &mut dyn Write) -> Result<(), CliError> {
         match self {
+            Self::Train(args) => train::run(args, out),
+            Self::Rank(args) => train::run_as_rank(args, out),
             Self::Plan(args) => plan::run(args, out),
             Self::Compare(args) => compare::run(args, out),
             Self::Bench(bench) => bench.run(out),

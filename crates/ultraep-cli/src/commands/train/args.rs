@@ -1,0 +1,246 @@
+//! Options of `ultraep train`: one table that makes help, defaults and the configuration.
+
+use std::path::PathBuf;
+
+use ultraep_baselines::PolicyKind;
+use ultraep_fabric::FabricKind;
+use ultraep_runtime::Link;
+use ultraep_train::{RouterChoice, TrainConfig};
+
+/// Arguments of `ultraep train`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Args {
+    /// Text to train on: files or folders. Default: sources, Markdown and documentation that the Rust toolchain and this
+    /// project have on this machine
+    #[arg(long, value_name = "PATH", num_args = 1.., help_heading = "Text")]
+    pub(super) text: Vec<PathBuf>,
+
+    /// Ranks of the EP group
+    #[arg(long, default_value_t = 16, help_heading = "Ranks")]
+    ranks: usize,
+    /// Ranks as threads of one process, or as processes over shared memory
+    #[arg(long, default_value_t = FabricKind::Threads, value_name = "KIND", help_heading = "Ranks")]
+    pub(super) fabric: FabricKind,
+    /// Ranks in a domain; replicas stay inside [default: all ranks]
+    #[arg(long, value_name = "RANKS", help_heading = "Ranks")]
+    domain: Option<usize>,
+    /// Bandwidth of a rank's link in the virtual clock, Gbit/s each way. The default is what one core copies between two
+    /// ranks' memory: the machine's memory is the fabric here
+    #[arg(long, default_value_t = Link::DEFAULT_GBPS, value_name = "GBPS", help_heading = "Ranks")]
+    link_gbps: f64,
+    /// Seconds after which a rank that waits for another gives up and names it
+    #[arg(long, default_value_t = 60, value_name = "S", help_heading = "Ranks")]
+    timeout_s: u64,
+
+    /// Policy that balances the training
+    #[arg(long, default_value_t = PolicyKind::Ultraep, value_name = "NAME", help_heading = "Balancing")]
+    policy: PolicyKind,
+    /// Slots for replicas on each rank
+    #[arg(long, default_value_t = 2, help_heading = "Balancing")]
+    slots: usize,
+    /// Tolerated imbalance
+    #[arg(long, default_value = "1.01", help_heading = "Balancing")]
+    beta: String,
+    /// Least quota of a replica, in tokens
+    #[arg(long, default_value_t = 16, value_name = "TOKENS", help_heading = "Balancing")]
+    min_quota: u32,
+    /// Steps between two rebalancings of eplb
+    #[arg(long, default_value_t = 3, value_name = "STEPS", help_heading = "Balancing")]
+    eplb_interval: usize,
+    /// Policies to compare on the way, from the same weights on the same batches
+    #[arg(long, value_delimiter = ',', default_values_t = COMPARED, value_name = "NAMES", help_heading = "Balancing")]
+    compare: Vec<PolicyKind>,
+    /// Steps between two comparisons; 0 for none
+    #[arg(long, default_value_t = 8, value_name = "STEPS", help_heading = "Balancing")]
+    compare_every: u64,
+    /// Do not train a second time without balancing to compare the loss curves
+    #[arg(long, help_heading = "Balancing")]
+    no_reference: bool,
+    /// Check every plan and compare its digest between ranks
+    #[arg(long, help_heading = "Balancing")]
+    checked: bool,
+
+    /// Width of the model
+    #[arg(long, default_value_t = 256, help_heading = "Model")]
+    hidden: usize,
+    /// Attention heads
+    #[arg(long, default_value_t = 4, help_heading = "Model")]
+    heads: usize,
+    /// Layers, each with an MoE layer
+    #[arg(long, default_value_t = 2, help_heading = "Model")]
+    layers: usize,
+    /// Logical experts of a layer
+    #[arg(long, default_value_t = 64, help_heading = "Model")]
+    experts: usize,
+    /// Experts a token chooses
+    #[arg(long, default_value_t = 4, help_heading = "Model")]
+    top_k: usize,
+    /// Inner width of an expert
+    #[arg(long, default_value_t = 256, help_heading = "Model")]
+    intermediate: usize,
+    /// Router: softmax (GShard's auxiliary loss) or bias (DeepSeek's bias update)
+    #[arg(long, default_value = "softmax", value_parser = parse_router, value_name = "KIND", help_heading = "Model")]
+    router: RouterChoice,
+    /// Weight of the auxiliary loss
+    #[arg(long, default_value_t = 0.001, value_name = "WEIGHT", help_heading = "Model")]
+    aux: f32,
+    /// Step of the router's bias
+    #[arg(long, default_value_t = 0.001, value_name = "RATE", help_heading = "Model")]
+    bias_rate: f32,
+
+    /// Optimizer steps
+    #[arg(long, default_value_t = 48, help_heading = "Training")]
+    steps: u64,
+    /// Microbatches of a step
+    #[arg(long, default_value_t = 1, help_heading = "Training")]
+    microbatches: u32,
+    /// Sequences of a microbatch on each rank
+    #[arg(long, default_value_t = 8, help_heading = "Training")]
+    sequences: usize,
+    /// Tokens of a sequence
+    #[arg(long, default_value_t = 64, value_name = "TOKENS", help_heading = "Training")]
+    sequence_tokens: usize,
+    /// Largest learning rate
+    #[arg(long, default_value_t = 0.002, value_name = "RATE", help_heading = "Training")]
+    learning_rate: f32,
+    /// Steps of warm-up
+    #[arg(long, default_value_t = 8, value_name = "STEPS", help_heading = "Training")]
+    warmup: u64,
+    /// Weight decay
+    #[arg(long, default_value_t = 0.1, value_name = "RATE", help_heading = "Training")]
+    weight_decay: f32,
+    /// Largest norm of the gradient
+    #[arg(long, default_value_t = 1.0, value_name = "NORM", help_heading = "Training")]
+    clip: f32,
+    /// Seed of model and batches
+    #[arg(long, default_value_t = 1, help_heading = "Training")]
+    seed: u64,
+    /// Compute experts' forward again in backward instead of keeping it
+    #[arg(long, help_heading = "Training")]
+    recompute: bool,
+
+    /// Folder that run folders are made in
+    #[arg(long, default_value = "runs", value_name = "FOLDER", help_heading = "Output")]
+    pub(super) runs: PathBuf,
+    /// Steps between two checkpoints; 0 for one at the end
+    #[arg(long, default_value_t = 0, value_name = "STEPS", help_heading = "Output")]
+    save_every: u64,
+    /// Go on with a run or a checkpoint; sizes, seed and text must be the same
+    #[arg(long, value_name = "RUN", help_heading = "Output")]
+    pub(super) resume: Option<PathBuf>,
+    /// The final table as JSON on stdout
+    #[arg(long, help_heading = "Output")]
+    pub(super) json: bool,
+}
+
+/// Policies of the default table.
+const COMPARED: [PolicyKind; 5] =
+    [PolicyKind::None, PolicyKind::Eplb, PolicyKind::EplbExact, PolicyKind::Ultraep, PolicyKind::Ideal];
+
+const EXAMPLES: &str = "Examples:
+  ultraep train
+  ultraep train --ranks 8 --slots 1 --text src docs README.md
+  ultraep train --fabric processes --steps 200 --save-every 50
+  ultraep train --resume runs/2026-11-24T15-00-00Z --steps 400";
+
+fn parse_router(name: &str) -> Result<RouterChoice, String> {
+    match name {
+        "softmax" => Ok(RouterChoice::Softmax),
+        "bias" => Ok(RouterChoice::Bias),
+        _ => Err("allowed are softmax and bias".into()),
+    }
+}
+
+/// Cores that ranks share.
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+}
+
+impl Args {
+    pub(super) fn config(&self) -> TrainConfig {
+        TrainConfig {
+            ranks: self.ranks,
+            domain_ranks: self.domain.unwrap_or(self.ranks),
+            slots: self.slots,
+            policy: self.policy.name().into(),
+            min_quota: self.min_quota,
+            beta: self.beta.clone(),
+            eplb_interval_steps: self.eplb_interval,
+            hidden: self.hidden,
+            heads: self.heads,
+            layers: self.layers,
+            experts: self.experts,
+            top_k: self.top_k,
+            intermediate: self.intermediate,
+            router: self.router,
+            aux_coefficient: self.aux,
+            bias_rate: self.bias_rate,
+            steps: self.steps,
+            microbatches: self.microbatches,
+            sequences: self.sequences,
+            sequence_tokens: self.sequence_tokens,
+            learning_rate: self.learning_rate,
+            warmup_steps: self.warmup,
+            weight_decay: self.weight_decay,
+            clip_norm: self.clip,
+            seed: self.seed,
+            recompute: self.recompute,
+            checked: self.checked,
+            link_gbps: self.link_gbps,
+            compare_every: self.compare_every,
+            compare: self.compare.iter().map(|kind| kind.name().into()).collect(),
+            reference: !self.no_reference,
+            save_every: self.save_every,
+            timeout_s: self.timeout_s,
+            cores: cores(),
+        }
+    }
+}
+
+/// Parses options alone, for their defaults.
+#[derive(clap::Parser)]
+struct Defaults {
+    #[command(flatten)]
+    args: Args,
+}
+
+impl Args {
+    /// The configuration of a run that goes on: a checkpoint's, with what differs from the defaults here put over it.
+    pub(super) fn config_over(&self, checkpoint: TrainConfig) -> TrainConfig {
+        let defaults = <Defaults as clap::Parser>::parse_from(["train"]).args.config();
+        let fields = |config: &TrainConfig| match serde_json::to_value(config) {
+            Ok(serde_json::Value::Object(fields)) => fields,
+            _ => serde_json::Map::new(),
+        };
+        let (asked, defaults, mut merged) = (fields(&self.config()), fields(&defaults), fields(&checkpoint));
+        for (name, value) in asked {
+            if defaults.get(&name) != Some(&value) || name == "cores" {
+                merged.insert(name, value);
+            }
+        }
+        serde_json::from_value(serde_json::Value::Object(merged)).unwrap_or(checkpoint)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    fn parse(arguments: &[&str]) -> Args {
+        Defaults::parse_from(std::iter::once("train").chain(arguments.iter().copied())).args
+    }
+
+    #[test]
+    fn a_resumed_run_keeps_what_is_not_asked_for() {
+        let first = parse(&["--layers", "3", "--steps", "10"]).config();
+        let resumed = parse(&["--steps", "20"]).config_over(first.clone());
+        assert_eq!(resumed, TrainConfig { steps: 20, ..first });
+    }
+
+    #[test]
+    fn the_defaults_are_a_valid_run() {
+        parse(&[]).config().validate().unwrap_or_else(|error| panic!("{error}"));
+    }
+}

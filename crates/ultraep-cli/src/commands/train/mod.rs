@@ -1,0 +1,164 @@
+//! `ultraep train`: train a model with live balancing, compare policies, write a run folder.
+
+mod args;
+mod job;
+mod screen;
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use ultraep_fabric::{FabricKind, GroupError, processes, run_threads};
+use ultraep_run::UtcTime;
+use ultraep_train::{CheckpointInfo, Outcome, RankJob, Silent, TrainError, find_checkpoint, run_rank};
+
+pub(crate) use args::Args;
+use job::{Handover, Job};
+use screen::Screen;
+
+use crate::error::CliError;
+
+pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<(), CliError> {
+    let job = prepare(args)?;
+    match args.fabric {
+        FabricKind::Threads => run_as_threads(job, out),
+        FabricKind::Processes => run_as_processes(job),
+    }
+}
+
+/// Everything that can be wrong in the request is found here, before a rank starts.
+fn prepare(args: &Args) -> Result<Job, CliError> {
+    let resume = args.resume.as_deref().map(find_checkpoint).transpose().map_err(CliError::input)?;
+    let config = match &resume {
+        Some(path) => args.config_over(CheckpointInfo::read(path).map_err(CliError::input)?.config),
+        None => args.config(),
+    };
+    config.validate().map_err(CliError::input)?;
+    let corpus = job::read_text(&args.text, &args.runs).map_err(CliError::input)?;
+    job::check_text(&config, &corpus).map_err(CliError::input)?;
+    let started = now();
+    let folder = match &args.resume {
+        // A run is taken up in its own folder; a lone checkpoint begins a new one.
+        Some(path) if path.join("run.json").is_file() => path.clone(),
+        _ => free_folder(&args.runs, started),
+    };
+    if let Some(path) = &resume {
+        let info = CheckpointInfo::read(path).map_err(CliError::input)?;
+        info.check_against(&config, corpus.digest(), path).map_err(CliError::input)?;
+        if info.step >= config.steps {
+            let reason = "the checkpoint has as many steps as asked for; ask for more with --steps";
+            return Err(CliError::Input(format!("{}: {} steps: {reason}", path.display(), info.step)));
+        }
+    }
+    Ok(Job { config, corpus: Arc::new(corpus), folder, resume, started, json: args.json })
+}
+
+fn now() -> UtcTime {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    UtcTime::from_unix_s(since.as_secs())
+}
+
+/// A folder below `runs` that is not there yet, named by the time.
+fn free_folder(runs: &Path, started: UtcTime) -> PathBuf {
+    let name = started.folder_name();
+    let numbered = (2..).map(|n| runs.join(format!("{name}-{n}")));
+    let mut candidates = std::iter::once(runs.join(&name)).chain(numbered);
+    candidates.find(|path| !path.exists()).unwrap_or_else(|| runs.join(name))
+}
+
+/// A flag that Ctrl-C and a request to terminate set; a second one ends the process at once.
+fn stop_flag() -> Result<Arc<AtomicBool>, CliError> {
+    let flag = Arc::new(AtomicBool::new(false));
+    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+        let twice = signal_hook::flag::register_conditional_shutdown(signal, 1, flag.clone());
+        let once = signal_hook::flag::register(signal, flag.clone());
+        twice.and(once).map_err(|error| CliError::Failure(format!("signal {signal}: {error}")))?;
+    }
+    Ok(flag)
+}
+
+fn rank_job(job: &Job, stop: Arc<AtomicBool>) -> RankJob {
+    RankJob {
+        config: job.config.clone(),
+        corpus: job.corpus.clone(),
+        resume: job.resume.clone(),
+        checkpoints: Some(job.folder.join("checkpoints")),
+        stop,
+    }
+}
+
+fn run_as_threads(job: Job, out: &mut dyn Write) -> Result<(), CliError> {
+    let rank_job = rank_job(&job, stop_flag()?);
+    let group = job.config.group().map_err(CliError::input)?;
+    let screen = std::sync::Mutex::new(Screen::new(&job)?);
+    let result = run_threads(&group, |fabric| match fabric.rank().index() {
+        0 => run_rank(fabric, &rank_job, &mut *screen.lock().unwrap_or_else(|e| e.into_inner())),
+        _ => run_rank(fabric, &rank_job, &mut Silent),
+    });
+    let screen = screen.into_inner().unwrap_or_else(|e| e.into_inner());
+    let result = result.map(|mut outcomes| outcomes.swap_remove(0)).map_err(|error| describe(&error));
+    screen.finish(result, now(), out)
+}
+
+/// A group's failure in one line: who failed first, and how.
+fn describe<E: std::fmt::Display + std::error::Error + 'static>(error: &GroupError<E>) -> CliError {
+    CliError::Failure(error.to_string())
+}
+
+fn run_as_processes(job: Job) -> Result<(), CliError> {
+    // Each child has its own flag; this process only must not die before them.
+    let _stop = stop_flag()?;
+    let group = job.config.group().map_err(CliError::input)?;
+    let handover = Handover::write(&job)?;
+    let program = std::env::current_exe().map_err(|error| CliError::Failure(format!("own program: {error}")))?;
+    let mut failed = None;
+    let launched = processes::launch(&group, |_, info| {
+        let mut command = std::process::Command::new(&program);
+        command.arg("rank").arg("--join").arg(info.to_string());
+        match handover.stdin() {
+            Ok(stdin) => command.stdin(stdin),
+            Err(error) => {
+                failed = Some(error);
+                command.stdin(std::process::Stdio::null())
+            }
+        };
+        command
+    });
+    if let Some(error) = failed {
+        return Err(error);
+    }
+    launched.map_err(|error| CliError::Failure(error.to_string()))?.wait().map_err(|error| {
+        // A rank that ended by itself has said why on stderr.
+        CliError::Failure(error.to_string())
+    })
+}
+
+/// Arguments of the hidden command that is one rank of a group of processes.
+#[derive(Debug, clap::Args)]
+pub(crate) struct RankArgs {
+    /// How to join the group
+    #[arg(long)]
+    join: processes::JoinInfo,
+}
+
+/// One rank of a group of processes.
+pub(crate) fn run_as_rank(args: &RankArgs, out: &mut dyn Write) -> Result<(), CliError> {
+    let stop = stop_flag()?;
+    let job = Handover::read()?;
+    let group = job.config.group().map_err(CliError::input)?;
+    let rank = args.join.rank();
+    let fabric = processes::join(&group, args.join).map_err(|error| CliError::Failure(error.to_string()))?;
+    let rank_job = rank_job(&job, stop);
+    if rank.index() > 0 {
+        return run_rank(fabric, &rank_job, &mut Silent).map(drop).map_err(|error| quiet(rank.index(), &error));
+    }
+    let mut screen = Screen::new(&job)?;
+    let result: Result<Outcome, TrainError> = run_rank(fabric, &rank_job, &mut screen);
+    screen.finish(result.map_err(|error| CliError::Failure(format!("rank 0: {error}"))), now(), out)
+}
+
+fn quiet(rank: usize, error: &TrainError) -> CliError {
+    CliError::Failure(format!("rank {rank}: {error}"))
+}

@@ -1,0 +1,399 @@
+//! What a person sees of a training run: the text used, a progress bar, the final tables.
+
+use std::collections::BTreeMap;
+use std::io::{IsTerminal, Write};
+use std::path::Path;
+use std::time::Instant;
+
+use comfy_table::{CellAlignment, Table, presets};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
+use ultraep_run::{CorpusSummary, Digest, DomainSummary, PolicyTable, RunInfo, RunStatus, RunWriter, UtcTime};
+use ultraep_runtime::LayerRecord;
+use ultraep_train::{
+    BalanceCount, CheckpointInfo, Comparison, Observer, Outcome, Phase, RunFolder, StepReport, Summary, TrainConfig,
+    TrainError,
+};
+
+use super::job::Job;
+use crate::commands::write_json;
+use crate::error::CliError;
+
+/// The observer of rank 0: writes the run folder and shows how it goes.
+pub(super) struct Screen {
+    folder: RunFolder,
+    config: TrainConfig,
+    json: bool,
+    bar: ProgressBar,
+    plain: bool,
+    since: Instant,
+    wall_ns: Vec<(Phase, u64)>,
+}
+
+fn say(text: impl std::fmt::Display) {
+    // A closed stderr is no reason to stop training.
+    let _ = writeln!(std::io::stderr(), "{text}");
+}
+
+impl Screen {
+    pub(super) fn new(job: &Job) -> Result<Self, CliError> {
+        let failed = |error: &dyn std::fmt::Display| CliError::Failure(error.to_string());
+        say("text:");
+        job.corpus.summary().iter().for_each(|line| say(format_args!("  {line}")));
+        let resumed_step = match &job.resume {
+            Some(path) => Some(CheckpointInfo::read(path).map_err(CliError::input)?.step),
+            None => None,
+        };
+        let writer = match resumed_step {
+            Some(step) if job.folder.join("run.json").is_file() => RunWriter::resume(&job.folder, step),
+            _ => RunWriter::create(&job.folder, info(job)?),
+        };
+        let writer = writer.map_err(|error| failed(&error))?;
+        let taken_up = resumed_step.filter(|_| writer.info().resumed_from_steps.last() == resumed_step.as_ref());
+        let folder = RunFolder::new(writer, job.config.clone(), taken_up).map_err(|error| failed(&error))?;
+        describe_run(job, resumed_step);
+        Ok(Self {
+            folder,
+            config: job.config.clone(),
+            json: job.json,
+            bar: ProgressBar::hidden(),
+            plain: !std::io::stderr().is_terminal(),
+            since: Instant::now(),
+            wall_ns: Vec::new(),
+        })
+    }
+
+    /// Ends the run folder and prints the result.
+    pub(super) fn finish(
+        self,
+        result: Result<Outcome, CliError>,
+        ended: UtcTime,
+        out: &mut dyn Write,
+    ) -> Result<(), CliError> {
+        self.bar.finish_and_clear();
+        let path = self.folder.path().to_path_buf();
+        let status = match &result {
+            Ok(outcome) if outcome.stopped => RunStatus::Interrupted { reason: "asked to stop".into() },
+            Ok(_) => RunStatus::Finished,
+            Err(error) => RunStatus::Failed { reason: error.to_string() },
+        };
+        let ending = self.folder.finish(status, ended).map_err(|error| CliError::Failure(error.to_string()));
+        let outcome = result?;
+        let (summary, table) = ending?;
+        if self.json {
+            write_json(out, &Json::new(&path, &outcome, &summary, table.as_ref()))?;
+        } else {
+            print(out, &self.config, &summary, table.as_ref())?;
+            writeln!(out, "run folder: {}", path.display())?;
+        }
+        say(format_args!("took {:.0} s", self.since.elapsed().as_secs_f64()));
+        if outcome.stopped {
+            let saved = outcome.checkpoint.map_or("nothing saved".into(), |p| format!("saved {}", p.display()));
+            let again = format!("go on with --resume {}", path.display());
+            return Err(CliError::Failure(format!("interrupted after step {}: {saved}; {again}", outcome.steps)));
+        }
+        Ok(())
+    }
+}
+
+fn info(job: &Job) -> Result<RunInfo, CliError> {
+    let mut info = RunInfo::starting(job.started);
+    info.command = std::env::args().collect();
+    if let serde_json::Value::Object(config) = serde_json::to_value(&job.config)? {
+        info.config = config;
+    }
+    info.versions = BTreeMap::from([("ultraep".to_string(), env!("CARGO_PKG_VERSION").to_string())]);
+    let domain = |d: &ultraep_text::TextDomain| DomainSummary {
+        name: d.name.clone(),
+        bytes: d.bytes.len() as u64,
+        file_count: d.files as u64,
+        origin: d.origin.clone(),
+    };
+    info.corpus = Some(CorpusSummary {
+        digest: Digest(job.corpus.digest()),
+        domains: job.corpus.domains.iter().map(domain).collect(),
+    });
+    Ok(info)
+}
+
+fn describe_run(job: &Job, resumed_step: Option<u64>) {
+    let c = &job.config;
+    let experts = c.experts * c.layers * c.model().expert_shape().weight_len();
+    let dense = 2 * 256 * c.hidden + c.layers * (4 * c.hidden * c.hidden + c.hidden * c.experts);
+    say(format_args!(
+        "model: {} layers of width {}, {} experts a layer, top-{}, {:.1} M parameters ({:.1} M a token)",
+        c.layers,
+        c.hidden,
+        c.experts,
+        c.top_k,
+        (experts + dense) as f64 / 1e6,
+        (experts / c.experts * c.top_k + dense) as f64 / 1e6
+    ));
+    say(format_args!(
+        "group: {} ranks on {} cores, {} experts and {} slots a rank, policy {}, {} tokens a rank and microbatch",
+        c.ranks,
+        c.cores,
+        c.experts.div_ceil(c.ranks),
+        c.slots,
+        c.policy,
+        c.tokens_per_rank()
+    ));
+    if let Some(step) = resumed_step {
+        say(format_args!("going on after step {step}"));
+    }
+}
+
+impl Observer for Screen {
+    fn begin(&mut self, phase: Phase, first_step: u64) -> Result<(), TrainError> {
+        self.bar.finish_and_clear();
+        let (name, policy) = match phase {
+            Phase::Training => ("training", self.config.policy.as_str()),
+            Phase::Reference => ("reference", "none"),
+        };
+        if self.plain {
+            say(format_args!("{name} with {policy}, {} steps", self.config.steps - first_step));
+        } else {
+            self.bar = ProgressBar::new(self.config.steps).with_position(first_step);
+            let template = "{prefix:9} {bar:24} {pos}/{len} {elapsed} {wide_msg}";
+            let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+            self.bar.set_style(style);
+            self.bar.set_prefix(name);
+        }
+        self.folder.begin(phase, first_step)
+    }
+
+    fn step(&mut self, report: &StepReport<'_>) -> Result<(), TrainError> {
+        let mean = |of: fn(&LayerRecord) -> f64| {
+            report.records.iter().map(of).sum::<f64>() / report.records.len().max(1) as f64
+        };
+        let tokens_per_s = report.tokens as f64 * 1e9 / report.time.total_ns.max(1) as f64;
+        let message = format!(
+            "loss {:.3}  {:.0} tokens/s  imbalance {:.2} -> {:.3}",
+            report.loss,
+            tokens_per_s,
+            mean(LayerRecord::imbalance_before),
+            mean(LayerRecord::imbalance_after)
+        );
+        self.wall_ns.push((report.phase, report.wall_ns));
+        let done = report.step + 1;
+        let every = (self.config.steps / 10).max(1);
+        if !self.plain {
+            self.bar.set_message(message);
+            self.bar.set_position(done);
+        } else if done % every == 0 || done == self.config.steps {
+            say(format_args!("step {done:>5}  {message}"));
+        }
+        self.folder.step(report)
+    }
+
+    fn compared(&mut self, comparison: &Comparison<'_>) -> Result<(), TrainError> {
+        self.bar.set_message(format!("comparing {}", comparison.policy));
+        self.folder.compared(comparison)
+    }
+
+    fn saved(&mut self, step: u64, path: &Path) -> Result<(), TrainError> {
+        self.folder.saved(step, path)
+    }
+}
+
+/// `ultraep.train/1`.
+#[derive(Serialize)]
+struct Json<'a> {
+    schema: &'static str,
+    run_folder: &'a Path,
+    steps: u64,
+    stopped: bool,
+    checkpoint: Option<&'a Path>,
+    final_loss: Option<f32>,
+    reference_loss_difference: Option<f32>,
+    gradient_difference: Option<f64>,
+    balance: BalanceJson,
+    table: Option<&'a PolicyTable>,
+}
+
+#[derive(Serialize)]
+struct BalanceJson {
+    plans: u64,
+    within_1_02: u64,
+    above_at_proven_bound: u64,
+    imbalance_before_mean: f64,
+    imbalance_before_worst: f64,
+    imbalance_after_mean: f64,
+    imbalance_after_worst: f64,
+}
+
+impl<'a> Json<'a> {
+    fn new(folder: &'a Path, outcome: &'a Outcome, summary: &Summary, table: Option<&'a PolicyTable>) -> Self {
+        let b = summary.balance;
+        let (before, after) = b.means();
+        Self {
+            schema: "ultraep.train/1",
+            run_folder: folder,
+            steps: outcome.steps,
+            stopped: outcome.stopped,
+            checkpoint: outcome.checkpoint.as_deref(),
+            final_loss: summary.losses.last().map(|&(_, loss)| loss),
+            reference_loss_difference: largest_difference(summary),
+            gradient_difference: summary.gradient_difference,
+            balance: BalanceJson {
+                plans: b.plans,
+                within_1_02: b.within,
+                above_at_proven_bound: b.at_bound,
+                imbalance_before_mean: before,
+                imbalance_before_worst: b.worst_before,
+                imbalance_after_mean: after,
+                imbalance_after_worst: b.worst_after,
+            },
+            table,
+        }
+    }
+}
+
+fn largest_difference(summary: &Summary) -> Option<f32> {
+    let pairs = summary.losses.iter().zip(&summary.reference_losses);
+    pairs.map(|(a, b)| (a.1 - b.1).abs()).reduce(f32::max)
+}
+
+fn print(
+    out: &mut dyn Write,
+    config: &TrainConfig,
+    summary: &Summary,
+    table: Option<&PolicyTable>,
+) -> Result<(), CliError> {
+    if let Some(table) = table {
+        writeln!(out, "\n{}\n", table.title)?;
+        writeln!(out, "{}\n", main_table(table))?;
+        writeln!(out, "Parts of the step, ms (* what of weight sync and grad reduce was not hidden)")?;
+        writeln!(out, "{}\n", parts_table(table))?;
+        for note in &table.notes {
+            writeln!(out, "{note}")?;
+        }
+        writeln!(out)?;
+    }
+    print_balance(out, config, &summary.balance)?;
+    print_agreement(out, summary)
+}
+
+fn print_balance(out: &mut dyn Write, config: &TrainConfig, b: &BalanceCount) -> Result<(), CliError> {
+    if b.plans == 0 {
+        return Ok(());
+    }
+    let (before, after) = b.means();
+    let above = b.plans - b.within;
+    writeln!(
+        out,
+        "training with {}: {} plans, imbalance {before:.2} (worst {:.2}) -> {after:.3} (worst {:.3}); {} above 1.02, {} of \
+         them at the proven bound",
+        config.policy, b.plans, b.worst_before, b.worst_after, above, b.at_bound
+    )?;
+    Ok(())
+}
+
+fn print_agreement(out: &mut dyn Write, summary: &Summary) -> Result<(), CliError> {
+    if let Some(difference) = summary.gradient_difference {
+        writeln!(
+            out,
+            "outputs: equal bit for bit under all policies compared; gradients differ by {difference:.1e} at most"
+        )?;
+    }
+    let Some(largest) = largest_difference(summary) else { return Ok(()) };
+    let pairs: Vec<_> = summary.losses.iter().zip(&summary.reference_losses).collect();
+    let mut table = new_table(&["step", "loss, balanced", "loss, none", "difference"]);
+    let points = 6.min(pairs.len());
+    for i in 0..points {
+        let (a, b) = pairs[i * (pairs.len() - 1) / (points - 1).max(1)];
+        let difference = format!("{:+.1e}", f64::from(a.1) - f64::from(b.1));
+        table.add_row([(a.0 + 1).to_string(), format!("{:.4}", a.1), format!("{:.4}", b.1), difference]);
+    }
+    writeln!(out, "{}", right_aligned(table))?;
+    writeln!(out, "largest difference of the loss curves over {} steps: {largest:.1e}", pairs.len())?;
+    Ok(())
+}
+
+fn new_table(header: &[&str]) -> Table {
+    let mut table = Table::new();
+    table.load_style(presets::UTF8_FULL_CONDENSED);
+    table.set_header(header.iter().copied());
+    table
+}
+
+fn right_aligned(mut table: Table) -> Table {
+    for column in table.column_iter_mut().skip(1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    table
+}
+
+fn ms(ns: u64) -> String {
+    format!("{:.2}", ns as f64 / 1e6)
+}
+
+fn main_table(table: &PolicyTable) -> Table {
+    let with_wall = table.rows.iter().any(|row| row.wall_ns.is_some());
+    let mut header = vec![
+        "policy",
+        "imbalance\nmean",
+        "imbalance\nworst",
+        "replicas\na layer",
+        "crossed\nranks",
+        "step ms\n(parallel)",
+        "of\nideal",
+        "tokens/s",
+        "peak tokens\non a rank",
+    ];
+    header.extend(with_wall.then_some("step ms\n(wall)"));
+    let mut text = new_table(&header);
+    for row in &table.rows {
+        let mut cells = vec![
+            row.policy.clone(),
+            format!("{:.3}", row.imbalance_after.mean),
+            format!("{:.3}", row.imbalance_after.worst),
+            format!("{:.1}", row.replicas_per_layer),
+            format!("{:.1}%", 100.0 * row.tokens_crossed_fraction),
+            ms(row.step_ns),
+            row.share_of_ideal.map_or("-".into(), |share| format!("{:.1}%", 100.0 * share)),
+            format!("{:.0}", row.throughput_tokens_per_s),
+            row.peak_tokens_per_rank.to_string(),
+        ];
+        cells.extend(with_wall.then(|| row.wall_ns.map_or("-".into(), ms)));
+        text.add_row(cells);
+    }
+    right_aligned(text)
+}
+
+fn parts_table(table: &PolicyTable) -> Table {
+    let header = [
+        "policy",
+        "dense",
+        "router",
+        "plan",
+        "reroute",
+        "sync*",
+        "all-to-all",
+        "experts",
+        "reduce*",
+        "all-reduce",
+        "optimizer",
+        "plan + sync*",
+    ];
+    let mut text = new_table(&header);
+    for row in &table.rows {
+        let p = &row.parts;
+        let extra = 100.0 * p.balancing_ns() as f64 / row.step_ns.max(1) as f64;
+        let parts = [
+            p.dense_ns,
+            p.router_ns,
+            p.plan_ns,
+            p.reroute_ns,
+            p.exposed_sync_ns,
+            p.all_to_all_ns,
+            p.experts_ns,
+            p.grad_reduce_exposed_ns,
+            p.all_reduce_ns,
+            p.optimizer_ns,
+        ];
+        let cells = std::iter::once(row.policy.clone()).chain(parts.map(ms));
+        text.add_row(cells.chain([format!("{extra:.2}%")]));
+    }
+    right_aligned(text)
+}

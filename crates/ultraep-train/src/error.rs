@@ -1,0 +1,110 @@
+//! Errors of training.
+
+use std::path::PathBuf;
+
+use ultraep_baselines::{BuildError, ParsePolicyError};
+use ultraep_fabric::{AccessError, FabricError};
+use ultraep_model::ConfigError;
+use ultraep_plan::{ParseRatioError, TopologyError};
+use ultraep_runtime::RuntimeError;
+use ultraep_text::TextError;
+
+/// Why a training run ended early or did not start.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TrainError {
+    /// The model's sizes do not fit together.
+    #[error(transparent)]
+    Model(#[from] ConfigError),
+    /// The EP group is impossible.
+    #[error(transparent)]
+    Topology(#[from] TopologyError),
+    /// No such policy.
+    #[error(transparent)]
+    Policy(#[from] ParsePolicyError),
+    /// A policy cannot serve this group.
+    #[error(transparent)]
+    Build(#[from] BuildError),
+    /// The target imbalance is no ratio.
+    #[error("target imbalance {beta:?}: {error}")]
+    Beta {
+        /// As given.
+        beta: String,
+        /// What is wrong with it.
+        error: ParseRatioError,
+    },
+    /// The bandwidth is no positive number.
+    #[error("link of {0} Gbit/s: it must be a positive number")]
+    Link(f64),
+    /// Something that must be at least 1 is 0.
+    #[error("{0} is 0; it must be at least 1")]
+    Zero(&'static str),
+    /// The text does not serve.
+    #[error(transparent)]
+    Text(#[from] TextError),
+    /// The runtime failed.
+    #[error(transparent)]
+    Runtime(#[from] RuntimeError),
+    /// The fabric failed.
+    #[error(transparent)]
+    Fabric(#[from] FabricError),
+    /// Memory was used while an operation owned it.
+    #[error("memory in use: {0}")]
+    Access(#[from] AccessError),
+    /// The tensor library failed.
+    #[error("tensor library: {0}")]
+    Tensor(#[from] candle_core::Error),
+    /// The loss is not a number any more.
+    #[error("step {step}: the loss is {loss}; try a smaller learning rate")]
+    Diverged {
+        /// Which step.
+        step: u64,
+        /// The loss.
+        loss: f32,
+    },
+    /// Ranks do not agree on a value that must be the same.
+    #[error("{what}: policy {policy} gives {got}, {reference} gave {expected}; outputs must not depend on the policy")]
+    Differs {
+        /// What.
+        what: &'static str,
+        /// The policy that differs.
+        policy: &'static str,
+        /// Its value.
+        got: f32,
+        /// The policy compared with.
+        reference: &'static str,
+        /// Its value.
+        expected: f32,
+    },
+    /// A file could not be read or written.
+    #[error("{action} {}: {error}", path.display())]
+    File {
+        /// What was tried.
+        action: &'static str,
+        /// On which file.
+        path: PathBuf,
+        /// Why it failed.
+        error: std::io::Error,
+    },
+    /// A checkpoint is damaged or belongs to something else.
+    #[error("checkpoint {}: {reason}", path.display())]
+    Checkpoint {
+        /// Which.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// The run folder could not be written.
+    #[error(transparent)]
+    Run(#[from] ultraep_run::RunError),
+    /// A value could not be encoded.
+    #[error("encode: {0}")]
+    Encode(String),
+}
+
+impl TrainError {
+    pub(crate) fn file(action: &'static str, path: &std::path::Path) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.to_path_buf();
+        move |error| Self::File { action, path, error }
+    }
+}

@@ -1,0 +1,201 @@
+//! One rank's whole part in a run.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use ultraep_baselines::PolicyKind;
+use ultraep_fabric::Fabric;
+use ultraep_runtime::Endpoint;
+use ultraep_text::Corpus;
+
+use crate::report::{Comparison, Observer, Phase, StepReport};
+use crate::worker::Worker;
+use crate::{CheckpointInfo, TrainConfig, TrainError};
+
+/// What a rank is to do; the same on all ranks.
+#[derive(Clone, Debug)]
+pub struct RankJob {
+    /// The run.
+    pub config: TrainConfig,
+    /// Its text.
+    pub corpus: Arc<Corpus>,
+    /// Checkpoint to go on from.
+    pub resume: Option<PathBuf>,
+    /// Folder for checkpoints; none are saved without it.
+    pub checkpoints: Option<PathBuf>,
+    /// Set when the run is to stop after the step under way; one rank's wish is enough.
+    pub stop: Arc<AtomicBool>,
+}
+
+/// How a run ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Outcome {
+    /// Steps trained in all.
+    pub steps: u64,
+    /// Whether it stopped before all steps because it was asked to.
+    pub stopped: bool,
+    /// The last checkpoint.
+    pub checkpoint: Option<PathBuf>,
+}
+
+/// Runs one rank over its endpoint. `observer` is heard on rank 0; pass [`crate::Silent`] elsewhere.
+///
+/// The tensor library hands work to a thread pool; the rank gets a pool of one thread and runs on it, so that all its work
+/// is on one thread and its CPU time is what the virtual clock reads.
+pub fn run_rank(
+    fabric: Box<dyn Fabric>,
+    job: &RankJob,
+    observer: &mut (dyn Observer + Send),
+) -> Result<Outcome, TrainError> {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build();
+    let pool = pool.map_err(|error| TrainError::File {
+        action: "start a thread for",
+        path: PathBuf::from(format!("rank {}", fabric.rank())),
+        error: std::io::Error::other(error),
+    })?;
+    pool.install(|| run_phases(fabric, job, observer))
+}
+
+fn run_phases(fabric: Box<dyn Fabric>, job: &RankJob, observer: &mut dyn Observer) -> Result<Outcome, TrainError> {
+    let config = &job.config;
+    let endpoint = Endpoint::new(fabric, config.runtime()?.link);
+    let (mut outcome, worker) = train(endpoint, job, config.clone(), Phase::Training, observer)?;
+    let mut endpoint = released(worker)?;
+    if config.reference && !outcome.stopped {
+        let reference = TrainConfig { policy: PolicyKind::None.name().into(), compare_every: 0, ..config.clone() };
+        let (second, worker) = train(endpoint, job, reference, Phase::Reference, observer)?;
+        outcome.stopped = second.stopped;
+        endpoint = released(worker)?;
+    }
+    endpoint.leave()?;
+    Ok(outcome)
+}
+
+fn released(worker: Worker) -> Result<Endpoint, TrainError> {
+    worker.into_endpoint().ok_or_else(|| TrainError::Encode("a tensor still holds the experts".into()))
+}
+
+fn train(
+    endpoint: Endpoint,
+    job: &RankJob,
+    config: TrainConfig,
+    phase: Phase,
+    observer: &mut dyn Observer,
+) -> Result<(Outcome, Worker), TrainError> {
+    let text_digest = job.corpus.digest();
+    let mut worker = Worker::new(config.clone(), endpoint, job.corpus.clone())?;
+    let first_step = match &job.resume {
+        Some(path) => {
+            let info = CheckpointInfo::read(path)?;
+            info.check_against(&config, text_digest, path)?;
+            worker.load(path, &info)?;
+            info.step
+        }
+        None => 0,
+    };
+    observer.begin(phase, first_step)?;
+    let mut outcome = Outcome { steps: first_step, stopped: false, checkpoint: None };
+    let mut comparisons = 0;
+    for step in first_step..config.steps {
+        if config.compare_every > 0 && step % config.compare_every == config.compare_every / 2 {
+            compare(&mut worker, step, comparisons, observer)?;
+            comparisons += 1;
+        }
+        let result = worker.step(step, job.stop.load(Ordering::Relaxed))?;
+        observer.step(&StepReport {
+            phase,
+            step,
+            loss: result.pass.loss,
+            gradient_norm: result.gradient_norm,
+            tokens: config.tokens_per_step(),
+            time: result.pass.time,
+            weight_sync_ns: result.pass.weight_sync_ns,
+            wall_ns: result.pass.wall_ns,
+            records: &result.pass.records,
+        })?;
+        outcome.steps = step + 1;
+        outcome.stopped = result.pass.stop && step + 1 < config.steps;
+        let last = outcome.stopped || step + 1 == config.steps;
+        let due = last || (config.save_every > 0 && (step + 1) % config.save_every == 0);
+        if let (Some(folder), Phase::Training, true) = (&job.checkpoints, phase, due) {
+            let path = save(&worker, folder, step + 1, text_digest, observer)?;
+            outcome.checkpoint = Some(path);
+        }
+        if outcome.stopped {
+            break;
+        }
+    }
+    Ok((outcome, worker))
+}
+
+fn save(
+    worker: &Worker,
+    folder: &Path,
+    step: u64,
+    text_digest: u64,
+    observer: &mut dyn Observer,
+) -> Result<PathBuf, TrainError> {
+    let path = worker.save(folder, step, text_digest)?;
+    observer.saved(step, &path)?;
+    Ok(path)
+}
+
+/// Rehearses the step under every policy compared, from the same weights on the same batch, and holds the outputs to be
+/// equal. The order rotates, so that no policy always runs first. The first time, gradients are compared too.
+fn compare(worker: &mut Worker, step: u64, nth: usize, observer: &mut dyn Observer) -> Result<(), TrainError> {
+    let mut kinds = worker.config.compared()?;
+    let count = kinds.len();
+    kinds.rotate_left(nth % count.max(1));
+    let mut reference: Option<(PolicyKind, f32)> = None;
+    let mut reference_gradients = None;
+    for kind in kinds {
+        let pass = worker.rehearse(step, kind)?;
+        let mut gradient_difference = None;
+        if !kind.forces_routing() {
+            let (first, expected) = *reference.get_or_insert((kind, pass.loss));
+            if pass.loss.to_bits() != expected.to_bits() {
+                return Err(TrainError::Differs {
+                    what: "loss",
+                    policy: kind.name(),
+                    got: pass.loss,
+                    reference: first.name(),
+                    expected,
+                });
+            }
+            if nth == 0 {
+                let gradients = worker.gradients()?;
+                match &reference_gradients {
+                    None => reference_gradients = Some(gradients),
+                    Some(reference) => gradient_difference = Some(difference(worker, &gradients, reference)?),
+                }
+            }
+        }
+        worker.clear_gradients()?;
+        observer.compared(&Comparison {
+            step,
+            policy: kind,
+            tokens: worker.config.tokens_per_step(),
+            loss: pass.loss,
+            time: pass.time,
+            weight_sync_ns: pass.weight_sync_ns,
+            wall_ns: pass.wall_ns,
+            gradient_difference,
+            records: &pass.records,
+        })?;
+    }
+    Ok(())
+}
+
+/// `|a - b| / |b|` over the gradients of all ranks; dense ones, which all ranks share, count once.
+fn difference(worker: &Worker, a: &[f32], b: &[f32]) -> Result<f64, TrainError> {
+    let rank = worker.experts.lock().manager.rank().index();
+    let from = if rank == 0 { 0 } else { worker.dense.len() };
+    let (mut squares, mut norm) = (0f64, 0f64);
+    for (&a, &b) in a[from..].iter().zip(&b[from..]) {
+        squares += (f64::from(a) - f64::from(b)).powi(2);
+        norm += f64::from(b).powi(2);
+    }
+    let (squares, norm) = (worker.sum_over_ranks(squares as f32)?, worker.sum_over_ranks(norm as f32)?);
+    Ok((f64::from(squares) / f64::from(norm).max(f64::MIN_POSITIVE)).sqrt())
+}
