@@ -54,6 +54,12 @@ pub enum TrainError {
     /// The tensor library failed.
     #[error("tensor library: {0}")]
     Tensor(#[from] candle_core::Error),
+    /// The tensor library would use threads of its own.
+    #[error("the tensor library would use {threads} threads: set {} to 1", crate::TENSOR_THREADS.join(" and "))]
+    TensorThreads {
+        /// How many.
+        threads: usize,
+    },
     /// The loss is not a number any more.
     #[error("step {step}: the loss is {loss}; try a smaller learning rate")]
     Diverged {

@@ -24,3 +24,7 @@ pub use error::TrainError;
 pub use folder::{BalanceCount, RunFolder, Summary};
 pub use rank::{Outcome, RankJob, run_rank};
 pub use report::{Comparison, Observer, Phase, Silent, StepReport};
+
+/// Environment variables, each to be set to `1` before the process starts, that keep the tensor library on the rank's
+/// thread.
+pub const TENSOR_THREADS: [&str; 2] = ["RAYON_NUM_THREADS", "CANDLE_NUM_THREADS"];

@@ -41,23 +41,16 @@ pub struct Outcome {
 
 /// Runs one rank over its endpoint. `observer` is heard on rank 0; pass [`crate::Silent`] elsewhere.
 ///
-/// The tensor library hands work to a thread pool; the rank gets a pool of one thread and runs on it, so that all its work
-/// is on one thread and its CPU time is what the virtual clock reads.
-pub fn run_rank(
-    fabric: Box<dyn Fabric>,
-    job: &RankJob,
-    observer: &mut (dyn Observer + Send),
-) -> Result<Outcome, TrainError> {
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build();
-    let pool = pool.map_err(|error| TrainError::File {
-        action: "start a thread for",
-        path: PathBuf::from(format!("rank {}", fabric.rank())),
-        error: std::io::Error::other(error),
-    })?;
-    pool.install(|| run_phases(fabric, job, observer))
-}
-
-fn run_phases(fabric: Box<dyn Fabric>, job: &RankJob, observer: &mut dyn Observer) -> Result<Outcome, TrainError> {
+/// A rank is one core: its CPU time is what the virtual clock reads. So the tensor library must not hand work to threads of
+/// its own, which it decides by the environment variables in [`crate::TENSOR_THREADS`] when it first computes.
+///
+/// # Errors
+/// [`TrainError::TensorThreads`] when they are not set; everything that can fail on the way.
+pub fn run_rank(fabric: Box<dyn Fabric>, job: &RankJob, observer: &mut dyn Observer) -> Result<Outcome, TrainError> {
+    let threads = candle_core::utils::get_num_threads();
+    if threads != 1 {
+        return Err(TrainError::TensorThreads { threads });
+    }
     let config = &job.config;
     let endpoint = Endpoint::new(fabric, config.runtime()?.link);
     let (mut outcome, worker) = train(endpoint, job, config.clone(), Phase::Training, observer)?;

@@ -5,6 +5,7 @@ mod job;
 mod screen;
 
 use std::io::Write;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -12,7 +13,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use ultraep_fabric::{FabricKind, GroupError, processes, run_threads};
 use ultraep_run::UtcTime;
-use ultraep_train::{CheckpointInfo, Outcome, RankJob, Silent, TrainError, find_checkpoint, run_rank};
+use ultraep_train::{CheckpointInfo, Outcome, RankJob, Silent, TENSOR_THREADS, TrainError, find_checkpoint, run_rank};
 
 pub(crate) use args::Args;
 use job::{Handover, Job};
@@ -21,11 +22,27 @@ use screen::Screen;
 use crate::error::CliError;
 
 pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<(), CliError> {
+    keep_tensors_on_one_thread()?;
     let job = prepare(args)?;
     match args.fabric {
         FabricKind::Threads => run_as_threads(job, out),
         FabricKind::Processes => run_as_processes(job),
     }
+}
+
+/// Starts this program anew with the tensor library told to use one thread, unless it was already. The library reads the
+/// environment once, and a running program cannot change its environment safely.
+fn keep_tensors_on_one_thread() -> Result<(), CliError> {
+    if TENSOR_THREADS.iter().all(|name| std::env::var_os(name).is_some_and(|value| value == "1")) {
+        return Ok(());
+    }
+    let mut command = std::process::Command::new(own_program()?);
+    command.args(std::env::args_os().skip(1)).envs(TENSOR_THREADS.map(|name| (name, "1")));
+    Err(CliError::Failure(format!("start anew: {}", command.exec())))
+}
+
+fn own_program() -> Result<PathBuf, CliError> {
+    std::env::current_exe().map_err(|error| CliError::Failure(format!("own program: {error}")))
 }
 
 /// Everything that can be wrong in the request is found here, before a rank starts.
@@ -112,7 +129,7 @@ fn run_as_processes(job: Job) -> Result<(), CliError> {
     let _stop = stop_flag()?;
     let group = job.config.group().map_err(CliError::input)?;
     let handover = Handover::write(&job)?;
-    let program = std::env::current_exe().map_err(|error| CliError::Failure(format!("own program: {error}")))?;
+    let program = own_program()?;
     let mut failed = None;
     let launched = processes::launch(&group, |_, info| {
         let mut command = std::process::Command::new(&program);
