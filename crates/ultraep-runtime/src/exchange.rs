@@ -157,12 +157,8 @@ mod tests {
     fn plan() -> Plan {
         let mut plan = Plan::default();
         plan.begin(SplitRule::LocalFirstExact);
-        let instance = |rank, physical, quota| Instance {
-            rank: Rank::new(rank),
-            physical: PhysicalIndex::new(physical),
-            quota,
-            ..Instance::default()
-        };
+        let instance =
+            |rank, physical, quota| Instance { rank: Rank::new(rank), physical: PhysicalIndex::new(physical), quota };
         plan.push_instance(instance(0, 0, 5));
         plan.push_instance(instance(1, 1, 3));
         plan.end_expert();

@@ -180,7 +180,7 @@ impl Observer for Screen {
         if !self.plain {
             self.bar.set_message(message);
             self.bar.set_position(done);
-        } else if done % every == 0 || done == self.config.steps {
+        } else if done.is_multiple_of(every) || done == self.config.steps {
             say(format_args!("step {done:>5}  {message}"));
         }
         self.folder.step(report)

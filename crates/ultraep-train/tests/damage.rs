@@ -1,0 +1,87 @@
+//! Damaged checkpoints, other text, other models, no room: one clear error, and what was saved stays.
+
+mod common;
+
+use std::fs;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use common::{Heard, corpus, job, run, small, try_run};
+use tempfile::TempDir;
+use ultraep_train::{RankJob, TrainConfig, find_checkpoint};
+
+fn saved() -> (TempDir, PathBuf) {
+    let folder = TempDir::new().unwrap();
+    let (outcome, _) = run(&job(TrainConfig { steps: 1, ..small() }, Some(folder.path())));
+    let checkpoint = outcome.checkpoint.unwrap();
+    (folder, checkpoint)
+}
+
+fn resumed(checkpoint: &std::path::Path) -> RankJob {
+    RankJob { resume: Some(checkpoint.to_path_buf()), ..job(small(), None) }
+}
+
+fn error_of(job: &RankJob) -> String {
+    match try_run(job, Heard::default()) {
+        Ok((outcome, _)) => panic!("it ran: {outcome:?}"),
+        Err(error) => error.to_string(),
+    }
+}
+
+#[test]
+fn every_kind_of_damage_is_told_with_the_file() {
+    let (_folder, checkpoint) = saved();
+    for file in ["dense.safetensors", "experts-00002-of-00004.safetensors"] {
+        let path = checkpoint.join(file);
+        let whole = fs::read(&path).unwrap();
+        let mut flipped = whole.clone();
+        let middle = whole.len() / 2;
+        flipped[middle] ^= 1;
+        let cases = [("a flipped bit", flipped), ("a cut end", whole[..middle].to_vec()), ("nothing", Vec::new())];
+        for (damage, bytes) in cases {
+            fs::write(&path, bytes).unwrap();
+            let error = error_of(&resumed(&checkpoint));
+            assert!(error.contains("damaged") && error.contains(file), "{damage} in {file}: {error}");
+        }
+        fs::remove_file(&path).unwrap();
+        let error = error_of(&resumed(&checkpoint));
+        assert!(error.contains(file), "{file} missing: {error}");
+        fs::write(&path, whole).unwrap();
+    }
+    run(&resumed(&checkpoint));
+}
+
+#[test]
+fn another_model_or_text_is_refused_with_the_difference() {
+    let (_folder, checkpoint) = saved();
+    let wider = RankJob { config: TrainConfig { intermediate: 24, ..small() }, ..resumed(&checkpoint) };
+    let error = error_of(&wider);
+    assert!(error.contains("intermediate is 16 there, 24 here"), "{error}");
+    let mut other = (*corpus()).clone();
+    other.domains[0].bytes.extend_from_slice(b"one more line\n");
+    let error = error_of(&RankJob { corpus: Arc::new(other), ..resumed(&checkpoint) });
+    assert!(error.contains("other text"), "{error}");
+}
+
+#[test]
+fn a_partial_checkpoint_is_passed_over() {
+    let (folder, checkpoint) = saved();
+    let run_folder = TempDir::new().unwrap();
+    let checkpoints = run_folder.path().join("checkpoints");
+    fs::create_dir(&checkpoints).unwrap();
+    fs::rename(&checkpoint, checkpoints.join("step-00000001")).unwrap();
+    fs::create_dir(checkpoints.join("step-00000002.partial")).unwrap();
+    fs::create_dir(checkpoints.join("step-00000003")).unwrap();
+    assert_eq!(find_checkpoint(run_folder.path()).unwrap(), checkpoints.join("step-00000001"));
+    let error = find_checkpoint(folder.path()).unwrap_err().to_string();
+    assert!(error.contains("neither a checkpoint nor a run folder"), "{error}");
+}
+
+#[test]
+fn a_place_that_cannot_be_written_is_named() {
+    let folder = TempDir::new().unwrap();
+    let file = folder.path().join("file");
+    fs::write(&file, "not a folder").unwrap();
+    let error = error_of(&job(TrainConfig { steps: 1, ..small() }, Some(&file)));
+    assert!(error.contains(&file.display().to_string()) && error.contains("Not a directory"), "{error}");
+}
