@@ -137,3 +137,10 @@ fn measure(mut fabric: Box<dyn Fabric>, setting: Setting, kind: FabricKind) -> R
     fabric.leave()?;
     Ok(())
 }
+
+#[test]
+fn runs_on_threads() {
+    let setting = Setting { rounds: 3, ranks: 3, cores: 2 };
+    let ended = run_threads(&spec(setting), |fabric| measure(fabric, setting, FabricKind::Threads));
+    assert!(ended.is_ok(), "{ended:?}");
+}

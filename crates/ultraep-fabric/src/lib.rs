@@ -35,18 +35,20 @@
 //! | generation | `Turnstile::generation`      | `turn`, by the last to enter: all that it acquired, the largest stamp | `look`, by everyone else |
 //! | permits    | `Permits::word`              | `give_back`: nothing but order                            | `ask` |
 //! | signal     | a signal word                | `signal`: the rank's earlier puts                         | `signal_value` |
-//! | event      | `Control::event`             | `signal`: the signal word                                 | `sleep_for_signal` |
+//! | event      | `Doorbell::event`            | `ring`: the signal word                                   | `sleep_unless` |
 //! | failure    | `Header::failure`, and bit 0 of each futex word | `fail`: the reporter's record; that the group has failed | `failure`; every waiter |
-//! | borrow     | `Inner::state` of a region   | the end of a guard, hold or epoch: the content            | the start of the next |
+//! | borrow     | `Borrow::state` of a region  | the end of a guard, hold or epoch: the content            | the start of the next |
 //! | status     | `Control::status`            | `join` and `depart`: that a rank is there or gone         | the supervisor, `departed` |
 //!
-//! Two places need sequential consistency, as each side writes one word and reads the other's (store buffering):
-//! `generation` against `sleepers` (`turn` / `sleep`), and `event` against `listening` (`signal` / `sleep_for_signal`).
-//! Either the sleeper sees the change, or the waker sees the sleeper.
+//! Two places need a sequentially consistent fence at both ends, as each side writes one word and reads the other's (store
+//! buffering): `generation` against `sleepers` (`turn` / `sleep`), and `event` against `listening` (`ring` / `sleep_unless`).
+//! Either the sleeper sees the change, or the waker sees the sleeper. `tests/loom.rs` explores the interleavings of all of
+//! these but the failure record and the status.
 //!
 //! Relaxed words: those ordered by `turn` and `generation` (the control block, sizes, stamp), and hints for messages
 //! (`activity`, `computing`, `Permits::taken`).
 
+mod borrow;
 mod copy;
 mod error;
 mod fabric;

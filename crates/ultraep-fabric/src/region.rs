@@ -1,7 +1,7 @@
 //! Memory that the fabric knows, and the guards through which safe code reads and writes it.
 
 use crate::AccessError;
-use crate::sync::{AtomicU32, Ordering};
+use crate::borrow::{Borrow, OPEN, RECEIVING, WRITER};
 use bytemuck::Pod;
 use core::any::Any;
 use core::fmt;
@@ -14,12 +14,6 @@ use std::sync::Arc;
 
 /// Alignment of every region that the fabric allocates, in bytes.
 pub const REGION_ALIGN: usize = 64;
-
-/// States of a region's borrow word; smaller values count readers.
-const WRITER: u32 = u32::MAX;
-const OPEN: u32 = u32::MAX - 1;
-const RECEIVING: u32 = u32::MAX - 2;
-const READERS_MAX: u32 = u32::MAX - 3;
 
 /// Memory known to the fabric: private, or the own part of a symmetric window. A cheap handle; clones are the same memory.
 ///
@@ -40,7 +34,7 @@ pub struct Region {
 struct Inner {
     memory: Memory,
     bytes: usize,
-    state: AtomicU32,
+    borrow: Borrow,
 }
 
 enum Memory {
@@ -123,7 +117,7 @@ impl Region {
     }
 
     fn new(memory: Memory, bytes: usize) -> Self {
-        Self { inner: Arc::new(Inner { memory, bytes, state: AtomicU32::new(0) }) }
+        Self { inner: Arc::new(Inner { memory, bytes, borrow: Borrow::default() }) }
     }
 
     /// Its size in bytes.
@@ -191,32 +185,11 @@ impl Region {
     }
 
     fn begin_read(&self) -> Result<(), AccessError> {
-        let count_up = |state: u32| (state < READERS_MAX).then(|| state + 1);
-        // SYNC POINT borrow: acquires what the last writer (or the last epoch) released in `end_read` / `end`.
-        match self.inner.state.fetch_update(Ordering::Acquire, Ordering::Relaxed, count_up) {
-            Ok(_) => Ok(()),
-            Err(state) => Err(refusal(state)),
-        }
+        self.inner.borrow.begin_read().map_err(refusal)
     }
 
-    fn end_read(&self) {
-        // SYNC POINT borrow: releases the reads to the next writer, which acquires in `begin`.
-        self.inner.state.fetch_sub(1, Ordering::Release);
-    }
-
-    /// Takes the region from unused to `state`.
     fn begin(&self, state: u32) -> Result<(), AccessError> {
-        // SYNC POINT borrow: acquires what the last user released in `end_read` / `end`.
-        match self.inner.state.compare_exchange(0, state, Ordering::Acquire, Ordering::Relaxed) {
-            Ok(_) => Ok(()),
-            Err(state) => Err(refusal(state)),
-        }
-    }
-
-    /// Back to unused, by whoever took it there.
-    fn end(&self) {
-        // SYNC POINT borrow: releases the writes to the next user, which acquires in `begin_read` / `begin`.
-        self.inner.state.store(0, Ordering::Release);
+        self.inner.borrow.begin(state).map_err(refusal)
     }
 
     /// Opens the region to peers: guards and holds are refused until [`Region::conceal`].
@@ -226,7 +199,7 @@ impl Region {
 
     /// Ends what [`Region::expose`] began. Only the endpoint that exposed it calls this, once no peer can touch it.
     pub(crate) fn conceal(&self) {
-        self.end();
+        self.inner.borrow.end();
     }
 
     /// For an operation that reads. Read guards stay allowed meanwhile.
@@ -297,8 +270,8 @@ impl Drop for Hold {
     fn drop(&mut self) {
         match (self.returns, self.reading) {
             (false, _) => {}
-            (true, true) => self.region.end_read(),
-            (true, false) => self.region.end(),
+            (true, true) => self.region.inner.borrow.end_read(),
+            (true, false) => self.region.inner.borrow.end(),
         }
     }
 }
@@ -323,7 +296,7 @@ impl<T: Pod> Deref for ReadGuard<'_, T> {
 
 impl<T: Pod> Drop for ReadGuard<'_, T> {
     fn drop(&mut self) {
-        self.region.end_read();
+        self.region.inner.borrow.end_read();
     }
 }
 
@@ -354,6 +327,6 @@ impl<T: Pod> DerefMut for WriteGuard<'_, T> {
 
 impl<T: Pod> Drop for WriteGuard<'_, T> {
     fn drop(&mut self) {
-        self.region.end();
+        self.region.inner.borrow.end();
     }
 }

@@ -1,8 +1,9 @@
-//! The one place atomics and the futex come from, so that a model checker can replace them.
+//! The one place atomics and the futex come from, so that a model checker can replace them: `tests/loom.rs` compiles the
+//! files that synchronise (`borrow.rs`, `shared/{turnstile,permits,doorbell,word}.rs`) against loom's.
 //!
 //! Every acquire/release pair of the crate is marked `SYNC POINT` at both ends; the crate's documentation has the table.
 
-pub(crate) use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+pub(crate) use core::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 
 use core::time::Duration;
 use rustix::thread::futex;

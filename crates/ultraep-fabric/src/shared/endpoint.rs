@@ -4,9 +4,9 @@ use super::collective::InFlight;
 use super::failure::Failure;
 use super::permits::Asked;
 use super::segment::{STATUS_RUNNING, Segment};
-use super::turnstile::FAILED;
+use super::word::FAILED;
 use crate::operation::OperationKind;
-use crate::sync::{self, Ordering};
+use crate::sync::Ordering;
 use crate::{
     AccessError, Capabilities, Completion, Fabric, FabricError, GroupSpec, Loss, Operation, Region, Ticket, WindowId,
 };
@@ -169,7 +169,9 @@ impl Endpoint {
                 self.check_group(OperationKind::AwaitSignal)?;
                 // Peers may wait for our part of a collective before they can signal.
                 self.progress()?;
-                let reached = self.signal_value(first as usize)? >= second;
+                let signal = usize::try_from(first).unwrap_or(usize::MAX);
+                self.check_signal(OperationKind::AwaitSignal, signal)?;
+                let reached = self.signal_value(signal) >= second;
                 Ok(reached.then_some(Completion { stamp: third, bytes_sent: 0, bytes_received: 0 }))
             }
             _ if self.collective.as_ref().is_some_and(|flight| flight.sequence() == first) => self.advance(),
@@ -235,25 +237,20 @@ impl Endpoint {
 
     /// One sleep for a signal to this rank; whether it has come.
     fn sleep_for_signal(&mut self, signal: usize, at_least: u64, nap: Duration) -> Result<bool, FabricError> {
-        let control = self.segment.control(self.rank);
-        // SYNC POINT event: sequentially consistent, against the reverse pair in `signal`: either we see the event, or the signaller sees that
-        // we listen and wakes us.
-        control.listening.store(1, Ordering::SeqCst);
-        let event = control.event.load(Ordering::SeqCst);
-        let reached = self.signal_value(signal)? >= at_least;
-        if !reached && event & FAILED == 0 {
-            sync::sleep_while(&control.event, event, nap);
+        self.check_signal(OperationKind::AwaitSignal, signal)?;
+        let reached = || self.signal_value(signal) >= at_least;
+        if self.segment.control(self.rank).doorbell.sleep_unless(reached, nap) {
+            return Ok(true);
         }
-        control.listening.store(0, Ordering::Relaxed);
-        if !reached && self.segment.ranks().all(|rank| rank == self.rank || self.has_departed(rank)) {
+        if self.segment.ranks().all(|rank| rank == self.rank || self.has_departed(rank)) {
             // No one is left who could still send it, unless it came in between.
             if let Some((rank, loss)) = self.segment.departed()
-                && self.signal_value(signal)? < at_least
+                && self.signal_value(signal) < at_least
             {
                 return Err(self.fail(OperationKind::AwaitSignal, &Failure::Lost { rank, loss }));
             }
         }
-        Ok(self.signal_value(signal)? >= at_least)
+        Ok(self.signal_value(signal) >= at_least)
     }
 
     fn has_departed(&self, rank: Rank) -> bool {

@@ -1,9 +1,8 @@
 //! The group's first failure: one word, set once, plus details in a record of the rank that reports it.
 
 use super::segment::{RECORD_WORDS, STATUS_DROPPED, STATUS_LEFT, STATUS_RUNNING, Segment};
-use super::turnstile::FAILED;
 use crate::operation::{Collective, OperationKind};
-use crate::sync::{self, AtomicU32, AtomicU64, Ordering};
+use crate::sync::{AtomicU64, Ordering};
 use crate::{FabricError, Loss};
 use core::time::Duration;
 use ultraep_plan::Rank;
@@ -83,15 +82,10 @@ impl Segment {
 
     /// Marks every futex word, so that no one falls asleep any more, and wakes who sleeps.
     pub(crate) fn wake_all_failed(&self) {
-        let mark = |word: &AtomicU32| {
-            // SYNC POINT failure: a waiter that acquires a marked word sees the failure word set.
-            word.fetch_or(FAILED, Ordering::AcqRel);
-            sync::wake(word, u32::MAX);
-        };
         let header = self.header();
-        mark(&header.turnstile.0.generation);
-        mark(&header.permits.0.word);
-        self.ranks().for_each(|rank| mark(&self.control(rank).event));
+        header.turnstile.0.fail();
+        header.permits.0.fail();
+        self.ranks().for_each(|rank| self.control(rank).doorbell.fail());
     }
 
     fn record_failure(&self, reporter: Rank, failure: &Failure) -> u64 {

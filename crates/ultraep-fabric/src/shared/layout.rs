@@ -17,7 +17,9 @@ use super::segment::{Control, Header, RECORD_WORDS};
 use crate::{FabricError, GroupSpec, SIGNALS};
 use core::mem::size_of;
 
-/// Bytes of one staging chunk. Any size of operation works: it goes chunk by chunk.
+/// Bytes of one staging chunk. Any size of operation works: it goes chunk by chunk. Of 64, 256 and 1024 KiB this one
+/// was the fastest for an all-reduce of 1 MiB on 16 ranks and 2 cores (`examples/2_measure_fabric.rs`): fewer phases than the
+/// first, and unlike the last it stays in the cache.
 pub(crate) const STAGING_BYTES: usize = 256 * 1024;
 const LINE_BYTES: usize = 128;
 const PAGE_BYTES: usize = 4096;

@@ -1,6 +1,7 @@
 //! The fabric of one machine: ranks over a shared memory segment, whether they are threads or processes.
 
 mod collective;
+mod doorbell;
 mod endpoint;
 mod failure;
 mod layout;
@@ -8,6 +9,7 @@ mod one_sided;
 mod permits;
 mod segment;
 mod turnstile;
+mod word;
 
 pub(crate) use endpoint::Endpoint;
 pub(crate) use failure::Failure;

@@ -3,7 +3,7 @@
 use super::endpoint::{Endpoint, Phase};
 use crate::operation::OperationKind;
 use crate::region::Hold;
-use crate::sync::{self, Ordering};
+use crate::sync::Ordering;
 use crate::{AccessError, Completion, FabricError, RemoteSpan, SIGNALS, Span, Ticket, copy};
 use core::ptr::NonNull;
 use ultraep_plan::Rank;
@@ -105,15 +105,9 @@ impl Endpoint {
         let kind = OperationKind::Signal;
         self.check_rank(kind, rank)?;
         self.check_signal(kind, signal)?;
-        let control = self.segment.control(rank);
         // SYNC POINT signal: releases this rank's earlier puts to whoever acquires the word in `signal_value`.
         self.segment.signals(rank)[signal].fetch_add(add, Ordering::Release);
-        // SYNC POINT event: sequentially consistent with the load of `listening`, against the reverse pair in
-        // `sleep_for_signal`; its release makes the signal word visible to who sees the event.
-        control.event.fetch_add(super::turnstile::STEP, Ordering::SeqCst);
-        if control.listening.load(Ordering::SeqCst) != 0 {
-            sync::wake(&control.event, u32::MAX);
-        }
+        self.segment.control(rank).doorbell.ring();
         Ok(self.done(Completion { stamp, bytes_sent: 0, bytes_received: 0 }))
     }
 
@@ -122,17 +116,16 @@ impl Endpoint {
         Ok(self.signal_ticket(signal, at_least, stamp))
     }
 
-    fn check_signal(&self, kind: OperationKind, signal: usize) -> Result<(), FabricError> {
+    pub(super) fn check_signal(&self, kind: OperationKind, signal: usize) -> Result<(), FabricError> {
         if signal < SIGNALS {
             return Ok(());
         }
         self.out_of_range(kind, self.rank, "signal index", signal, SIGNALS - 1)
     }
 
-    /// A signal word of this rank.
-    pub(super) fn signal_value(&self, signal: usize) -> Result<u64, FabricError> {
-        self.check_signal(OperationKind::AwaitSignal, signal)?;
+    /// A signal word of this rank, which exists.
+    pub(super) fn signal_value(&self, signal: usize) -> u64 {
         // SYNC POINT signal: acquires the puts that the signaller released in `signal`.
-        Ok(self.segment.signals(self.rank)[signal].load(Ordering::Acquire))
+        self.segment.signals(self.rank)[signal].load(Ordering::Acquire)
     }
 }

@@ -3,11 +3,12 @@
 //! A rank holds a permit from the start of its main, gives it back while it is blocked, and has it again before its wait
 //! returns. When the group fails permits end: a rank that died with one starves no one.
 
-use super::turnstile::{FAILED, STEP};
+use super::word::{FAILED, STEP, mark_failed};
 use crate::sync::{self, AtomicU32, Ordering};
 use core::time::Duration;
 
 #[repr(C)]
+#[derive(Default)]
 pub(crate) struct Permits {
     /// Futex word: bit 0 is "the group has failed", the rest counts free permits.
     pub(crate) word: AtomicU32,
@@ -65,5 +66,10 @@ impl Permits {
     /// Sleeps while the word is `value`, at most `limit`.
     pub(crate) fn sleep(&self, value: u32, limit: Duration) {
         sync::sleep_while(&self.word, value, limit);
+    }
+
+    /// The group has failed: permits end, and whoever sleeps for one wakes.
+    pub(crate) fn fail(&self) {
+        mark_failed(&self.word);
     }
 }

@@ -1,5 +1,6 @@
 //! The segment that all ranks of a group map, and typed access to its sections.
 
+use super::doorbell::Doorbell;
 use super::layout::{Layout, Section};
 use super::permits::Permits;
 use super::turnstile::Turnstile;
@@ -37,7 +38,7 @@ pub(crate) struct Header {
 #[repr(C, align(128))]
 pub(crate) struct Line<T>(pub(crate) T);
 
-/// What a rank says about itself, and its event word.
+/// What a rank says about itself, and its doorbell.
 #[repr(C, align(128))]
 pub(crate) struct Control {
     /// Phases entered. With the next four, written before the turnstile and read after it.
@@ -46,10 +47,8 @@ pub(crate) struct Control {
     pub(crate) sequence: AtomicU64,
     pub(crate) kind: AtomicU64,
     pub(crate) detail: AtomicU64,
-    /// Futex word of signals to this rank: bit 0 is "the group has failed", the rest counts signals.
-    pub(crate) event: AtomicU32,
-    /// Whether the rank may be asleep on `event`.
-    pub(crate) listening: AtomicU32,
+    /// Rung after each signal to the rank.
+    pub(crate) doorbell: Doorbell,
     /// One of the `STATUS_` values.
     pub(crate) status: AtomicU32,
     /// Kind of the operation that the rank is blocked in; 0 while it computes. A hint for messages.

@@ -4,23 +4,21 @@
 //! leaves while others wait" are decided by the order of read-modify-writes on one word. The last to arrive looks at what
 //! all ranks have published (nobody can change it then), and turns the generation, on which the others wait.
 
+use super::word::{STEP, mark_failed};
 use crate::sync::{self, AtomicU32, AtomicU64, Ordering};
 use core::time::Duration;
-
-/// Bit 0 of each futex word: the group has failed. The rest of the word counts in steps of [`STEP`].
-pub(crate) const FAILED: u32 = 1;
-pub(crate) const STEP: u32 = 2;
 
 const GONE: u64 = 1 << 32;
 
 #[repr(C)]
+#[derive(Default)]
 pub(crate) struct Turnstile {
     /// Low half: ranks that have entered the phase. High half: ranks that have gone.
     turn: AtomicU64,
     /// The largest stamp of the phase that ended last.
     stamp: AtomicU64,
     /// Futex word; its count is that of the ended phases, modulo 2^31.
-    pub(crate) generation: AtomicU32,
+    generation: AtomicU32,
     /// Ranks that may be asleep on `generation`.
     sleepers: AtomicU32,
 }
@@ -64,10 +62,11 @@ impl Turnstile {
         // Relaxed: ordered before the next phase's entries by the turn of the generation below.
         self.turn.fetch_sub(ranks, Ordering::Relaxed);
         self.stamp.store(stamp, Ordering::Relaxed);
-        // SYNC POINT generation: releases what all ranks released to the caller; pairs with `passed`. Sequentially
-        // consistent with the load of `sleepers`, against the reverse pair in `sleep`: one of the two sees the other.
-        let generation = self.generation.fetch_add(STEP, Ordering::SeqCst).wrapping_add(STEP);
-        if self.sleepers.load(Ordering::SeqCst) == 0 {
+        // SYNC POINT generation: releases what all ranks released to the caller; pairs with `look`.
+        let generation = self.generation.fetch_add(STEP, Ordering::Release).wrapping_add(STEP);
+        // Sequentially consistent, against the fence in `sleep`: the sleeper sees the new generation or we see the sleeper.
+        sync::fence(Ordering::SeqCst);
+        if self.sleepers.load(Ordering::Relaxed) == 0 {
             return;
         }
         match queue {
@@ -89,11 +88,17 @@ impl Turnstile {
 
     /// Sleeps while the generation word is `value`, at most `limit`.
     pub(crate) fn sleep(&self, value: u32, limit: Duration) {
-        self.sleepers.fetch_add(1, Ordering::SeqCst);
-        // SYNC POINT generation: sequentially consistent, against the reverse pair in `turn`, see there.
-        if self.generation.load(Ordering::SeqCst) == value {
+        self.sleepers.fetch_add(1, Ordering::Relaxed);
+        // Sequentially consistent, against the fence in `turn`.
+        sync::fence(Ordering::SeqCst);
+        if self.generation.load(Ordering::Relaxed) == value {
             sync::sleep_while(&self.generation, value, limit);
         }
         self.sleepers.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// The group has failed: wakes every sleeper, for good.
+    pub(crate) fn fail(&self) {
+        mark_failed(&self.generation);
     }
 }

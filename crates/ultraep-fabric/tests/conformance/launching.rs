@@ -28,7 +28,7 @@ const CULPRIT: Rank = Rank::new(1);
 
 fn spec() -> GroupSpec {
     let mut spec = plain(3);
-    spec.timeout = Duration::from_millis(500);
+    spec.timeout = Duration::from_millis(800);
     spec.add_window("window", 100);
     spec.config_digest = 7;
     spec

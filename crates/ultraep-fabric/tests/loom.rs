@@ -1,0 +1,252 @@
+//! Explores the interleavings of the fabric's turnstile, permits, doorbell and borrow word, compiled here against loom's
+//! atomics. The futex is a model that loses a wake-up wherever the real one would: who sleeps with no one left to wake it
+//! is a deadlock, which loom reports.
+//!
+//! Loom runs each model once an interleaving, so a model that passes holds for all of them (within the stated number of
+//! preemptions).
+
+// The models do not use everything that the files have.
+#![allow(dead_code)]
+
+#[path = "../src/borrow.rs"]
+mod borrow;
+#[path = "../src/shared/doorbell.rs"]
+mod doorbell;
+#[path = "../src/shared/permits.rs"]
+mod permits;
+#[path = "../src/shared/turnstile.rs"]
+mod turnstile;
+#[path = "../src/shared/word.rs"]
+mod word;
+
+/// Stands in for the crate's `sync` module.
+mod sync {
+    pub(crate) use loom::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
+
+    use core::time::Duration;
+    use loom::sync::{Condvar, Mutex};
+
+    loom::lazy_static! {
+        /// The kernel's side of all futexes: compares and falls asleep in one step, under its lock.
+        static ref KERNEL: (Mutex<()>, Condvar) = (Mutex::new(()), Condvar::new());
+    }
+
+    /// There is no time in a model: a sleep ends by being woken.
+    pub(crate) fn sleep_while(word: &AtomicU32, value: u32, _limit: Duration) {
+        let (lock, sleepers) = &*KERNEL;
+        let guard = lock.lock().expect("no model panics with the lock");
+        if word.load(Ordering::SeqCst) == value {
+            drop(sleepers.wait(guard));
+        }
+    }
+
+    /// Wakes everyone: the real one may wake fewer, which `permits` covers by waking one for each permit.
+    pub(crate) fn wake(_word: &AtomicU32, _count: u32) {
+        let (lock, sleepers) = &*KERNEL;
+        let _guard = lock.lock().expect("no model panics with the lock");
+        sleepers.notify_all();
+    }
+
+    pub(crate) fn wake_and_requeue(word: &AtomicU32, _value: u32, _count: u32, _other: &AtomicU32) {
+        wake(word, u32::MAX);
+    }
+}
+
+use borrow::{Borrow, OPEN, WRITER};
+use core::time::Duration;
+use doorbell::Doorbell;
+use loom::cell::UnsafeCell;
+use loom::sync::Arc;
+use loom::sync::atomic::{AtomicU64, Ordering};
+use loom::thread;
+use permits::{Asked, Permits};
+use turnstile::{Entered, Turnstile};
+use word::FAILED;
+
+const LIMIT: Duration = Duration::from_secs(1);
+
+fn explore(preemptions: usize, model: impl Fn() + Sync + Send + 'static) {
+    let mut builder = loom::model::Builder::new();
+    builder.preemption_bound = Some(preemptions);
+    builder.check(model);
+}
+
+/// Passes one phase as the endpoint does: whether it ended, or the group failed.
+fn pass(turnstile: &Turnstile, ranks: u64, seen: &mut u32, stamp: u64) -> bool {
+    match turnstile.enter(ranks) {
+        Entered::Last => turnstile.turn(ranks, stamp, None),
+        Entered::Waiting => {}
+        Entered::SomeoneGone => return false,
+    }
+    loop {
+        let word = turnstile.look();
+        if word & FAILED != 0 {
+            return false;
+        }
+        if word >> 1 != *seen {
+            *seen = word >> 1;
+            return true;
+        }
+        turnstile.sleep(word, LIMIT);
+    }
+}
+
+/// Two ranks write, pass, read each other's cell, pass, and write again: no access races, no one sleeps for ever.
+#[test]
+fn turnstile_orders_what_ranks_write() {
+    explore(3, || {
+        let shared = Arc::new((Turnstile::default(), [UnsafeCell::new(0u64), UnsafeCell::new(0)]));
+        let rank = |me: usize| {
+            let shared = Arc::clone(&shared);
+            move || {
+                let (turnstile, cells) = &*shared;
+                let mut seen = 0;
+                for round in 1..=2 {
+                    // SAFETY: checked by loom: an access that is not ordered after the other rank's reads fails the model.
+                    cells[me].with_mut(|cell| unsafe { *cell = round });
+                    assert!(pass(turnstile, 2, &mut seen, round));
+                    assert_eq!(turnstile.stamp(), round);
+                    // SAFETY: as above, for the other rank's writes.
+                    assert_eq!(cells[1 - me].with(|cell| unsafe { *cell }), round);
+                    assert!(pass(turnstile, 2, &mut seen, round));
+                }
+            }
+        };
+        let other = thread::spawn(rank(1));
+        rank(0)();
+        other.join().expect("rank 1 ends well");
+    });
+}
+
+/// Three ranks and one phase: the two that wait both wake.
+#[test]
+fn turnstile_wakes_everyone() {
+    explore(2, || {
+        let turnstile = Arc::new(Turnstile::default());
+        let rank = || {
+            let turnstile = Arc::clone(&turnstile);
+            move || assert!(pass(&turnstile, 3, &mut 0, 1))
+        };
+        let others = [thread::spawn(rank()), thread::spawn(rank())];
+        rank()();
+        others.into_iter().for_each(|other| other.join().expect("all end well"));
+    });
+}
+
+/// A rank goes while the other enters: the one is told, or the other is, and a failure wakes whoever sleeps.
+#[test]
+fn turnstile_never_waits_for_who_has_gone() {
+    explore(3, || {
+        let turnstile = Arc::new(Turnstile::default());
+        let leaver = Arc::clone(&turnstile);
+        let leaver = thread::spawn(move || {
+            if leaver.go() {
+                leaver.fail();
+            }
+        });
+        assert!(!pass(&turnstile, 2, &mut 0, 1), "a phase of two ended with one");
+        leaver.join().expect("the leaver ends well");
+    });
+}
+
+/// Three ranks and one permit: never two at a time, and everyone has a turn.
+#[test]
+fn permits_exclude_and_starve_no_one() {
+    explore(2, || {
+        let shared = Arc::new((Permits::default(), UnsafeCell::new(0u64)));
+        shared.0.initialise(1);
+        let rank = || {
+            let shared = Arc::clone(&shared);
+            move || {
+                let (permits, computing) = &*shared;
+                loop {
+                    match permits.ask() {
+                        Asked::Granted => break,
+                        Asked::NoneFree(word) => permits.sleep(word, LIMIT),
+                        Asked::GroupFailed => panic!("nobody failed"),
+                    }
+                }
+                // SAFETY: checked by loom: two ranks with the one permit at a time would race here.
+                computing.with_mut(|turns| unsafe { *turns += 1 });
+                permits.give_back();
+            }
+        };
+        let others = [thread::spawn(rank()), thread::spawn(rank())];
+        rank()();
+        others.into_iter().for_each(|other| other.join().expect("all end well"));
+        assert_eq!(shared.0.free(), 1);
+    });
+}
+
+/// A holder that fails the group instead of giving back: who sleeps for the permit hears of it.
+#[test]
+fn permits_end_with_the_group() {
+    explore(3, || {
+        let permits = Arc::new(Permits::default());
+        permits.initialise(1);
+        assert_eq!(permits.ask(), Asked::Granted);
+        let waiter = Arc::clone(&permits);
+        let waiter = thread::spawn(move || {
+            while let Asked::NoneFree(word) = waiter.ask() {
+                waiter.sleep(word, LIMIT);
+            }
+            assert_eq!(waiter.ask(), Asked::GroupFailed);
+        });
+        permits.fail();
+        waiter.join().expect("the waiter ends well");
+    });
+}
+
+/// Put, signal, wait, read: what was put is there, and no ring is lost.
+#[test]
+fn doorbell_loses_no_signal() {
+    explore(3, || {
+        let shared = Arc::new((Doorbell::default(), AtomicU64::new(0), UnsafeCell::new(0u64)));
+        let signaller = |last: bool| {
+            let shared = Arc::clone(&shared);
+            move || {
+                let (doorbell, signal, window) = &*shared;
+                if last {
+                    // SAFETY: checked by loom against the reader below.
+                    window.with_mut(|place| unsafe { *place = 7 });
+                }
+                signal.fetch_add(if last { 2 } else { 1 }, Ordering::Release);
+                doorbell.ring();
+            }
+        };
+        let others = [thread::spawn(signaller(true)), thread::spawn(signaller(false))];
+        let (doorbell, signal, window) = &*shared;
+        while !doorbell.sleep_unless(|| signal.load(Ordering::Acquire) >= 2, LIMIT) {}
+        // SAFETY: checked by loom against the writer above.
+        assert_eq!(window.with(|place| unsafe { *place }), 7);
+        others.into_iter().for_each(|other| other.join().expect("all end well"));
+    });
+}
+
+/// A writer, a reader and an epoch want a region at once: whoever gets it has it alone.
+#[test]
+fn borrows_exclude_each_other() {
+    explore(3, || {
+        let shared = Arc::new((Borrow::default(), UnsafeCell::new(0u64)));
+        let writer = |state: u32| {
+            let shared = Arc::clone(&shared);
+            move || {
+                let (borrow, memory) = &*shared;
+                if borrow.begin(state).is_ok() {
+                    // SAFETY: checked by loom: only the holder of the borrow may be here.
+                    memory.with_mut(|memory| unsafe { *memory += 1 });
+                    borrow.end();
+                }
+            }
+        };
+        let others = [thread::spawn(writer(WRITER)), thread::spawn(writer(OPEN))];
+        let (borrow, memory) = &*shared;
+        if borrow.begin_read().is_ok() {
+            // SAFETY: as above; readers share.
+            memory.with(|memory| assert!(unsafe { *memory } <= 2));
+            borrow.end_read();
+        }
+        others.into_iter().for_each(|other| other.join().expect("all end well"));
+        assert_eq!(borrow.begin(WRITER), Ok(()));
+    });
+}
