@@ -66,11 +66,12 @@ impl Default for UltraepParams {
 const PLAIN: [Style; 2] = [way(Order::Smallest, Waste::Leave), way(Order::Largest, Waste::Leave)];
 
 /// Ways for tight cases, where every slot must count.
-const TIGHT: [Style; 4] = [
+const TIGHT: [Style; 5] = [
     way(Order::Largest, Waste::Hand),
     way(Order::Smallest, Waste::Hand),
     way(Order::Alternate, Waste::Hand),
     way(Order::Fill, Waste::Leave),
+    way(Order::Merge, Waste::Hand),
 ];
 
 /// Ways for cases that `u_min` makes tight.
