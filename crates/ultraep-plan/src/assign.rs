@@ -10,7 +10,10 @@
 //! came before. So a batch can be cut into token ranges that threads work on alone: each range starts its cursor after
 //! the counts of the ranges before it.
 //!
-//! Cost: `O(E + instances)` to prepare; for each token and choice one addition and a walk over the expert's instances.
+//! The table is written out: for every expert with replicas, the physical id at each position. So a token costs one look-up
+//! and one addition, with no branch that depends on the data.
+//!
+//! Cost: `O(E + instances + tokens)` to prepare, nearly all of it filling runs; `O(1)` for each token and choice.
 
 use alloc::vec;
 use alloc::vec::Vec;
@@ -77,33 +80,61 @@ struct Route {
     stride: u32,
     /// Position of the first token.
     start: u32,
-    /// Where its instances begin.
+    /// Where its physical ids begin.
     first: u32,
 }
 
-/// Routes of one source rank: for every expert its instances and their cumulative shares.
+impl Route {
+    /// The track behind `j` tokens.
+    fn track(&self, j: u32) -> Track {
+        let steps = u64::from(j) * u64::from(self.stride) + u64::from(self.start);
+        let position = steps.checked_rem(u64::from(self.tokens)).unwrap_or(0) as u32;
+        // Without replicas all tokens share one id: the track stands still on it.
+        let (position, span) = if self.stride == 0 { (0, u32::MAX - self.first) } else { (position, self.tokens) };
+        Track {
+            next: self.first + position,
+            end: self.first + span,
+            stride: self.stride,
+            tokens: self.tokens,
+            left: self.tokens.saturating_sub(j),
+        }
+    }
+}
+
+/// Routes of one source rank: for every expert the physical id of each of its tokens' positions.
 #[derive(Clone, Debug)]
 pub struct RouteTable {
     physical_per_rank: usize,
     ranks: usize,
     routes: Vec<Route>,
-    /// Cumulative share of each instance.
-    ends: Vec<u32>,
-    /// Physical id of each instance: `rank * physical_per_rank + physical index`.
+    /// Physical ids, `rank * physical_per_rank + physical index`: one for an expert without replicas, one for each
+    /// position for the others.
     targets: Vec<i32>,
 }
 
 /// How far each expert's tokens of a source have been assigned.
 #[derive(Clone, Debug, Default)]
 pub struct Cursor {
-    /// (next position, tokens left) of each expert.
-    at: Vec<(u32, u32)>,
+    at: Vec<Track>,
+}
+
+/// One expert's tokens still to come: all that assigning one of them reads and writes, side by side.
+#[derive(Clone, Copy, Debug, Default)]
+struct Track {
+    /// Index of the next token's physical id in the table.
+    next: u32,
+    /// End of the expert's physical ids.
+    end: u32,
+    stride: u32,
+    tokens: u32,
+    /// Tokens left.
+    left: u32,
 }
 
 impl Cursor {
     /// Room for the experts of `topology`.
     pub fn new(topology: &Topology) -> Self {
-        Self { at: vec![(0, 0); topology.experts()] }
+        Self { at: vec![Track::default(); topology.experts()] }
     }
 }
 
@@ -111,15 +142,21 @@ impl RouteTable {
     /// Room for a source of `topology`. Physical ids are `rank * physical_per_rank + physical index`;
     /// `physical_per_rank` must cover the indices that the policy uses: for all policies that keep to the slots, the largest
     /// [`Topology::physical_experts`].
+    ///
+    /// The first batch allocates room for its tokens, and a larger one for more; [`RouteTable::reserve`] does so ahead.
     pub fn new(topology: &Topology, physical_per_rank: usize) -> Self {
-        let instances = topology.experts() + topology.ranks() * physical_per_rank;
         Self {
             physical_per_rank,
             ranks: topology.ranks(),
             routes: vec![Route::default(); topology.experts()],
-            ends: Vec::with_capacity(instances),
-            targets: Vec::with_capacity(instances),
+            targets: Vec::new(),
         }
+    }
+
+    /// Takes the memory that batches of up to `tokens` routed tokens (tokens times top-k) need.
+    pub fn reserve(&mut self, tokens: usize) {
+        self.targets.clear();
+        self.targets.reserve(self.routes.len() + tokens);
     }
 
     /// Physical experts in all, `N * physical_per_rank`: the width of dense physical rows.
@@ -137,25 +174,25 @@ impl RouteTable {
     pub fn prepare(&mut self, plan: &Plan, shares: &[u32]) -> Result<(), AssignError> {
         length("shares", shares.len(), plan.instances().len())?;
         length("experts of the plan", plan.experts(), self.routes.len())?;
-        self.ends.clear();
         self.targets.clear();
         for expert in (0..plan.experts()).map(Expert::new) {
-            let first = self.ends.len() as u32;
-            let mut end = 0;
-            for (instance, &share) in plan.of(expert).iter().zip(&shares[plan.range(expert)]) {
+            let (instances, shares) = (plan.of(expert), &shares[plan.range(expert)]);
+            let first = self.targets.len() as u32;
+            let tokens = shares.iter().sum();
+            let single = instances.len() == 1;
+            for (instance, &share) in instances.iter().zip(shares) {
                 let (rank, physical) = (instance.rank, instance.physical);
                 if physical.index() >= self.physical_per_rank || rank.index() >= self.ranks {
                     let expected = self.physical_per_rank;
                     return Err(AssignError::Physical { expert, rank, physical, expected });
                 }
-                end += share;
-                self.ends.push(end);
-                self.targets.push((rank.index() * self.physical_per_rank + physical.index()) as i32);
+                let target = (rank.index() * self.physical_per_rank + physical.index()) as i32;
+                let positions = if single { 1 } else { share as usize };
+                self.targets.resize(self.targets.len() + positions, target);
             }
-            let single = plan.of(expert).len() == 1;
-            let stride = if single { 0 } else { permutation_stride(end) };
-            let start = if single || end == 0 { 0 } else { expert.index() as u32 % end };
-            self.routes[expert.index()] = Route { tokens: end, stride, start, first };
+            let stride = if single { 0 } else { permutation_stride(tokens) };
+            let start = if single { 0 } else { (expert.index() as u32).checked_rem(tokens).unwrap_or(0) };
+            self.routes[expert.index()] = Route { tokens, stride, start, first };
         }
         Ok(())
     }
@@ -163,18 +200,14 @@ impl RouteTable {
     /// Sets `cursor` to the beginning of the batch.
     pub fn start(&self, cursor: &mut Cursor) {
         cursor.at.clear();
-        cursor.at.extend(self.routes.iter().map(|r| (r.start, r.tokens)));
+        cursor.at.extend(self.routes.iter().map(|route| route.track(0)));
     }
 
     /// Sets `cursor` behind `before[e]` tokens of every expert, `[E]`: where a later token range of the batch begins.
     pub fn start_after(&self, cursor: &mut Cursor, before: &[u32]) -> Result<(), AssignError> {
         length("tokens before", before.len(), self.routes.len())?;
         cursor.at.clear();
-        cursor.at.extend(self.routes.iter().zip(before).map(|(r, &j)| {
-            let steps = u64::from(j) * u64::from(r.stride) + u64::from(r.start);
-            let position = if r.tokens == 0 { 0 } else { (steps % u64::from(r.tokens)) as u32 };
-            (position, r.tokens.saturating_sub(j))
-        }));
+        cursor.at.extend(self.routes.iter().zip(before).map(|(route, &j)| route.track(j)));
         Ok(())
     }
 
@@ -187,12 +220,13 @@ impl RouteTable {
         length("physical ids", physical.len(), ids.len())?;
         length("cursor", cursor.at.len(), self.routes.len())?;
         for (at, (&id, out)) in ids.iter().zip(physical).enumerate() {
-            *out = match id {
-                NOWHERE => NOWHERE,
-                _ => match usize::try_from(id).ok().filter(|&e| e < self.routes.len()) {
-                    Some(expert) => self.next(cursor, expert).ok_or_else(|| self.more_than_counted(at, expert))?,
-                    None => return Err(AssignError::NoSuchExpert { at, got: id, experts: self.routes.len() }),
-                },
+            let expert = id as u32 as usize; // padding and other negative ids become huge
+            *out = if expert < self.routes.len() {
+                self.next(cursor, expert).ok_or_else(|| self.more_than_counted(at, expert))?
+            } else if id == NOWHERE {
+                NOWHERE
+            } else {
+                return Err(AssignError::NoSuchExpert { at, got: id, experts: self.routes.len() });
             };
         }
         Ok(())
@@ -201,20 +235,12 @@ impl RouteTable {
     /// Physical id of the next token of `expert`; `None` when all counted tokens are assigned.
     #[inline]
     pub(crate) fn next(&self, cursor: &mut Cursor, expert: usize) -> Option<i32> {
-        let route = self.routes[expert];
-        let (position, left) = &mut cursor.at[expert];
-        *left = left.checked_sub(1)?;
-        let mut instance = route.first as usize;
-        if route.stride > 0 {
-            while self.ends[instance] <= *position {
-                instance += 1;
-            }
-            *position += route.stride;
-            if *position >= route.tokens {
-                *position -= route.tokens;
-            }
-        }
-        Some(self.targets[instance])
+        let track = &mut cursor.at[expert];
+        track.left = track.left.checked_sub(1)?;
+        let target = self.targets[track.next as usize];
+        let next = track.next + track.stride;
+        track.next = if next >= track.end { next - track.tokens } else { next };
+        Some(target)
     }
 
     pub(crate) fn more_than_counted(&self, at: usize, expert: usize) -> AssignError {

@@ -72,7 +72,7 @@ pub enum StopReason {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DomainOutcome {
     /// `tau`: the rank load that no rank of the domain exceeds under the quotas. Where ranks have speed weights, a rank's
-    /// load counts as `ceil(load * FULL_SPEED / speed)` (a rank of weight 0 counts at full speed).
+    /// load counts as `ceil(load * FULL_SPEED / speed)`, at most `u32::MAX` (a rank of weight 0 counts at full speed).
     pub threshold: u32,
     /// A proven lower bound on the largest rank load of any plan in this domain.
     pub lower_bound: u32,
@@ -144,8 +144,8 @@ impl Plan {
     /// the instances.
     pub(crate) fn append(&mut self, experts: usize, instances: usize) -> (usize, &mut [u32], &mut [Instance]) {
         let (ends, first) = (self.offsets.len(), self.instances.len());
-        self.offsets.resize(ends + experts, 0);
-        self.instances.resize(first + instances, Instance::default());
+        self.offsets.extend(core::iter::repeat_n(0, experts));
+        self.instances.extend(core::iter::repeat_n(Instance::default(), instances));
         (first, &mut self.offsets[ends..], &mut self.instances[first..])
     }
 

@@ -33,6 +33,15 @@ pub(crate) enum Waste {
     Hand,
 }
 
+/// What is done with needs and slacks below the least quota `u_min`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Small {
+    /// A need is rounded up to `u_min`; a slack is not used.
+    Round,
+    /// Donor and receiver swap: `need + u_min` one way, `u_min` the other. Two replicas, but any amount can move.
+    Swap,
+}
+
 /// Which donor is served next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Order {
@@ -42,6 +51,8 @@ pub(crate) enum Order {
     Smallest,
     /// The one with most excess left, until it no longer is.
     Alternate,
+    /// As `Smallest`, but while receivers have fewer slots than there are donors, a donor hands its excess to another.
+    Merge,
     /// The one with the largest expert: it fills the receiver with most slack, and may fall below its capacity.
     Fill,
 }
@@ -51,6 +62,7 @@ pub(crate) enum Order {
 pub(crate) struct Style {
     pub(crate) order: Order,
     pub(crate) waste: Waste,
+    pub(crate) small: Small,
 }
 
 /// Memory of the construction.
@@ -107,7 +119,7 @@ impl Builder {
             let capacity = field.capacity(r, tau);
             if load > capacity {
                 self.donors_at_first.push(key(load - capacity, r));
-            } else if capacity - load >= field.min_quota && slots > 0 {
+            } else if load < capacity && slots > 0 {
                 self.receivers_at_first.push(key(capacity - load, r));
             }
         }
@@ -126,13 +138,16 @@ impl Builder {
         self.receivers.extend_from_slice(&self.receivers_at_first);
         self.free.copy_from_slice(&field.slots);
         self.left.extend_from_slice(&field.experts);
-        if style.order == Order::Smallest {
+        if matches!(style.order, Order::Smallest | Order::Merge) {
             self.donors.reverse();
         }
         if style.order == Order::Fill {
             return self.fill(field);
         }
         while let Some(donor) = self.donors.pop() {
+            if style.order == Order::Merge && self.scarce() && self.merge(field, rank(donor), amount(donor)) {
+                continue;
+            }
             match self.relieve(field, rank(donor), amount(donor), style) {
                 Some(0) => {}
                 Some(need) => {
@@ -146,34 +161,120 @@ impl Builder {
         true
     }
 
+    /// Whether the receivers have fewer free slots than there are donors, the one just taken included.
+    fn scarce(&self) -> bool {
+        let slots: usize = self.receivers.iter().map(|&k| usize::from(self.free[rank(k)])).sum();
+        slots < self.donors.len() + 1
+    }
+
+    /// Hands all `need` of `donor` to the donor still waiting that has a free slot and the largest expert to pass on
+    /// (ties: lower rank). `false` when there is none, or no expert for it.
+    fn merge(&mut self, field: &Field, donor: usize, need: u32) -> bool {
+        let (expert, piece) = (self.largest_of(field, donor), need.max(field.min_quota));
+        let waiting = (0..self.donors.len()).filter(|&d| self.free[rank(self.donors[d])] > 0);
+        let size = |d: usize| {
+            (self.left[self.largest_of(field, rank(self.donors[d]))], u16::MAX - rank(self.donors[d]) as u16)
+        };
+        let Some(at) = waiting.max_by_key(|&d| size(d)).filter(|_| self.left[expert] >= piece) else { return false };
+        let other = self.donors.remove(at);
+        self.free[rank(other)] -= 1;
+        self.push(field, expert, rank(other), piece);
+        // The least waits last.
+        let other = key(amount(other) + piece, rank(other));
+        let at = self.donors.partition_point(|&k| k > other);
+        self.donors.insert(at, other);
+        if piece > need && self.free[donor] > 0 {
+            self.insert(key(piece - need, donor));
+        }
+        true
+    }
+
     /// Moves `need` tokens away from `donor`; returns what is left to move, `None` when nothing can.
     fn relieve(&mut self, field: &Field, donor: usize, mut need: u32, style: Style) -> Option<u32> {
         while need > 0 {
             let most = *self.receivers.last()?;
-            let largest = self.left[field.experts_of(donor)].iter().copied().max().unwrap_or(0);
+            let expert = self.largest_of(field, donor);
+            let largest = self.left[expert];
+            let last_waste = if self.free[donor] > 0 { style.waste } else { Waste::Leave };
             let whole = need.max(field.min_quota);
             let piece = whole.min(largest);
             if piece < field.min_quota {
                 return None;
             }
-            if amount(most) >= piece {
+            if amount(most) < piece && amount(most).min(need) < field.min_quota {
+                if style.small == Small::Round {
+                    return None;
+                }
+                need -= self.swap(field, donor, need)?;
+            } else if amount(most) >= piece {
                 // Best fit: the piece finishes the donor, or its largest expert.
                 let at = self.receivers.partition_point(|&k| amount(k) < piece);
-                let waste = if piece == whole { style.waste } else { Waste::Leave };
-                need -= self.give(field, donor, at, piece, waste).min(need);
+                let waste = if piece == whole { last_waste } else { Waste::Leave };
+                need = self.settle(donor, need, |b| b.give(field, expert, at, piece, waste), waste);
             } else if style.order == Order::Alternate {
                 let at = self.receivers.len() - 1;
-                return Some(need - self.give(field, donor, at, amount(most), Waste::Leave));
+                return Some(need - self.give(field, expert, at, amount(most), Waste::Leave));
             } else if let Some((low, high)) = self.pair(need, largest, field.min_quota) {
                 let full = amount(self.receivers[high]);
-                need -= self.give(field, donor, high, full, Waste::Leave);
-                need -= self.give(field, donor, low, need.max(field.min_quota), style.waste).min(need);
+                need -= self.give(field, expert, high, full, Waste::Leave);
+                let last = need.max(field.min_quota);
+                need = self.settle(donor, need, |b| b.give(field, expert, low, last, last_waste), last_waste);
             } else {
                 let at = self.receivers.len() - 1;
-                need -= self.give(field, donor, at, amount(most), Waste::Leave);
+                need -= self.give(field, expert, at, amount(most), Waste::Leave);
             }
         }
         Some(0)
+    }
+
+    /// Makes the donor's last piece by `give`, which returns the tokens moved; returns what is left to move. A donor
+    /// that ends below its capacity becomes a receiver where waste is handed on.
+    #[inline]
+    fn settle(&mut self, donor: usize, need: u32, give: impl FnOnce(&mut Self) -> u32, waste: Waste) -> u32 {
+        let moved = give(self);
+        if moved > need && waste == Waste::Hand {
+            self.insert(key(moved - need, donor));
+        }
+        need.saturating_sub(moved)
+    }
+
+    /// Moves up to `need` tokens by a swap with the receiver of least sufficient slack (else of most) for which there
+    /// are experts and slots both ways. Returns the tokens moved on balance.
+    fn swap(&mut self, field: &Field, donor: usize, need: u32) -> Option<u32> {
+        if self.free[donor] == 0 {
+            return None;
+        }
+        let enough = self.receivers.partition_point(|&k| amount(k) < need);
+        let places = (enough..self.receivers.len()).chain((0..enough).rev());
+        for at in places {
+            let (other, slack) = (rank(self.receivers[at]), amount(self.receivers[at]));
+            let net = need.min(slack);
+            let there = self.swappable(field, donor, other, net.saturating_add(field.min_quota));
+            let back = self.swappable(field, other, donor, field.min_quota);
+            if let (Some(there), Some(back)) = (there, back) {
+                self.receivers.remove(at);
+                self.free[other] -= 1;
+                self.free[donor] -= 1;
+                self.push(field, there, other, net + field.min_quota);
+                self.push(field, back, donor, field.min_quota);
+                if slack > net && self.free[other] > 0 {
+                    self.insert(key(slack - net, other));
+                }
+                return Some(net);
+            }
+        }
+        None
+    }
+
+    /// The expert of `from` with most left (ties: lower) that has `piece` left and no instance on `to`.
+    fn swappable(&self, field: &Field, from: usize, to: usize, piece: u32) -> Option<usize> {
+        let to = (field.first_rank + to) as u16;
+        let absent = |e: usize| {
+            let expert = (field.first_expert + e) as u16;
+            !self.moves.iter().any(|m| m.expert == expert && m.rank == to)
+        };
+        let enough = field.experts_of(from).filter(|&e| self.left[e] >= piece && absent(e));
+        enough.min_by_key(|&e| (u32::MAX - self.left[e], e))
     }
 
     /// Fills the receiver with most slack from the largest expert of any donor, until no donor is left. For receivers
@@ -181,20 +282,21 @@ impl Builder {
     fn fill(&mut self, field: &Field) -> bool {
         while !self.donors.is_empty() {
             let Some(&most) = self.receivers.last() else { return false };
-            let largest = |k: u64| field.experts_of(rank(k)).map(|e| self.left[e]).max().unwrap_or(0);
+            let largest = |k: u64| self.left[self.largest_of(field, rank(k))];
             let at = (0..self.donors.len()).max_by_key(|&d| (largest(self.donors[d]), self.donors[d]));
             let donor = self.donors.remove(at.expect("there is a donor"));
             let (from, need) = (rank(donor), amount(donor));
-            let piece = largest(donor).min(amount(most));
+            let expert = self.largest_of(field, from);
+            let piece = self.left[expert].min(amount(most));
             if piece < field.min_quota {
                 return false;
             }
-            let moved = self.give(field, from, self.receivers.len() - 1, piece, Waste::Leave);
+            let moved = self.give(field, expert, self.receivers.len() - 1, piece, Waste::Leave);
             if moved < need {
                 let donor = key(need - moved, from);
                 let at = self.donors.partition_point(|&k| k < donor);
                 self.donors.insert(at, donor);
-            } else if moved - need >= field.min_quota && self.free[from] > 0 {
+            } else if moved > need && self.free[from] > 0 {
                 self.insert(key(moved - need, from));
             }
         }
@@ -232,16 +334,15 @@ impl Builder {
         (best != u64::MAX).then_some(((best >> 16 & LOW) as usize, (best & LOW) as usize))
     }
 
-    /// Makes a replica with `piece` tokens of `donor` on the receiver at `at`. Returns the tokens moved: more than
-    /// `piece` where leftover slack is handed to the donor.
-    fn give(&mut self, field: &Field, donor: usize, at: usize, piece: u32, waste: Waste) -> u32 {
+    /// Makes a replica with `piece` tokens of `expert` on the receiver at `at`. Returns the tokens moved: more than
+    /// `piece` where slack that would be lost is handed to its home, the donor.
+    fn give(&mut self, field: &Field, expert: usize, at: usize, piece: u32, waste: Waste) -> u32 {
         let receiver = self.receivers[at];
         let (to, slack) = (rank(receiver), amount(receiver));
-        let expert = self.expert_for(field, donor, piece, waste);
         self.free[to] -= 1;
         let rest = slack - piece;
         let mut moved = piece;
-        if rest >= field.min_quota && self.free[to] > 0 {
+        if rest > 0 && self.free[to] > 0 {
             // It stays a receiver, further down.
             let smaller = key(rest, to);
             let place = self.receivers[..at].partition_point(|&k| k < smaller);
@@ -249,21 +350,19 @@ impl Builder {
             self.receivers[place] = smaller;
         } else {
             self.receivers.remove(at);
-            if waste == Waste::Hand && self.free[donor] > 0 {
-                let extra = rest.min(self.left[expert] - piece);
-                if extra >= field.min_quota {
-                    moved += extra;
-                    self.insert(key(extra, donor));
-                }
+            if waste == Waste::Hand {
+                moved += rest.min(self.left[expert] - piece);
             }
         }
-        self.left[expert] -= moved;
-        self.moves.push(Move {
-            expert: (field.first_expert + expert) as u16,
-            rank: (field.first_rank + to) as u16,
-            quota: moved,
-        });
+        self.push(field, expert, to, moved);
         moved
+    }
+
+    /// Records a replica of `expert` on `to`.
+    fn push(&mut self, field: &Field, expert: usize, to: usize, quota: u32) {
+        self.left[expert] -= quota;
+        let (expert, rank) = (field.first_expert + expert, field.first_rank + to);
+        self.moves.push(Move { expert: expert as u16, rank: rank as u16, quota });
     }
 
     fn insert(&mut self, receiver: u64) {
@@ -271,14 +370,15 @@ impl Builder {
         self.receivers.insert(at, receiver);
     }
 
-    /// The donor's expert with least left that is still enough for `piece`, or, to hand waste on, with most left (ties:
-    /// lower expert).
-    fn expert_for(&self, field: &Field, donor: usize, piece: u32, waste: Waste) -> usize {
-        let enough = field.experts_of(donor).filter(|&e| self.left[e] >= piece);
-        let best = match waste {
-            Waste::Leave => enough.min_by_key(|&e| (self.left[e], e)),
-            Waste::Hand => enough.min_by_key(|&e| (u32::MAX - self.left[e], e)),
-        };
-        best.expect("the largest expert has enough")
+    /// The expert of `donor` with most left on its master (ties: lower expert).
+    fn largest_of(&self, field: &Field, donor: usize) -> usize {
+        let experts = field.experts_of(donor);
+        let (mut best, mut most) = (experts.start, self.left[experts.start]);
+        for (expert, &left) in experts.clone().zip(&self.left[experts]).skip(1) {
+            if left > most {
+                (best, most) = (expert, left);
+            }
+        }
+        best
     }
 }
