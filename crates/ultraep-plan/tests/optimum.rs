@@ -44,7 +44,7 @@ fn optimum(topology: &Topology, loads: &[u32], min_quota: u32) -> f64 {
 }
 
 /// Solves `instances` instances at `beta` 1; returns how many exceed the optimum by over 0.5%.
-fn run_instances(instances: u64, min_quota: impl Fn(&mut Rng) -> u32) -> usize {
+fn run_instances(instances: u64, tokens: usize, min_quota: impl Fn(&mut Rng) -> u32) -> usize {
     let mut over = 0;
     let mut worst = (1.0, 0);
     for seed in 0..instances {
@@ -55,7 +55,7 @@ fn run_instances(instances: u64, min_quota: impl Fn(&mut Rng) -> u32) -> usize {
         let topology = topology(ranks, experts, ranks, slots);
         let ratio = 1.1 + rng.unit() * (ranks as f64 * 0.6 - 0.5).max(0.3);
         let skew = [Skew::Power, Skew::HotRank][rng.below(2)];
-        let counts = skewed(&mut rng, &topology, skew, ratio, 4096);
+        let counts = skewed(&mut rng, &topology, skew, ratio, tokens);
         let params = UltraepParams { beta: Ratio::ONE, min_quota: min_quota(&mut rng) };
         let (plan, report, _) = run(&mut Ultraep::new(&topology, params), &topology, &counts);
         let outcome = plan.domains()[0];
@@ -80,12 +80,18 @@ fn run_instances(instances: u64, min_quota: impl Fn(&mut Rng) -> u32) -> usize {
 
 #[test]
 fn within_half_a_percent_of_the_optimum() {
-    assert_eq!(run_instances(200, |_| 1), 0);
+    assert_eq!(run_instances(200, 4096, |_| 1), 0);
 }
 
 #[test]
-fn with_a_least_quota_too() {
-    // u_min up to a quarter of the mean rank load makes most thresholds a matter of luck.
-    let over = run_instances(200, |rng| [64, 256, 1024][rng.below(3)]);
-    assert!(over <= 55, "{over}");
+fn with_the_default_least_quota_too() {
+    assert_eq!(run_instances(200, 32_768, |_| 1024), 0);
+}
+
+/// `u_min` up to a quarter of the mean rank load: whether a threshold can be met is a puzzle of its own, and the planner
+/// does not always solve it. This records how often it comes within 0.5% all the same.
+#[test]
+fn with_a_huge_least_quota_mostly() {
+    let over = run_instances(120, 4096, |rng| [64, 256, 1024][rng.below(3)]);
+    assert!(over <= 9, "{over} of 120");
 }

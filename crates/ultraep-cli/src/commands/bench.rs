@@ -5,7 +5,7 @@ use std::io::Write;
 
 use comfy_table::{CellAlignment, Table, presets};
 use serde::Serialize;
-use ultraep_baselines::{PolicyKind, build, plan_for};
+use ultraep_baselines::{HistoryParams, PolicyKind, build, plan_for};
 use ultraep_load::{LoadMatrix, LoadParams, Workload, generate};
 use ultraep_plan::{
     Cursor, Plan, Policy, Problem, Rank, Ratio, RouteTable, SplitWorkspace, Tally, Topology, digest_counts,
@@ -20,7 +20,7 @@ use crate::timing::{Times, measure, pretty};
 /// What is measured.
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum Bench {
-    /// From counts to a plan; floor: reading the count matrix once
+    /// From counts to a plan; floor: reading the count matrix once (historical policies have met the load before)
     #[command(after_help = EXAMPLES)]
     Plan(Args),
     /// From a plan to the shares of a source; floor: copying the source's row or the matrix once
@@ -182,8 +182,14 @@ struct Subject<'a> {
 const OWN: Rank = Rank::new(0);
 
 impl Subject<'_> {
+    /// The policy, which has met this load before if it plans from history.
     fn policy(&self) -> Result<Box<dyn Policy>, CliError> {
-        build(self.args.policy, self.topology, &self.args.params.params()).map_err(CliError::input)
+        let mut params = self.args.params.params();
+        params.eplb.history = HistoryParams { window: 1, interval: 1 };
+        params.lplb.history = params.eplb.history;
+        let mut policy = build(self.args.policy, self.topology, &params).map_err(CliError::input)?;
+        policy.observe(&self.problem()?);
+        Ok(policy)
     }
 
     fn problem(&self) -> Result<Problem<'_>, CliError> {
@@ -226,9 +232,18 @@ fn plan(subject: &Subject<'_>) -> Result<Vec<Line>, CliError> {
     Ok(vec![Line::new("plan", only, floor, digest), Line::new("plan + own split", both, floor, of_both)])
 }
 
-/// Reads every count once.
+/// Reads every count once, with the widest vectors of the processor.
 fn read(counts: &[u32]) -> u32 {
-    counts.iter().fold(0, |sum, &count| sum ^ count)
+    struct Read<'a>(&'a [u32]);
+    impl pulp::NullaryFnOnce for Read<'_> {
+        type Output = u32;
+
+        #[inline(always)]
+        fn call(self) -> u32 {
+            self.0.iter().fold(0, |all, &count| all ^ count)
+        }
+    }
+    pulp::Arch::new().dispatch(Read(counts))
 }
 
 fn split(subject: &Subject<'_>) -> Result<Vec<Line>, CliError> {

@@ -33,6 +33,15 @@ pub(crate) enum Waste {
     Hand,
 }
 
+/// What is done with needs and slacks below the least quota `u_min`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Small {
+    /// A need is rounded up to `u_min`; a slack is not used.
+    Round,
+    /// Donor and receiver swap: `need + u_min` one way, `u_min` the other. Two replicas, but any amount can move.
+    Swap,
+}
+
 /// Which donor is served next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Order {
@@ -51,6 +60,7 @@ pub(crate) enum Order {
 pub(crate) struct Style {
     pub(crate) order: Order,
     pub(crate) waste: Waste,
+    pub(crate) small: Small,
 }
 
 /// Memory of the construction.
@@ -107,7 +117,7 @@ impl Builder {
             let capacity = field.capacity(r, tau);
             if load > capacity {
                 self.donors_at_first.push(key(load - capacity, r));
-            } else if capacity - load >= field.min_quota && slots > 0 {
+            } else if load < capacity && slots > 0 {
                 self.receivers_at_first.push(key(capacity - load, r));
             }
         }
@@ -156,24 +166,79 @@ impl Builder {
             if piece < field.min_quota {
                 return None;
             }
-            if amount(most) >= piece {
+            if amount(most) < piece && amount(most).min(need) < field.min_quota {
+                if style.small == Small::Round {
+                    return None;
+                }
+                need -= self.swap(field, donor, need)?;
+            } else if amount(most) >= piece {
                 // Best fit: the piece finishes the donor, or its largest expert.
                 let at = self.receivers.partition_point(|&k| amount(k) < piece);
                 let waste = if piece == whole { style.waste } else { Waste::Leave };
-                need -= self.give(field, donor, at, piece, waste).min(need);
+                need = self.settle(donor, need, |b| b.give(field, donor, at, piece, waste), style.waste);
             } else if style.order == Order::Alternate {
                 let at = self.receivers.len() - 1;
                 return Some(need - self.give(field, donor, at, amount(most), Waste::Leave));
             } else if let Some((low, high)) = self.pair(need, largest, field.min_quota) {
                 let full = amount(self.receivers[high]);
                 need -= self.give(field, donor, high, full, Waste::Leave);
-                need -= self.give(field, donor, low, need.max(field.min_quota), style.waste).min(need);
+                let last = need.max(field.min_quota);
+                need = self.settle(donor, need, |b| b.give(field, donor, low, last, style.waste), style.waste);
             } else {
                 let at = self.receivers.len() - 1;
                 need -= self.give(field, donor, at, amount(most), Waste::Leave);
             }
         }
         Some(0)
+    }
+
+    /// Makes the donor's last piece by `give`, which returns the tokens moved; returns what is left to move. A donor
+    /// that ends below its capacity becomes a receiver where waste is handed on.
+    fn settle(&mut self, donor: usize, need: u32, give: impl FnOnce(&mut Self) -> u32, waste: Waste) -> u32 {
+        let moved = give(self);
+        if moved > need && waste == Waste::Hand && self.free[donor] > 0 {
+            self.insert(key(moved - need, donor));
+        }
+        need.saturating_sub(moved)
+    }
+
+    /// Moves up to `need` tokens by a swap with the receiver of least sufficient slack (else of most) for which there
+    /// are experts and slots both ways. Returns the tokens moved on balance.
+    fn swap(&mut self, field: &Field, donor: usize, need: u32) -> Option<u32> {
+        if self.free[donor] == 0 {
+            return None;
+        }
+        let enough = self.receivers.partition_point(|&k| amount(k) < need);
+        let places = (enough..self.receivers.len()).chain((0..enough).rev());
+        for at in places {
+            let (other, slack) = (rank(self.receivers[at]), amount(self.receivers[at]));
+            let net = need.min(slack);
+            let there = self.swappable(field, donor, other, net.saturating_add(field.min_quota));
+            let back = self.swappable(field, other, donor, field.min_quota);
+            if let (Some(there), Some(back)) = (there, back) {
+                self.receivers.remove(at);
+                self.free[other] -= 1;
+                self.free[donor] -= 1;
+                self.push(field, there, other, net + field.min_quota);
+                self.push(field, back, donor, field.min_quota);
+                if slack > net && self.free[other] > 0 {
+                    self.insert(key(slack - net, other));
+                }
+                return Some(net);
+            }
+        }
+        None
+    }
+
+    /// The expert of `from` with most left (ties: lower) that has `piece` left and no instance on `to`.
+    fn swappable(&self, field: &Field, from: usize, to: usize, piece: u32) -> Option<usize> {
+        let to = (field.first_rank + to) as u16;
+        let absent = |e: usize| {
+            let expert = (field.first_expert + e) as u16;
+            !self.moves.iter().any(|m| m.expert == expert && m.rank == to)
+        };
+        let enough = field.experts_of(from).filter(|&e| self.left[e] >= piece && absent(e));
+        enough.min_by_key(|&e| (u32::MAX - self.left[e], e))
     }
 
     /// Fills the receiver with most slack from the largest expert of any donor, until no donor is left. For receivers
@@ -194,7 +259,7 @@ impl Builder {
                 let donor = key(need - moved, from);
                 let at = self.donors.partition_point(|&k| k < donor);
                 self.donors.insert(at, donor);
-            } else if moved - need >= field.min_quota && self.free[from] > 0 {
+            } else if moved > need && self.free[from] > 0 {
                 self.insert(key(moved - need, from));
             }
         }
@@ -233,7 +298,7 @@ impl Builder {
     }
 
     /// Makes a replica with `piece` tokens of `donor` on the receiver at `at`. Returns the tokens moved: more than
-    /// `piece` where leftover slack is handed to the donor.
+    /// `piece` where slack that would be lost is handed to the donor.
     fn give(&mut self, field: &Field, donor: usize, at: usize, piece: u32, waste: Waste) -> u32 {
         let receiver = self.receivers[at];
         let (to, slack) = (rank(receiver), amount(receiver));
@@ -241,7 +306,7 @@ impl Builder {
         self.free[to] -= 1;
         let rest = slack - piece;
         let mut moved = piece;
-        if rest >= field.min_quota && self.free[to] > 0 {
+        if rest > 0 && self.free[to] > 0 {
             // It stays a receiver, further down.
             let smaller = key(rest, to);
             let place = self.receivers[..at].partition_point(|&k| k < smaller);
@@ -250,20 +315,18 @@ impl Builder {
         } else {
             self.receivers.remove(at);
             if waste == Waste::Hand && self.free[donor] > 0 {
-                let extra = rest.min(self.left[expert] - piece);
-                if extra >= field.min_quota {
-                    moved += extra;
-                    self.insert(key(extra, donor));
-                }
+                moved += rest.min(self.left[expert] - piece);
             }
         }
-        self.left[expert] -= moved;
-        self.moves.push(Move {
-            expert: (field.first_expert + expert) as u16,
-            rank: (field.first_rank + to) as u16,
-            quota: moved,
-        });
+        self.push(field, expert, to, moved);
         moved
+    }
+
+    /// Records a replica of `expert` on `to`.
+    fn push(&mut self, field: &Field, expert: usize, to: usize, quota: u32) {
+        self.left[expert] -= quota;
+        let (expert, rank) = (field.first_expert + expert, field.first_rank + to);
+        self.moves.push(Move { expert: expert as u16, rank: rank as u16, quota });
     }
 
     fn insert(&mut self, receiver: u64) {

@@ -42,7 +42,7 @@ use crate::{
     Domain, DomainOutcome, HardwareModel, Plan, PlanRules, Policy, Problem, Ratio, SlotRule, SolveError, SplitRule,
     StopReason, Topology,
 };
-use construct::{Builder, Order, Style, Waste};
+use construct::{Builder, Order, Small, Style, Waste};
 use field::Field;
 use price::{PASSES, Pricer, evenly, squares};
 
@@ -63,16 +63,27 @@ impl Default for UltraepParams {
 }
 
 /// Ways tried first: they leave no replica's work to a rank that is relieved itself.
-const PLAIN: [Style; 2] =
-    [Style { order: Order::Smallest, waste: Waste::Leave }, Style { order: Order::Largest, waste: Waste::Leave }];
+const PLAIN: [Style; 2] = [way(Order::Smallest, Waste::Leave), way(Order::Largest, Waste::Leave)];
 
 /// Ways for tight cases, where every slot must count.
 const TIGHT: [Style; 4] = [
-    Style { order: Order::Largest, waste: Waste::Hand },
-    Style { order: Order::Smallest, waste: Waste::Hand },
-    Style { order: Order::Alternate, waste: Waste::Hand },
-    Style { order: Order::Fill, waste: Waste::Leave },
+    way(Order::Largest, Waste::Hand),
+    way(Order::Smallest, Waste::Hand),
+    way(Order::Alternate, Waste::Hand),
+    way(Order::Fill, Waste::Leave),
 ];
+
+/// Ways for cases that `u_min` makes tight.
+const SWAPPING: [Style; 4] = [
+    Style { small: Small::Swap, ..way(Order::Largest, Waste::Leave) },
+    Style { small: Small::Swap, ..way(Order::Largest, Waste::Hand) },
+    Style { small: Small::Swap, ..way(Order::Smallest, Waste::Hand) },
+    Style { small: Small::Swap, ..way(Order::Alternate, Waste::Hand) },
+];
+
+const fn way(order: Order, waste: Waste) -> Style {
+    Style { order, waste, small: Small::Round }
+}
 
 /// The default planner. See the module's documentation in the source for the method.
 #[derive(Clone, Debug)]
@@ -139,10 +150,10 @@ impl Ultraep {
             return outcome(largest);
         }
         let mut tau = goal;
-        if !self.keep_best(goal, &PLAIN) && !self.keep_best(goal, &TIGHT) {
+        if !self.keep_best_of_first(goal) {
             tau = self.bisect(goal + 1, largest);
-            if tau < largest && !self.keep_best(tau, &PLAIN) {
-                self.keep_best(tau, &TIGHT);
+            if tau < largest {
+                self.keep_best_of_first(tau);
             }
         }
         outcome(tau)
@@ -152,7 +163,7 @@ impl Ultraep {
     fn bisect(&mut self, mut low: u32, mut high: u32) -> u32 {
         while low < high {
             let middle = low + (high - low) / 2;
-            let mut styles = PLAIN.iter().chain(&TIGHT);
+            let mut styles = self.stages().into_iter().flatten();
             self.builder.prepare(&self.field, middle);
             if styles.any(|&style| self.builder.build(&self.field, style)) {
                 high = middle;
@@ -161,6 +172,16 @@ impl Ultraep {
             }
         }
         high
+    }
+
+    /// The ways to build, in the order tried. Without a least quota nothing is gained by swapping.
+    fn stages(&self) -> [&'static [Style]; 3] {
+        [&PLAIN, &TIGHT, if self.params.min_quota > 1 { &SWAPPING } else { &[] }]
+    }
+
+    /// Keeps the best of the first stage in which a way fits. `false` when none does.
+    fn keep_best_of_first(&mut self, tau: u32) -> bool {
+        self.stages().into_iter().any(|styles| self.keep_best(tau, styles))
     }
 
     /// Builds in every way of `styles` and keeps the best that fits. `false` when none does.
@@ -204,7 +225,7 @@ impl Ultraep {
     fn price_at(&mut self, pricer: &mut Pricer, tau: u32, best: &mut ((u64, usize, u32), u32)) {
         self.builder.prepare(&self.field, tau);
         let mut fits = false;
-        for styles in [&PLAIN[..], &TIGHT[..]] {
+        for styles in self.stages() {
             for &style in styles {
                 if !self.builder.build(&self.field, style) {
                     continue;
