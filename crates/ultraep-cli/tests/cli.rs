@@ -190,6 +190,25 @@ fn compare_shows_all_policies_side_by_side() {
 }
 
 #[test]
+fn generated_loads_are_files_that_plan_reads() {
+    let files = Files::new();
+    let plan = |name: &str| {
+        let path = files.path(name);
+        let args = ["load", &path, "--ranks", "8", "--experts", "32", "--ratio", "2.5", "--tokens", "1000"];
+        ultraep(&args).assert().success().stdout("").stderr("");
+        json(&["plan", &path, "--slots", "2", "--min-quota", "1", "--json"])
+    };
+    let (csv, of_json, npy) = (plan("made.csv"), plan("made.json"), plan("made.npy"));
+    assert!(csv == of_json && csv == npy);
+    assert!((csv["imbalance_before"].as_f64().unwrap() - 2.5).abs() <= 0.025);
+    assert_eq!(csv["total_tokens"], 8 * 1000 * 8);
+    ultraep(&["load", "no such folder/loads.csv"])
+        .assert()
+        .code(1)
+        .stderr(starts_with("error: no such folder/loads.csv: "));
+}
+
+#[test]
 fn bench_measures_against_a_floor() {
     let small = ["--ranks", "8", "--experts", "32", "--tokens", "256", "--top-k", "4", "--iterations", "3", "--json"];
     let lines = |what: &str| {
@@ -265,6 +284,9 @@ fn bad_input_is_one_clear_line() {
         (more(&["--link-bytes-per-s", "0"]), "0 is not in 1.."),
         (more(&["--row-ps", "fast"]), "invalid value 'fast' for '--row-ps <PS>'"),
         (words("bench"), "subcommand"),
+        (words("load"), "<OUT>"),
+        (words("load loads.txt"), "loads.txt: unknown extension: allowed are .json, .csv, .npy"),
+        (words("load loads.csv --top-k 0"), "top-0: allowed are 1 to 256"),
         (words("bench plan --ranks 0"), "0 ranks: allowed are 1 to 1024"),
         (words("bench plan --ranks 2000 --experts 2000"), "2000 ranks: allowed are 1 to 1024"),
         (words("bench plan --experts 5000"), "5000 experts on 64 ranks: allowed are 64 (one a rank) to 4096"),
@@ -285,7 +307,9 @@ fn bad_input_is_one_clear_line() {
 
 #[test]
 fn help_has_examples_and_version_is_printed() {
-    for command in [&["plan"][..], &["compare"], &["bench", "plan"], &["bench", "split"], &["bench", "reroute"]] {
+    for command in
+        [&["plan"][..], &["compare"], &["load"], &["bench", "plan"], &["bench", "split"], &["bench", "reroute"]]
+    {
         let args = [command, &["--help"]].concat();
         ultraep(&args).assert().success().stdout(contains("Examples:\n  ultraep ")).stderr("");
     }

@@ -2,6 +2,7 @@
 
 mod bench;
 mod compare;
+mod load;
 mod plan;
 
 use std::io::Write;
@@ -15,6 +16,8 @@ pub(crate) enum Command {
     Plan(plan::Args),
     /// Compare all policies on the same loads
     Compare(compare::Args),
+    /// Write a synthetic load to a file
+    Load(load::Args),
     /// Measure how long planning, splitting and rerouting take
     #[command(subcommand, arg_required_else_help = false)]
     Bench(bench::Bench),
@@ -25,6 +28,7 @@ impl Command {
         match self {
             Self::Plan(args) => plan::run(args, out),
             Self::Compare(args) => compare::run(args, out),
+            Self::Load(args) => load::run(args),
             Self::Bench(bench) => bench.run(out),
         }
     }
