@@ -10,7 +10,10 @@
 //! came before. So a batch can be cut into token ranges that threads work on alone: each range starts its cursor after
 //! the counts of the ranges before it.
 //!
-//! Cost: `O(E + instances)` to prepare; for each token and choice one addition and a walk over the expert's instances.
+//! The table is written out: for every expert with replicas, the physical id at each position. So a token costs one look-up
+//! and one addition, with no branch that depends on the data.
+//!
+//! Cost: `O(E + instances + tokens)` to prepare, nearly all of it filling runs; `O(1)` for each token and choice.
 
 use alloc::vec;
 use alloc::vec::Vec;
@@ -77,19 +80,18 @@ struct Route {
     stride: u32,
     /// Position of the first token.
     start: u32,
-    /// Where its instances begin.
+    /// Where its physical ids begin.
     first: u32,
 }
 
-/// Routes of one source rank: for every expert its instances and their cumulative shares.
+/// Routes of one source rank: for every expert the physical id of each of its tokens' positions.
 #[derive(Clone, Debug)]
 pub struct RouteTable {
     physical_per_rank: usize,
     ranks: usize,
     routes: Vec<Route>,
-    /// Cumulative share of each instance.
-    ends: Vec<u32>,
-    /// Physical id of each instance: `rank * physical_per_rank + physical index`.
+    /// Physical ids, `rank * physical_per_rank + physical index`: one for an expert without replicas, one for each
+    /// position for the others.
     targets: Vec<i32>,
 }
 
@@ -111,15 +113,21 @@ impl RouteTable {
     /// Room for a source of `topology`. Physical ids are `rank * physical_per_rank + physical index`;
     /// `physical_per_rank` must cover the indices that the policy uses: for all policies that keep to the slots, the largest
     /// [`Topology::physical_experts`].
+    ///
+    /// The first batch allocates room for its tokens, and a larger one for more; [`RouteTable::reserve`] does so ahead.
     pub fn new(topology: &Topology, physical_per_rank: usize) -> Self {
-        let instances = topology.experts() + topology.ranks() * physical_per_rank;
         Self {
             physical_per_rank,
             ranks: topology.ranks(),
             routes: vec![Route::default(); topology.experts()],
-            ends: Vec::with_capacity(instances),
-            targets: Vec::with_capacity(instances),
+            targets: Vec::new(),
         }
+    }
+
+    /// Takes the memory that batches of up to `tokens` routed tokens (tokens times top-k) need.
+    pub fn reserve(&mut self, tokens: usize) {
+        self.targets.clear();
+        self.targets.reserve(self.routes.len() + tokens);
     }
 
     /// Physical experts in all, `N * physical_per_rank`: the width of dense physical rows.
@@ -137,25 +145,25 @@ impl RouteTable {
     pub fn prepare(&mut self, plan: &Plan, shares: &[u32]) -> Result<(), AssignError> {
         length("shares", shares.len(), plan.instances().len())?;
         length("experts of the plan", plan.experts(), self.routes.len())?;
-        self.ends.clear();
         self.targets.clear();
         for expert in (0..plan.experts()).map(Expert::new) {
-            let first = self.ends.len() as u32;
-            let mut end = 0;
-            for (instance, &share) in plan.of(expert).iter().zip(&shares[plan.range(expert)]) {
+            let (instances, shares) = (plan.of(expert), &shares[plan.range(expert)]);
+            let first = self.targets.len() as u32;
+            let tokens = shares.iter().sum();
+            let single = instances.len() == 1;
+            for (instance, &share) in instances.iter().zip(shares) {
                 let (rank, physical) = (instance.rank, instance.physical);
                 if physical.index() >= self.physical_per_rank || rank.index() >= self.ranks {
                     let expected = self.physical_per_rank;
                     return Err(AssignError::Physical { expert, rank, physical, expected });
                 }
-                end += share;
-                self.ends.push(end);
-                self.targets.push((rank.index() * self.physical_per_rank + physical.index()) as i32);
+                let target = (rank.index() * self.physical_per_rank + physical.index()) as i32;
+                let positions = if single { 1 } else { share as usize };
+                self.targets.resize(self.targets.len() + positions, target);
             }
-            let single = plan.of(expert).len() == 1;
-            let stride = if single { 0 } else { permutation_stride(end) };
-            let start = if single || end == 0 { 0 } else { expert.index() as u32 % end };
-            self.routes[expert.index()] = Route { tokens: end, stride, start, first };
+            let stride = if single { 0 } else { permutation_stride(tokens) };
+            let start = if single { 0 } else { (expert.index() as u32).checked_rem(tokens).unwrap_or(0) };
+            self.routes[expert.index()] = Route { tokens, stride, start, first };
         }
         Ok(())
     }
@@ -187,12 +195,13 @@ impl RouteTable {
         length("physical ids", physical.len(), ids.len())?;
         length("cursor", cursor.at.len(), self.routes.len())?;
         for (at, (&id, out)) in ids.iter().zip(physical).enumerate() {
-            *out = match id {
-                NOWHERE => NOWHERE,
-                _ => match usize::try_from(id).ok().filter(|&e| e < self.routes.len()) {
-                    Some(expert) => self.next(cursor, expert).ok_or_else(|| self.more_than_counted(at, expert))?,
-                    None => return Err(AssignError::NoSuchExpert { at, got: id, experts: self.routes.len() }),
-                },
+            let expert = id as u32 as usize; // padding and other negative ids become huge
+            *out = if expert < self.routes.len() {
+                self.next(cursor, expert).ok_or_else(|| self.more_than_counted(at, expert))?
+            } else if id == NOWHERE {
+                NOWHERE
+            } else {
+                return Err(AssignError::NoSuchExpert { at, got: id, experts: self.routes.len() });
             };
         }
         Ok(())
@@ -204,17 +213,10 @@ impl RouteTable {
         let route = self.routes[expert];
         let (position, left) = &mut cursor.at[expert];
         *left = left.checked_sub(1)?;
-        let mut instance = route.first as usize;
-        if route.stride > 0 {
-            while self.ends[instance] <= *position {
-                instance += 1;
-            }
-            *position += route.stride;
-            if *position >= route.tokens {
-                *position -= route.tokens;
-            }
-        }
-        Some(self.targets[instance])
+        let target = self.targets[(route.first + *position) as usize];
+        let next = *position + route.stride;
+        *position = if next >= route.tokens { next - route.tokens } else { next };
+        Some(target)
     }
 
     pub(crate) fn more_than_counted(&self, at: usize, expert: usize) -> AssignError {

@@ -30,6 +30,7 @@ fn nothing_is_allocated_while_running() {
         let mut workspace = SplitWorkspace::new(&topology);
         let mut shares = vec![0; experts + ranks * slots];
         let mut table = RouteTable::new(&topology, physical);
+        table.reserve(4096);
         let mut cursor = Cursor::new(&topology);
         let mut transfers = Transfers::new(&topology);
         for seed in 0..12 {

@@ -93,5 +93,5 @@ fn with_the_default_least_quota_too() {
 #[test]
 fn with_a_huge_least_quota_mostly() {
     let over = run_instances(120, 4096, |rng| [64, 256, 1024][rng.below(3)]);
-    assert!(over <= 9, "{over} of 120");
+    assert!(over <= 10, "{over} of 120");
 }

@@ -160,7 +160,9 @@ impl Builder {
     fn relieve(&mut self, field: &Field, donor: usize, mut need: u32, style: Style) -> Option<u32> {
         while need > 0 {
             let most = *self.receivers.last()?;
-            let largest = self.left[field.experts_of(donor)].iter().copied().max().unwrap_or(0);
+            let expert = self.largest_of(field, donor);
+            let largest = self.left[expert];
+            let last_waste = if self.free[donor] > 0 { style.waste } else { Waste::Leave };
             let whole = need.max(field.min_quota);
             let piece = whole.min(largest);
             if piece < field.min_quota {
@@ -174,19 +176,19 @@ impl Builder {
             } else if amount(most) >= piece {
                 // Best fit: the piece finishes the donor, or its largest expert.
                 let at = self.receivers.partition_point(|&k| amount(k) < piece);
-                let waste = if piece == whole { style.waste } else { Waste::Leave };
-                need = self.settle(donor, need, |b| b.give(field, donor, at, piece, waste), style.waste);
+                let waste = if piece == whole { last_waste } else { Waste::Leave };
+                need = self.settle(donor, need, |b| b.give(field, expert, at, piece, waste), waste);
             } else if style.order == Order::Alternate {
                 let at = self.receivers.len() - 1;
-                return Some(need - self.give(field, donor, at, amount(most), Waste::Leave));
+                return Some(need - self.give(field, expert, at, amount(most), Waste::Leave));
             } else if let Some((low, high)) = self.pair(need, largest, field.min_quota) {
                 let full = amount(self.receivers[high]);
-                need -= self.give(field, donor, high, full, Waste::Leave);
+                need -= self.give(field, expert, high, full, Waste::Leave);
                 let last = need.max(field.min_quota);
-                need = self.settle(donor, need, |b| b.give(field, donor, low, last, style.waste), style.waste);
+                need = self.settle(donor, need, |b| b.give(field, expert, low, last, last_waste), last_waste);
             } else {
                 let at = self.receivers.len() - 1;
-                need -= self.give(field, donor, at, amount(most), Waste::Leave);
+                need -= self.give(field, expert, at, amount(most), Waste::Leave);
             }
         }
         Some(0)
@@ -194,9 +196,10 @@ impl Builder {
 
     /// Makes the donor's last piece by `give`, which returns the tokens moved; returns what is left to move. A donor
     /// that ends below its capacity becomes a receiver where waste is handed on.
+    #[inline]
     fn settle(&mut self, donor: usize, need: u32, give: impl FnOnce(&mut Self) -> u32, waste: Waste) -> u32 {
         let moved = give(self);
-        if moved > need && waste == Waste::Hand && self.free[donor] > 0 {
+        if moved > need && waste == Waste::Hand {
             self.insert(key(moved - need, donor));
         }
         need.saturating_sub(moved)
@@ -246,15 +249,16 @@ impl Builder {
     fn fill(&mut self, field: &Field) -> bool {
         while !self.donors.is_empty() {
             let Some(&most) = self.receivers.last() else { return false };
-            let largest = |k: u64| field.experts_of(rank(k)).map(|e| self.left[e]).max().unwrap_or(0);
+            let largest = |k: u64| self.left[self.largest_of(field, rank(k))];
             let at = (0..self.donors.len()).max_by_key(|&d| (largest(self.donors[d]), self.donors[d]));
             let donor = self.donors.remove(at.expect("there is a donor"));
             let (from, need) = (rank(donor), amount(donor));
-            let piece = largest(donor).min(amount(most));
+            let expert = self.largest_of(field, from);
+            let piece = self.left[expert].min(amount(most));
             if piece < field.min_quota {
                 return false;
             }
-            let moved = self.give(field, from, self.receivers.len() - 1, piece, Waste::Leave);
+            let moved = self.give(field, expert, self.receivers.len() - 1, piece, Waste::Leave);
             if moved < need {
                 let donor = key(need - moved, from);
                 let at = self.donors.partition_point(|&k| k < donor);
@@ -297,12 +301,11 @@ impl Builder {
         (best != u64::MAX).then_some(((best >> 16 & LOW) as usize, (best & LOW) as usize))
     }
 
-    /// Makes a replica with `piece` tokens of `donor` on the receiver at `at`. Returns the tokens moved: more than
-    /// `piece` where slack that would be lost is handed to the donor.
-    fn give(&mut self, field: &Field, donor: usize, at: usize, piece: u32, waste: Waste) -> u32 {
+    /// Makes a replica with `piece` tokens of `expert` on the receiver at `at`. Returns the tokens moved: more than
+    /// `piece` where slack that would be lost is handed to its home, the donor.
+    fn give(&mut self, field: &Field, expert: usize, at: usize, piece: u32, waste: Waste) -> u32 {
         let receiver = self.receivers[at];
         let (to, slack) = (rank(receiver), amount(receiver));
-        let expert = self.expert_for(field, donor, piece, waste);
         self.free[to] -= 1;
         let rest = slack - piece;
         let mut moved = piece;
@@ -314,7 +317,7 @@ impl Builder {
             self.receivers[place] = smaller;
         } else {
             self.receivers.remove(at);
-            if waste == Waste::Hand && self.free[donor] > 0 {
+            if waste == Waste::Hand {
                 moved += rest.min(self.left[expert] - piece);
             }
         }
@@ -334,14 +337,15 @@ impl Builder {
         self.receivers.insert(at, receiver);
     }
 
-    /// The donor's expert with least left that is still enough for `piece`, or, to hand waste on, with most left (ties:
-    /// lower expert).
-    fn expert_for(&self, field: &Field, donor: usize, piece: u32, waste: Waste) -> usize {
-        let enough = field.experts_of(donor).filter(|&e| self.left[e] >= piece);
-        let best = match waste {
-            Waste::Leave => enough.min_by_key(|&e| (self.left[e], e)),
-            Waste::Hand => enough.min_by_key(|&e| (u32::MAX - self.left[e], e)),
-        };
-        best.expect("the largest expert has enough")
+    /// The expert of `donor` with most left on its master (ties: lower expert).
+    fn largest_of(&self, field: &Field, donor: usize) -> usize {
+        let experts = field.experts_of(donor);
+        let (mut best, mut most) = (experts.start, self.left[experts.start]);
+        for (expert, &left) in experts.clone().zip(&self.left[experts]).skip(1) {
+            if left > most {
+                (best, most) = (expert, left);
+            }
+        }
+        best
     }
 }
