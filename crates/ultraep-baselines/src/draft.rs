@@ -42,7 +42,7 @@ struct Piece {
 }
 
 /// Pieces of a plan under construction, with the workspace to finish it. Reused from solve to solve.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub(crate) struct Draft {
     pieces: Vec<Piece>,
     /// Next free index behind the masters, per rank.
@@ -52,6 +52,16 @@ pub(crate) struct Draft {
 }
 
 impl Draft {
+    /// Room for `pieces` pieces, so that a solve allocates nothing.
+    pub(crate) fn with_capacity(topology: &Topology, pieces: usize) -> Self {
+        Self {
+            pieces: Vec::with_capacity(pieces),
+            next_index: Vec::with_capacity(topology.ranks()),
+            rank_loads: Vec::with_capacity(topology.ranks()),
+            quotas: Vec::with_capacity(topology.ranks()),
+        }
+    }
+
     pub(crate) fn clear(&mut self) {
         self.pieces.clear();
     }
@@ -178,8 +188,7 @@ fn deal_quotas(problem: &Problem<'_>, expert: Expert, copies: &mut [u32]) {
     }
 }
 
-/// Load of every expert over all sources, `[E]`, into `totals`.
-pub(crate) fn column_sums(problem: &Problem<'_>, totals: &mut Vec<u32>) {
-    totals.resize(problem.topology().experts(), 0);
-    problem.expert_loads(totals);
+/// Slots of all ranks.
+pub(crate) fn total_slots(topology: &Topology) -> usize {
+    (0..topology.ranks()).map(|r| topology.slots(Rank::new(r))).sum()
 }

@@ -4,10 +4,11 @@ use std::fmt;
 use std::str::FromStr;
 
 use ultraep_plan::{
-    Greedy, GreedyParams, HardwareModel, Plan, Policy, Rank, Ratio, Topology, Ultraep, UltraepParams, UltraepV1,
+    Greedy, GreedyParams, HardwareModel, Plan, Policy, Ratio, Topology, Ultraep, UltraepParams, UltraepV1,
     UltraepV1Params, Unbalanced,
 };
 
+use crate::draft::total_slots;
 use crate::{Eplb, EplbExact, EplbParams, Llep, LlepParams, Lplb, LplbParams, MastersOnly, MoonEp};
 
 /// Every policy of the project.
@@ -203,14 +204,14 @@ pub fn build(kind: PolicyKind, topology: &Topology, params: &PolicyParams) -> Re
 
 /// An empty plan with room for what a policy makes on `topology`, so that solving allocates nothing for it.
 pub fn plan_for(kind: PolicyKind, topology: &Topology) -> Plan {
-    let slots = || (0..topology.ranks()).map(|r| topology.slots(Rank::new(r))).sum::<usize>();
     let replicas = match kind {
         PolicyKind::None | PolicyKind::Ideal => 0,
         // Every physical expert may be away from its home.
-        PolicyKind::Eplb => topology.experts() + slots(),
-        // No limit. A piece fills a rank or ends an expert, but for those under the least piece.
-        PolicyKind::Llep | PolicyKind::MoonEp => topology.experts() + topology.ranks(),
-        _ => slots(),
+        PolicyKind::Eplb => topology.experts() + total_slots(topology),
+        // No slot limit, but one of their own.
+        PolicyKind::Llep => 2 * topology.experts() + topology.ranks(),
+        PolicyKind::MoonEp => topology.experts() + topology.ranks(),
+        _ => total_slots(topology),
     };
     Plan::with_capacity(topology, replicas)
 }

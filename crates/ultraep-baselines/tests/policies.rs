@@ -111,6 +111,25 @@ fn every_policy_serves_every_case() {
     }
 }
 
+/// From the very first microbatch on; `lplb`'s linear program is the one exception.
+#[test]
+fn solving_allocates_nothing() {
+    for kind in PolicyKind::ALL.into_iter().filter(|&kind| kind != PolicyKind::Lplb) {
+        for case in cases() {
+            let Ok(mut policy) = build(kind, &case.topology, &params()) else { continue };
+            let mut plan = plan_for(kind, &case.topology);
+            for counts in &case.microbatches {
+                let problem = Problem::new(&case.topology, counts).unwrap();
+                let mut result = Ok(());
+                let used = allocation_counter::measure(|| result = policy.solve(&problem, &mut plan));
+                result.unwrap();
+                assert_eq!(used.count_total, 0, "{kind}: {}", case.name);
+                policy.observe(&problem);
+            }
+        }
+    }
+}
+
 fn imbalance(report: &PlanReport) -> f64 {
     let (num, den) = report.imbalance_after();
     num as f64 / den as f64
