@@ -9,7 +9,7 @@ use ultraep_plan::{HardwareModel, Ratio, Topology, TopologySpec};
 use crate::error::CliError;
 
 /// The group beside what the loads say.
-#[derive(Clone, Copy, Debug, clap::Args)]
+#[derive(Clone, Debug, clap::Args)]
 pub(crate) struct GroupArgs {
     /// Slots for replicas on each rank
     #[arg(long, value_name = "R")]
@@ -17,13 +17,31 @@ pub(crate) struct GroupArgs {
     /// Ranks in a domain; replicas stay in their master's domain [default: all ranks]
     #[arg(long, value_name = "G")]
     pub(crate) domain: Option<usize>,
+    /// Slots of every rank, where ranks differ; replaces --slots
+    #[arg(long, value_name = "R,R,...", value_delimiter = ',')]
+    pub(crate) rank_slots: Vec<usize>,
+    /// Speed of every rank: 1024 is full speed, 0 gets no replica [default: all 1024]
+    #[arg(long, value_name = "S,S,...", value_delimiter = ',')]
+    pub(crate) rank_speeds: Vec<u32>,
 }
 
 impl GroupArgs {
+    /// A group with the same slots on every rank, one domain, all ranks at full speed.
+    pub(crate) fn uniform(slots: usize, domain: Option<usize>) -> Self {
+        Self { slots, domain, rank_slots: Vec::new(), rank_speeds: Vec::new() }
+    }
+
     pub(crate) fn topology(&self, ranks: usize, experts: usize) -> Result<Topology, CliError> {
         let domain_ranks = self.domain.unwrap_or(ranks);
         let spec = TopologySpec { ranks, experts, domain_ranks, slots_per_rank: self.slots };
-        Topology::new(spec).map_err(CliError::input)
+        let mut topology = Topology::new(spec).map_err(CliError::input)?;
+        if !self.rank_slots.is_empty() {
+            topology = topology.with_slots(&self.rank_slots).map_err(CliError::input)?;
+        }
+        if !self.rank_speeds.is_empty() {
+            topology = topology.with_speeds(&self.rank_speeds).map_err(CliError::input)?;
+        }
+        Ok(topology)
     }
 }
 

@@ -141,6 +141,22 @@ fn masters_are_listed_where_ranks_differ() {
 }
 
 #[test]
+fn ranks_may_differ_in_slots_and_speed() {
+    let files = Files::new();
+    let args = ["plan", &files.path("loads.csv"), "--slots", "1", "--min-quota", "1", "--json"];
+    let plan = |extra: &[&str]| json(&[&args[..], extra].concat());
+    assert_eq!(plan(&[]).get("rank_speeds"), None);
+    let slots = plan(&["--rank-slots", "0,0,4,4,0,0,0,0"]);
+    assert_eq!(slots["slots_per_rank"], serde_json::json!([0, 0, 4, 4, 0, 0, 0, 0]));
+    let ranks = slots["instances"].as_array().unwrap().iter().filter(|i| i["slot"].as_u64() >= Some(2));
+    assert!(ranks.map(|i| i["rank"].as_u64().unwrap()).all(|rank| rank == 2 || rank == 3));
+    let speeds = plan(&["--rank-speeds", "1024,1024,1024,512,1024,1024,1024,0"]);
+    assert_eq!(speeds["rank_speeds"][3], 512);
+    let load = |rank: usize| speeds["rank_load_after"][rank].as_u64().unwrap();
+    assert!(load(3) < load(2) && speeds["rank_load_after"][7] == speeds["rank_load_before"][7]);
+}
+
+#[test]
 fn plan_prints_a_table_and_bars() {
     let files = Files::new();
     let args = ["plan", &files.path("loads.json"), "--slots", "2", "--min-quota", "1", "--policy", "greedy", "--split"];
@@ -275,6 +291,10 @@ fn bad_input_is_one_clear_line() {
         (plan(&file("huge.csv", "4294967296\n")), "is no count: allowed are integers from 0 to 2147483647"),
         (plan(&file("sum.csv", "2147483647,1\n")), "sum.csv: 2147483648 tokens in all: allowed are up to 2147483647"),
         (plan(&file("few.csv", "1\n2\n")), "1 experts on 2 ranks: allowed are 2 (one a rank)"),
+        (more(&["--rank-slots", "1,2"]), "slots: 2 values for 8 ranks"),
+        (more(&["--rank-slots", "1,x"]), "invalid value 'x' for '--rank-slots"),
+        (more(&["--rank-speeds", "1,1,1,1,1,1,1,2000"]), "speed weight 2000: allowed are 0 (no replica here) to 1024"),
+        (more(&["--rank-speeds", "0,0,0,0,0,0,0,0"]), "every rank of domain 0 has speed weight 0"),
         (words("compare --slots 1"), "<LOADS>..."),
         (
             words(&format!("compare {loads} {other} --slots 1")),

@@ -117,7 +117,7 @@ impl Bench {
             Self::Split(args) => ("split", args, split),
             Self::Reroute(args) => ("reroute", args, reroute),
         };
-        let group = GroupArgs { slots: args.slots, domain: args.domain };
+        let group = GroupArgs::uniform(args.slots, args.domain);
         let topology = group.topology(args.workload.ranks, args.workload.experts)?;
         let load = args.workload.generate(&topology)?;
         let subject = Subject { args, topology: &topology, load: &load };

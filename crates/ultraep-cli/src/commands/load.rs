@@ -27,7 +27,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     let unknown = || CliError::input(FileError::Extension { path: args.out.clone() });
     let format = Format::of(&args.out).ok_or_else(unknown)?;
     // Slots do not shape a load.
-    let group = GroupArgs { slots: 0, domain: None };
+    let group = GroupArgs::uniform(0, None);
     let load = args.workload.generate(&group.topology(args.workload.ranks, args.workload.experts)?)?;
     let failed = |error: std::io::Error| CliError::Failure(format!("{}: {error}", args.out.display()));
     let mut file = BufWriter::new(File::create(&args.out).map_err(failed)?);

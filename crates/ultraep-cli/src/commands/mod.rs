@@ -7,6 +7,9 @@ mod plan;
 
 use std::io::Write;
 
+use serde::{Serialize, Serializer};
+use ultraep_plan::{Rank, Topology};
+
 use crate::error::CliError;
 
 /// What the user asked for.
@@ -35,8 +38,41 @@ impl Command {
 }
 
 /// Writes JSON on one line.
-fn write_json(out: &mut dyn Write, value: &impl serde::Serialize) -> Result<(), CliError> {
+fn write_json(out: &mut dyn Write, value: &impl Serialize) -> Result<(), CliError> {
     serde_json::to_writer(&mut *out, value)?;
     writeln!(out)?;
     Ok(())
+}
+
+/// One number, or one a rank where ranks differ.
+#[derive(Debug)]
+struct PerRank(Vec<usize>);
+
+impl PerRank {
+    fn masters(topology: &Topology) -> Self {
+        Self((0..topology.ranks()).map(|r| topology.masters(Rank::new(r)).len()).collect())
+    }
+
+    fn slots(topology: &Topology) -> Self {
+        Self((0..topology.ranks()).map(|r| topology.slots(Rank::new(r))).collect())
+    }
+}
+
+impl Serialize for PerRank {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match &self.0[..] {
+            [first, rest @ ..] if rest.iter().all(|n| n == first) => first.serialize(serializer),
+            all => all.serialize(serializer),
+        }
+    }
+}
+
+impl std::fmt::Display for PerRank {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let range = (self.0.iter().min(), self.0.iter().max());
+        match range {
+            (Some(least), Some(most)) if least != most => write!(f, "{least} to {most}"),
+            (most, _) => write!(f, "{}", most.copied().unwrap_or(0)),
+        }
+    }
 }
