@@ -84,6 +84,23 @@ struct Route {
     first: u32,
 }
 
+impl Route {
+    /// The track behind `j` tokens.
+    fn track(&self, j: u32) -> Track {
+        let steps = u64::from(j) * u64::from(self.stride) + u64::from(self.start);
+        let position = steps.checked_rem(u64::from(self.tokens)).unwrap_or(0) as u32;
+        // Without replicas all tokens share one id: the track stands still on it.
+        let (position, span) = if self.stride == 0 { (0, u32::MAX - self.first) } else { (position, self.tokens) };
+        Track {
+            next: self.first + position,
+            end: self.first + span,
+            stride: self.stride,
+            tokens: self.tokens,
+            left: self.tokens.saturating_sub(j),
+        }
+    }
+}
+
 /// Routes of one source rank: for every expert the physical id of each of its tokens' positions.
 #[derive(Clone, Debug)]
 pub struct RouteTable {
@@ -98,14 +115,26 @@ pub struct RouteTable {
 /// How far each expert's tokens of a source have been assigned.
 #[derive(Clone, Debug, Default)]
 pub struct Cursor {
-    /// (next position, tokens left) of each expert.
-    at: Vec<(u32, u32)>,
+    at: Vec<Track>,
+}
+
+/// One expert's tokens still to come: all that assigning one of them reads and writes, side by side.
+#[derive(Clone, Copy, Debug, Default)]
+struct Track {
+    /// Index of the next token's physical id in the table.
+    next: u32,
+    /// End of the expert's physical ids.
+    end: u32,
+    stride: u32,
+    tokens: u32,
+    /// Tokens left.
+    left: u32,
 }
 
 impl Cursor {
     /// Room for the experts of `topology`.
     pub fn new(topology: &Topology) -> Self {
-        Self { at: vec![(0, 0); topology.experts()] }
+        Self { at: vec![Track::default(); topology.experts()] }
     }
 }
 
@@ -171,18 +200,14 @@ impl RouteTable {
     /// Sets `cursor` to the beginning of the batch.
     pub fn start(&self, cursor: &mut Cursor) {
         cursor.at.clear();
-        cursor.at.extend(self.routes.iter().map(|r| (r.start, r.tokens)));
+        cursor.at.extend(self.routes.iter().map(|route| route.track(0)));
     }
 
     /// Sets `cursor` behind `before[e]` tokens of every expert, `[E]`: where a later token range of the batch begins.
     pub fn start_after(&self, cursor: &mut Cursor, before: &[u32]) -> Result<(), AssignError> {
         length("tokens before", before.len(), self.routes.len())?;
         cursor.at.clear();
-        cursor.at.extend(self.routes.iter().zip(before).map(|(r, &j)| {
-            let steps = u64::from(j) * u64::from(r.stride) + u64::from(r.start);
-            let position = if r.tokens == 0 { 0 } else { (steps % u64::from(r.tokens)) as u32 };
-            (position, r.tokens.saturating_sub(j))
-        }));
+        cursor.at.extend(self.routes.iter().zip(before).map(|(route, &j)| route.track(j)));
         Ok(())
     }
 
@@ -210,12 +235,11 @@ impl RouteTable {
     /// Physical id of the next token of `expert`; `None` when all counted tokens are assigned.
     #[inline]
     pub(crate) fn next(&self, cursor: &mut Cursor, expert: usize) -> Option<i32> {
-        let route = self.routes[expert];
-        let (position, left) = &mut cursor.at[expert];
-        *left = left.checked_sub(1)?;
-        let target = self.targets[(route.first + *position) as usize];
-        let next = *position + route.stride;
-        *position = if next >= route.tokens { next - route.tokens } else { next };
+        let track = &mut cursor.at[expert];
+        track.left = track.left.checked_sub(1)?;
+        let target = self.targets[track.next as usize];
+        let next = track.next + track.stride;
+        track.next = if next >= track.end { next - track.tokens } else { next };
         Some(target)
     }
 

@@ -144,8 +144,8 @@ impl Plan {
     /// the instances.
     pub(crate) fn append(&mut self, experts: usize, instances: usize) -> (usize, &mut [u32], &mut [Instance]) {
         let (ends, first) = (self.offsets.len(), self.instances.len());
-        self.offsets.resize(ends + experts, 0);
-        self.instances.resize(first + instances, Instance::default());
+        self.offsets.extend(core::iter::repeat_n(0, experts));
+        self.instances.extend(core::iter::repeat_n(Instance::default(), instances));
         (first, &mut self.offsets[ends..], &mut self.instances[first..])
     }
 

@@ -9,12 +9,24 @@ use common::{Rng, Skew, run, skewed, topology};
 use microlp::{ComparisonOp, OptimizationDirection, Variable};
 use ultraep_plan::{Expert, Rank, Ratio, Topology, Ultraep, UltraepParams};
 
-/// Least threshold of any plan: `min tau` over quotas `u[e,t]` and replicas `z[e,t]`.
-fn optimum(topology: &Topology, loads: &[u32], min_quota: u32) -> f64 {
+/// What the program minimises.
+enum Goal {
+    /// The threshold `tau`.
+    Threshold,
+    /// The replicas, at this threshold.
+    Replicas(u32),
+}
+
+/// The optimum over quotas `u[e,t]` and replicas `z[e,t]` of any plan.
+fn optimum(topology: &Topology, loads: &[u32], min_quota: u32, goal: &Goal) -> f64 {
     let ranks = topology.ranks();
     let scale = f64::from(loads.iter().sum::<u32>().max(1)) / ranks as f64;
     let mut program = microlp::Problem::new(OptimizationDirection::Minimize);
-    let tau = program.add_var(1.0, (0.0, ranks as f64));
+    let (tau_price, replica_price, most) = match *goal {
+        Goal::Threshold => (1.0, 0.0, ranks as f64),
+        Goal::Replicas(tau) => (0.0, 1.0, f64::from(tau) / scale),
+    };
+    let tau = program.add_var(tau_price, (0.0, most));
     let mut rank_load: Vec<Vec<(Variable, f64)>> = vec![vec![(tau, -1.0)]; ranks];
     let mut slots: Vec<Vec<(Variable, f64)>> = vec![Vec::new(); ranks];
     let mut masters = vec![0.0; ranks];
@@ -24,7 +36,7 @@ fn optimum(topology: &Topology, loads: &[u32], min_quota: u32) -> f64 {
         masters[home] += load;
         let mut exported = Vec::new();
         for r in (0..ranks).filter(|&r| r != home && tokens >= min_quota) {
-            let (u, z) = (program.add_var(0.0, (0.0, load)), program.add_binary_var(0.0));
+            let (u, z) = (program.add_var(0.0, (0.0, load)), program.add_binary_var(replica_price));
             program.add_constraint([(u, 1.0), (z, -load)], ComparisonOp::Le, 0.0);
             program.add_constraint([(u, 1.0), (z, -f64::from(min_quota) / scale)], ComparisonOp::Ge, 0.0);
             rank_load[r].push((u, 1.0));
@@ -38,9 +50,14 @@ fn optimum(topology: &Topology, loads: &[u32], min_quota: u32) -> f64 {
         program.add_constraint(&slots[r], ComparisonOp::Le, topology.slots(Rank::new(r)) as f64);
         program.add_constraint(&rank_load[r], ComparisonOp::Le, -masters[r]);
     }
-    let outcome = program.solve().expect("masters alone are a plan");
+    let outcome = program.solve().expect("there is a plan");
     assert!(outcome.is_optimal(), "{:?}", outcome.termination_reason());
-    outcome.into_solution().expect("a solution").objective() * scale
+    let objective = outcome.into_solution().expect("a solution").objective();
+    if matches!(goal, Goal::Threshold) { objective * scale } else { objective }
+}
+
+fn expert_loads(counts: &[u32], experts: usize) -> Vec<u32> {
+    (0..experts).map(|e| counts.iter().skip(e).step_by(experts).sum()).collect()
 }
 
 /// Solves `instances` instances at `beta` 1; returns how many exceed the optimum by over 0.5%.
@@ -64,8 +81,7 @@ fn run_instances(instances: u64, tokens: usize, min_quota: impl Fn(&mut Rng) -> 
         if close && seed % 8 != 0 {
             continue;
         }
-        let loads: Vec<u32> = (0..experts).map(|e| counts.iter().skip(e).step_by(experts).sum()).collect();
-        let best = optimum(&topology, &loads, params.min_quota);
+        let best = optimum(&topology, &expert_loads(&counts, experts), params.min_quota, &Goal::Threshold);
         // Real-valued quotas and the solver's tolerance leave less than one token.
         assert!(reached > best - 1.0, "seed {seed}: {reached} is below the optimum {best}");
         assert!(f64::from(outcome.lower_bound) < best + 1.0, "seed {seed}: {outcome:?}, optimum {best}");
@@ -94,4 +110,24 @@ fn with_the_default_least_quota_too() {
 fn with_a_huge_least_quota_mostly() {
     let over = run_instances(120, 4096, |rng| [64, 256, 1024][rng.below(3)]);
     assert!(over <= 10, "{over} of 120");
+}
+
+/// At the default target, no plan of these instances has fewer replicas.
+#[test]
+fn replicas_are_as_few_as_can_be() {
+    for seed in 0..60 {
+        let mut rng = Rng(seed);
+        let ranks = 3 + rng.below(4);
+        let experts = ranks * (1 + rng.below(2));
+        let topology = topology(ranks, experts, ranks, 1 + rng.below(2));
+        let (ratio, skew) = (1.2 + rng.unit() * 1.8, [Skew::Power, Skew::HotRank][rng.below(2)]);
+        let counts = skewed(&mut rng, &topology, skew, ratio, 32_768);
+        let params = UltraepParams { min_quota: 1, ..UltraepParams::default() };
+        let (plan, ..) = run(&mut Ultraep::new(&topology, params), &topology, &counts);
+        let target = params.beta.of_mean_floor(32_768 * ranks as u64, ranks as u64);
+        if plan.domains()[0].threshold <= target {
+            let best = optimum(&topology, &expert_loads(&counts, experts), 1, &Goal::Replicas(target));
+            assert_eq!(plan.replicas() as f64, best.round(), "seed {seed}: {topology:?}");
+        }
+    }
 }

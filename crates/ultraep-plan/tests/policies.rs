@@ -178,3 +178,25 @@ fn edges_of_the_input() {
         }
     }
 }
+
+#[test]
+fn slow_ranks_get_less_and_ranks_without_weight_no_replica() {
+    let mut speeds = vec![FULL_SPEED; 8];
+    (speeds[2], speeds[5]) = (FULL_SPEED / 2, 0);
+    let topology = topology(8, 16, 8, 2).with_speeds(&speeds).expect("valid");
+    for seed in 0..50 {
+        let mut rng = Rng(seed);
+        let counts: Vec<u32> = (0..8 * 16).map(|_| 500 + rng.below(1000) as u32).collect();
+        let params = UltraepParams { min_quota: 1, ..UltraepParams::default() };
+        let (plan, report, _) = run(&mut Ultraep::new(&topology, params), &topology, &counts);
+        // 7.5 ranks' worth of speed: the mean is total / 7.5 at full speed and half of it on rank 2.
+        let mean = report.total_tokens as f64 / 7.5;
+        let outcome = plan.domains()[0];
+        if outcome.stop == StopReason::TargetReached {
+            assert!(f64::from(outcome.threshold) <= 1.01 * mean);
+            assert!(f64::from(report.rank_load_after[2]) <= 1.01 * mean / 2.0);
+        }
+        assert!(outcome.stop == StopReason::TargetReached || outcome.lower_bound as f64 > 0.99 * mean, "{outcome:?}");
+        assert!(report.rank_load_after[5] <= report.rank_load_before[5]);
+    }
+}

@@ -8,6 +8,7 @@ use crate::{Domain, FULL_SPEED, MAX_SLOTS, Rank, Ratio, Topology};
 /// One domain's loads and room. Ranks and experts are counted from the domain's first.
 #[derive(Clone, Debug)]
 pub(crate) struct Field {
+    domain: Option<Domain>,
     /// First rank of the domain in the group.
     pub(crate) first_rank: usize,
     /// First expert of the domain in the group.
@@ -33,6 +34,7 @@ impl Field {
     pub(crate) fn new(topology: &Topology, min_quota: u32) -> Self {
         let ranks = topology.domain_ranks();
         Self {
+            domain: None,
             first_rank: 0,
             first_expert: 0,
             load: vec![0; ranks],
@@ -48,20 +50,28 @@ impl Field {
 
     /// Takes the loads (`[E]`, whole group) of a domain.
     pub(crate) fn enter(&mut self, topology: &Topology, domain: Domain, loads: &[u32]) {
-        let ranks = topology.domain_range(domain);
-        let experts = topology.domain_experts(domain);
-        self.first_rank = ranks.start;
-        self.first_expert = experts.start;
+        if self.domain != Some(domain) {
+            self.settle_in(topology, domain);
+        }
         self.experts.clear();
-        self.experts.extend_from_slice(&loads[experts.clone()]);
-        self.total = 0;
-        for (r, rank) in ranks.map(Rank::new).enumerate() {
-            let masters = topology.masters(rank);
-            self.load[r] = loads[masters.clone()].iter().sum();
-            self.total += self.load[r];
+        self.experts.extend_from_slice(&loads[topology.domain_experts(domain)]);
+        let mut start = 0;
+        for (load, &end) in self.load.iter_mut().zip(&self.masters[1..]) {
+            *load = self.experts[start..end as usize].iter().sum();
+            start = end as usize;
+        }
+        self.total = self.experts.iter().sum();
+    }
+
+    /// Takes what a domain has at all times.
+    fn settle_in(&mut self, topology: &Topology, domain: Domain) {
+        self.domain = Some(domain);
+        self.first_rank = topology.domain_range(domain).start;
+        self.first_expert = topology.domain_experts(domain).start;
+        for (r, rank) in topology.domain_range(domain).map(Rank::new).enumerate() {
             self.slots[r] = topology.replica_slots(rank) as u16;
             self.speed[r] = if topology.speed(rank) == 0 { FULL_SPEED } else { topology.speed(rank) };
-            self.masters[r + 1] = (masters.end - experts.start) as u16;
+            self.masters[r + 1] = (topology.masters(rank).end - self.first_expert) as u16;
         }
     }
 
