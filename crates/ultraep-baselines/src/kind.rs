@@ -4,7 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use ultraep_plan::{
-    Greedy, GreedyParams, HardwareModel, Plan, Policy, Ratio, Topology, Ultraep, UltraepParams, UltraepV1,
+    Greedy, GreedyParams, HardwareModel, Plan, Policy, Rank, Ratio, Topology, Ultraep, UltraepParams, UltraepV1,
     UltraepV1Params, Unbalanced,
 };
 
@@ -214,4 +214,23 @@ pub fn plan_for(kind: PolicyKind, topology: &Topology) -> Plan {
         _ => total_slots(topology),
     };
     Plan::with_capacity(topology, replicas)
+}
+
+/// Physical experts that a rank needs room for under a policy: masters, then as many more as its plans may place there.
+/// The largest over all ranks; every physical index of the policy's plans is below it.
+pub fn physical_per_rank(kind: PolicyKind, topology: &Topology) -> usize {
+    let masters = |rank: Rank| topology.masters(rank).len();
+    let ranks = || (0..topology.ranks()).map(Rank::new);
+    let most_masters = ranks().map(masters).max().unwrap_or(0);
+    let foreign = |rank: Rank| match kind {
+        PolicyKind::None | PolicyKind::Ideal => 0,
+        // Masters may all be away, and the rank full of others.
+        PolicyKind::Eplb => topology.physical_experts(rank),
+        // All experts of the domain.
+        PolicyKind::Llep => topology.domain_experts(topology.domain_of(rank)).len() - masters(rank),
+        // One donor.
+        PolicyKind::MoonEp => most_masters,
+        _ => topology.slots(rank),
+    };
+    ranks().map(|rank| masters(rank) + foreign(rank)).max().unwrap_or(0)
 }
