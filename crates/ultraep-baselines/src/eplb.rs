@@ -17,7 +17,7 @@
 
 use ultraep_plan::{Domain, Expert, Plan, PlanRules, Policy, Problem, Rank, SlotRule, SolveError, Topology};
 
-use crate::draft::{Amounts, Bound, Draft};
+use crate::draft::{Amounts, Bound, Draft, total_slots};
 use crate::heuristic::{Packer, Replicator, weight};
 use crate::history::{History, HistoryParams};
 use crate::kind::BuildError;
@@ -81,8 +81,8 @@ impl Eplb {
             topology: topology.clone(),
             groups: params.groups,
             history: History::new(topology.experts(), params.history),
-            placement: Vec::new(),
-            draft: Draft::default(),
+            placement: Vec::with_capacity(topology.experts() + total_slots(topology)),
+            draft: Draft::with_capacity(topology, topology.experts() + total_slots(topology)),
             packing: Packing::default(),
         })
     }

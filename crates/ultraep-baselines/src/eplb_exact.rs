@@ -15,7 +15,7 @@ use std::cmp::Reverse;
 
 use ultraep_plan::{Domain, Expert, Plan, PlanRules, Policy, Problem, Rank, SlotRule, SolveError, Topology};
 
-use crate::draft::{Amounts, Bound, Draft, column_sums};
+use crate::draft::{Amounts, Bound, Draft, total_slots};
 use crate::heuristic::{Replicator, weight};
 
 /// The policy. Stateless between microbatches.
@@ -39,11 +39,11 @@ impl EplbExact {
     pub fn new(topology: &Topology) -> Self {
         Self {
             topology: topology.clone(),
-            draft: Draft::default(),
-            totals: Vec::with_capacity(topology.experts()),
+            draft: Draft::with_capacity(topology, topology.experts() + total_slots(topology)),
+            totals: vec![0; topology.experts()],
             copies: Vec::with_capacity(topology.experts()),
-            replicator: Replicator::default(),
-            replicas: Vec::new(),
+            replicator: Replicator::with_capacity(topology.experts()),
+            replicas: Vec::with_capacity(total_slots(topology)),
             rank_weights: Vec::with_capacity(topology.ranks()),
             free_slots: Vec::with_capacity(topology.ranks()),
             holds: Vec::with_capacity(topology.ranks()),
@@ -105,7 +105,7 @@ impl Policy for EplbExact {
     fn solve(&mut self, problem: &Problem<'_>, plan: &mut Plan) -> Result<(), SolveError> {
         SolveError::check_topology(&self.topology, problem)?;
         let (topology, ranks) = (&self.topology, self.topology.ranks());
-        column_sums(problem, &mut self.totals);
+        problem.expert_loads(&mut self.totals);
         let slots = |r: usize| if topology.speed(Rank::new(r)) == 0 { 0 } else { topology.slots(Rank::new(r)) };
         self.free_slots.clear();
         self.free_slots.extend((0..ranks).map(slots));

@@ -49,6 +49,11 @@ pub(crate) struct Replicator {
 }
 
 impl Replicator {
+    /// Room for `experts` experts.
+    pub(crate) fn with_capacity(experts: usize) -> Self {
+        Self { heap: BinaryHeap::with_capacity(experts) }
+    }
+
     /// Makes up to `extra` copies of the experts with these loads, each of which has one copy to begin with. `may_grow`
     /// (index, copies so far) can refuse an expert its next copy for good; `created` hears the index of the expert of
     /// each new copy, in order. `O((E + extra) log E)`.

@@ -8,6 +8,7 @@ use ultraep_plan::{
     UltraepV1Params, Unbalanced,
 };
 
+use crate::draft::total_slots;
 use crate::{Eplb, EplbExact, EplbParams, Llep, LlepParams, Lplb, LplbParams, MastersOnly, MoonEp};
 
 /// Every policy of the project.
@@ -203,14 +204,33 @@ pub fn build(kind: PolicyKind, topology: &Topology, params: &PolicyParams) -> Re
 
 /// An empty plan with room for what a policy makes on `topology`, so that solving allocates nothing for it.
 pub fn plan_for(kind: PolicyKind, topology: &Topology) -> Plan {
-    let slots = || (0..topology.ranks()).map(|r| topology.slots(Rank::new(r))).sum::<usize>();
     let replicas = match kind {
         PolicyKind::None | PolicyKind::Ideal => 0,
         // Every physical expert may be away from its home.
-        PolicyKind::Eplb => topology.experts() + slots(),
-        // No limit. A piece fills a rank or ends an expert, but for those under the least piece.
-        PolicyKind::Llep | PolicyKind::MoonEp => topology.experts() + topology.ranks(),
-        _ => slots(),
+        PolicyKind::Eplb => topology.experts() + total_slots(topology),
+        // No slot limit, but one of their own.
+        PolicyKind::Llep => 2 * topology.experts() + topology.ranks(),
+        PolicyKind::MoonEp => topology.experts() + topology.ranks(),
+        _ => total_slots(topology),
     };
     Plan::with_capacity(topology, replicas)
+}
+
+/// Physical experts that a rank needs room for under a policy: masters, then as many more as its plans may place there.
+/// The largest over all ranks; every physical index of the policy's plans is below it.
+pub fn physical_per_rank(kind: PolicyKind, topology: &Topology) -> usize {
+    let masters = |rank: Rank| topology.masters(rank).len();
+    let ranks = || (0..topology.ranks()).map(Rank::new);
+    let most_masters = ranks().map(masters).max().unwrap_or(0);
+    let foreign = |rank: Rank| match kind {
+        PolicyKind::None | PolicyKind::Ideal => 0,
+        // Masters may all be away, and the rank full of others.
+        PolicyKind::Eplb => topology.physical_experts(rank),
+        // All experts of the domain.
+        PolicyKind::Llep => topology.domain_experts(topology.domain_of(rank)).len() - masters(rank),
+        // One donor.
+        PolicyKind::MoonEp => most_masters,
+        _ => topology.slots(rank),
+    };
+    ranks().map(|rank| masters(rank) + foreign(rank)).max().unwrap_or(0)
 }

@@ -24,7 +24,7 @@ mod moonep;
 pub use eplb::{Eplb, EplbParams, ExpertGroups};
 pub use eplb_exact::EplbExact;
 pub use history::{History, HistoryParams};
-pub use kind::{BuildError, ParsePolicyError, PolicyKind, PolicyParams, build, plan_for};
+pub use kind::{BuildError, ParsePolicyError, PolicyKind, PolicyParams, build, physical_per_rank, plan_for};
 pub use llep::{Llep, LlepParams};
 pub use lplb::{Lplb, LplbParams};
 pub use masters::MastersOnly;

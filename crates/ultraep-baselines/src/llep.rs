@@ -13,7 +13,8 @@
 //! ```
 //!
 //! Pieces of one expert on one rank become one instance. No limit on copies: the report says how many the fullest rank
-//! needs. `O(E G log G)` and one sort for each further piece. Ranks with speed weight 0 take no spill.
+//! needs. A piece ends an expert or fills a rank, and a full rank gets room again only when one of its masters spills, so
+//! there are at most `2 E + N` pieces away from home. `O(E G log G)` and one sort for each further piece. Ranks with speed weight 0 take no spill.
 
 use std::cmp::Reverse;
 
@@ -21,7 +22,7 @@ use ultraep_plan::{
     Domain, Expert, Plan, PlanRules, Policy, Problem, Rank, Ratio, SlotRule, SolveError, SplitRule, Topology,
 };
 
-use crate::draft::{Amounts, Bound, Draft, column_sums};
+use crate::draft::{Amounts, Bound, Draft};
 
 /// Parameters of [`Llep`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,8 +64,8 @@ impl Llep {
         Self {
             topology: topology.clone(),
             params,
-            draft: Draft::default(),
-            totals: Vec::with_capacity(topology.experts()),
+            draft: Draft::with_capacity(topology, 3 * topology.experts() + topology.ranks()),
+            totals: vec![0; topology.experts()],
             order: Vec::with_capacity(topology.experts()),
             others: Vec::with_capacity(topology.ranks()),
             assigned: Vec::with_capacity(topology.ranks()),
@@ -156,7 +157,7 @@ impl Policy for Llep {
 
     fn solve(&mut self, problem: &Problem<'_>, plan: &mut Plan) -> Result<(), SolveError> {
         SolveError::check_topology(&self.topology, problem)?;
-        column_sums(problem, &mut self.totals);
+        problem.expert_loads(&mut self.totals);
         self.draft.clear();
         self.assigned.clear();
         self.assigned.resize(self.topology.ranks(), 0);

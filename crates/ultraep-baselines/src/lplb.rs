@@ -24,7 +24,7 @@ use ultraep_plan::{
     Domain, Expert, Plan, PlanRules, Policy, Problem, Rank, SlotRule, SolveError, SplitRule, StopReason, Topology,
 };
 
-use crate::draft::{Amounts, Bound, Draft, Shape, column_sums};
+use crate::draft::{Amounts, Bound, Draft, Shape};
 use crate::heuristic::weight;
 use crate::history::{History, HistoryParams};
 
@@ -66,8 +66,8 @@ impl Lplb {
             history: History::new(topology.experts(), params.history),
             replicas: Vec::new(),
             ranges: vec![0..0; topology.domains()],
-            draft: Draft::default(),
-            totals: Vec::new(),
+            draft: Draft::with_capacity(topology, 2 * topology.experts()),
+            totals: vec![0; topology.experts()],
         }
     }
 
@@ -151,7 +151,7 @@ impl Policy for Lplb {
 
     fn solve(&mut self, problem: &Problem<'_>, plan: &mut Plan) -> Result<(), SolveError> {
         SolveError::check_topology(&self.topology, problem)?;
-        column_sums(problem, &mut self.totals);
+        problem.expert_loads(&mut self.totals);
         self.draft.clear();
         let mut gave_up = vec![false; self.topology.domains()];
         for domain in (0..self.topology.domains()).map(Domain::new) {

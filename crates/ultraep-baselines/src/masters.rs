@@ -2,7 +2,7 @@
 
 use ultraep_plan::{Plan, PlanRules, Policy, Problem, SlotRule, SolveError, SplitRule, Topology};
 
-use crate::draft::{Amounts, Bound, Draft, column_sums};
+use crate::draft::{Amounts, Bound, Draft};
 
 /// Every expert's master takes all of its load.
 #[derive(Clone, Debug)]
@@ -16,7 +16,12 @@ pub struct MastersOnly {
 impl MastersOnly {
     /// For `topology`, under the name `name`.
     pub fn new(name: &'static str, topology: &Topology) -> Self {
-        Self { name, topology: topology.clone(), draft: Draft::default(), totals: Vec::new() }
+        Self {
+            name,
+            topology: topology.clone(),
+            draft: Draft::with_capacity(topology, topology.experts()),
+            totals: vec![0; topology.experts()],
+        }
     }
 }
 
@@ -31,7 +36,7 @@ impl Policy for MastersOnly {
 
     fn solve(&mut self, problem: &Problem<'_>, plan: &mut Plan) -> Result<(), SolveError> {
         SolveError::check_topology(&self.topology, problem)?;
-        column_sums(problem, &mut self.totals);
+        problem.expert_loads(&mut self.totals);
         self.draft.clear();
         self.draft.push_masters(&self.topology, &self.totals);
         self.draft.finish(problem, Amounts::Quotas(SplitRule::LocalFirstExact), Bound::DomainMean, plan);

@@ -19,7 +19,7 @@
 
 use ultraep_plan::{Domain, Expert, Plan, PlanRules, Policy, Problem, Rank, SlotRule, SolveError, SplitRule, Topology};
 
-use crate::draft::{Amounts, Bound, Draft, column_sums};
+use crate::draft::{Amounts, Bound, Draft};
 use crate::kind::BuildError;
 
 /// A receiver waiting for tokens of its donor.
@@ -49,8 +49,8 @@ impl MoonEp {
         }
         Ok(Self {
             topology: topology.clone(),
-            draft: Draft::default(),
-            totals: Vec::with_capacity(topology.experts()),
+            draft: Draft::with_capacity(topology, 2 * topology.experts() + topology.ranks()),
+            totals: vec![0; topology.experts()],
             balance: Vec::with_capacity(topology.ranks()),
             moves: Vec::with_capacity(topology.ranks()),
         })
@@ -115,7 +115,7 @@ impl Policy for MoonEp {
 
     fn solve(&mut self, problem: &Problem<'_>, plan: &mut Plan) -> Result<(), SolveError> {
         SolveError::check_topology(&self.topology, problem)?;
-        column_sums(problem, &mut self.totals);
+        problem.expert_loads(&mut self.totals);
         self.draft.clear();
         self.moves.clear();
         for domain in (0..self.topology.domains()).map(Domain::new) {

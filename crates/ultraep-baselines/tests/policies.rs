@@ -1,7 +1,7 @@
 //! One table of cases and one runner for all policies of the project: every plan passes the checker, its split is exact
 //! where the rule says so, equal inputs give equal plans, and a dirty workspace changes nothing.
 
-use ultraep_baselines::{PolicyKind, PolicyParams, build, ideal, plan_for};
+use ultraep_baselines::{PolicyKind, PolicyParams, build, ideal, physical_per_rank, plan_for};
 use ultraep_load::{LoadParams, Workload, generate};
 use ultraep_plan::{
     PlanReport, Problem, Ratio, SplitRule, SplitWorkspace, Topology, TopologySpec, check_plan, check_split,
@@ -89,6 +89,8 @@ fn run(kind: PolicyKind, case: &Case) -> Option<Vec<PlanReport>> {
             assert_eq!(of_split.largest_miss, 0, "{at}: quotas and split agree");
         }
         assert_eq!(of_split.remote_tokens, report.remote_tokens, "{at}");
+        let room = physical_per_rank(kind, &case.topology);
+        assert!(plan.instances().iter().all(|i| i.physical.index() < room), "{at}: room for {room}");
         let again = plan.clone();
         policy.solve(&problem, &mut plan).unwrap();
         assert_eq!((digest_plan(&plan), &plan), (digest_plan(&again), &again), "{at}: solving again");
@@ -108,6 +110,25 @@ fn every_policy_serves_every_case() {
         let expected: &[&str] =
             if matches!(kind, PolicyKind::Eplb | PolicyKind::MoonEp) { &["speeds differ"] } else { &[] };
         assert_eq!(skipped, expected, "{kind}");
+    }
+}
+
+/// From the very first microbatch on; `lplb`'s linear program is the one exception.
+#[test]
+fn solving_allocates_nothing() {
+    for kind in PolicyKind::ALL.into_iter().filter(|&kind| kind != PolicyKind::Lplb) {
+        for case in cases() {
+            let Ok(mut policy) = build(kind, &case.topology, &params()) else { continue };
+            let mut plan = plan_for(kind, &case.topology);
+            for counts in &case.microbatches {
+                let problem = Problem::new(&case.topology, counts).unwrap();
+                let mut result = Ok(());
+                let used = allocation_counter::measure(|| result = policy.solve(&problem, &mut plan));
+                result.unwrap();
+                assert_eq!(used.count_total, 0, "{kind}: {}", case.name);
+                policy.observe(&problem);
+            }
+        }
     }
 }
 

@@ -3,13 +3,13 @@
 use std::path::Path;
 
 use ultraep_baselines::{PolicyKind, PolicyParams};
-use ultraep_load::{LoadMatrix, read_file};
+use ultraep_load::{LoadMatrix, LoadParams, Workload, generate, read_file};
 use ultraep_plan::{HardwareModel, Ratio, Topology, TopologySpec};
 
 use crate::error::CliError;
 
 /// The group beside what the loads say.
-#[derive(Clone, Copy, Debug, clap::Args)]
+#[derive(Clone, Debug, clap::Args)]
 pub(crate) struct GroupArgs {
     /// Slots for replicas on each rank
     #[arg(long, value_name = "R")]
@@ -17,13 +17,31 @@ pub(crate) struct GroupArgs {
     /// Ranks in a domain; replicas stay in their master's domain [default: all ranks]
     #[arg(long, value_name = "G")]
     pub(crate) domain: Option<usize>,
+    /// Slots of every rank, where ranks differ; replaces --slots
+    #[arg(long, value_name = "R,R,...", value_delimiter = ',')]
+    pub(crate) rank_slots: Vec<usize>,
+    /// Speed of every rank: 1024 is full speed, 0 gets no replica [default: all 1024]
+    #[arg(long, value_name = "S,S,...", value_delimiter = ',')]
+    pub(crate) rank_speeds: Vec<u32>,
 }
 
 impl GroupArgs {
+    /// A group with the same slots on every rank, one domain, all ranks at full speed.
+    pub(crate) fn uniform(slots: usize, domain: Option<usize>) -> Self {
+        Self { slots, domain, rank_slots: Vec::new(), rank_speeds: Vec::new() }
+    }
+
     pub(crate) fn topology(&self, ranks: usize, experts: usize) -> Result<Topology, CliError> {
         let domain_ranks = self.domain.unwrap_or(ranks);
         let spec = TopologySpec { ranks, experts, domain_ranks, slots_per_rank: self.slots };
-        Topology::new(spec).map_err(CliError::input)
+        let mut topology = Topology::new(spec).map_err(CliError::input)?;
+        if !self.rank_slots.is_empty() {
+            topology = topology.with_slots(&self.rank_slots).map_err(CliError::input)?;
+        }
+        if !self.rank_speeds.is_empty() {
+            topology = topology.with_speeds(&self.rank_speeds).map_err(CliError::input)?;
+        }
+        Ok(topology)
     }
 }
 
@@ -95,6 +113,49 @@ impl HardwareArgs {
             reroute_ps,
         }
     }
+}
+
+/// A synthetic load.
+#[derive(Clone, Copy, Debug, clap::Args)]
+pub(crate) struct WorkloadArgs {
+    /// Ranks in the group
+    #[arg(long, default_value_t = 64, value_name = "N")]
+    pub(crate) ranks: usize,
+    /// Logical experts
+    #[arg(long, default_value_t = 256, value_name = "E")]
+    pub(crate) experts: usize,
+    /// Imbalance before balancing, where the workload takes a target
+    #[arg(long, default_value = "2", value_name = "RATIO")]
+    pub(crate) ratio: Ratio,
+    /// Which load is generated
+    #[arg(long, default_value_t = Workload::HotRankZipf, value_name = "NAME")]
+    pub(crate) workload: Workload,
+    /// Tokens of each source rank
+    #[arg(long, default_value_t = 4096, value_name = "TOKENS")]
+    pub(crate) tokens: u32,
+    /// Experts that a token chooses
+    #[arg(long, default_value_t = 8, value_name = "K")]
+    pub(crate) top_k: u32,
+    /// Equal seeds give equal loads on every machine
+    #[arg(long, default_value_t = 1)]
+    pub(crate) seed: u64,
+    /// Microbatch, for workloads that move with time
+    #[arg(long, default_value_t = 7, value_name = "INDEX")]
+    pub(crate) microbatch: u32,
+}
+
+impl WorkloadArgs {
+    pub(crate) fn generate(&self, topology: &Topology) -> Result<LoadMatrix, CliError> {
+        let &Self { ratio, tokens: tokens_per_rank, top_k, seed, microbatch, .. } = self;
+        let params = LoadParams { tokens_per_rank, top_k, ratio, seed, microbatch };
+        generate(self.workload, topology, &params).map_err(CliError::input)
+    }
+}
+
+/// All workloads, one a line, for `--help`.
+pub(crate) fn workload_list() -> String {
+    let line = |workload: Workload| format!("  {workload:<16} {}\n", workload.description());
+    Workload::ALL.map(line).concat()
 }
 
 /// All policies, one a line, for `--help`.

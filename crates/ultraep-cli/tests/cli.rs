@@ -141,6 +141,22 @@ fn masters_are_listed_where_ranks_differ() {
 }
 
 #[test]
+fn ranks_may_differ_in_slots_and_speed() {
+    let files = Files::new();
+    let args = ["plan", &files.path("loads.csv"), "--slots", "1", "--min-quota", "1", "--json"];
+    let plan = |extra: &[&str]| json(&[&args[..], extra].concat());
+    assert_eq!(plan(&[]).get("rank_speeds"), None);
+    let slots = plan(&["--rank-slots", "0,0,4,4,0,0,0,0"]);
+    assert_eq!(slots["slots_per_rank"], serde_json::json!([0, 0, 4, 4, 0, 0, 0, 0]));
+    let ranks = slots["instances"].as_array().unwrap().iter().filter(|i| i["slot"].as_u64() >= Some(2));
+    assert!(ranks.map(|i| i["rank"].as_u64().unwrap()).all(|rank| rank == 2 || rank == 3));
+    let speeds = plan(&["--rank-speeds", "1024,1024,1024,512,1024,1024,1024,0"]);
+    assert_eq!(speeds["rank_speeds"][3], 512);
+    let load = |rank: usize| speeds["rank_load_after"][rank].as_u64().unwrap();
+    assert!(load(3) < load(2) && speeds["rank_load_after"][7] == speeds["rank_load_before"][7]);
+}
+
+#[test]
 fn plan_prints_a_table_and_bars() {
     let files = Files::new();
     let args = ["plan", &files.path("loads.json"), "--slots", "2", "--min-quota", "1", "--policy", "greedy", "--split"];
@@ -187,6 +203,25 @@ fn compare_shows_all_policies_side_by_side() {
     assert!(table.contains("* plans from earlier microbatches"));
     let two = json(&[&args[..], &["--policies", "none,greedy", "--json"]].concat());
     assert_eq!(two["policies"].as_array().unwrap().len(), 2);
+}
+
+#[test]
+fn generated_loads_are_files_that_plan_reads() {
+    let files = Files::new();
+    let plan = |name: &str| {
+        let path = files.path(name);
+        let args = ["load", &path, "--ranks", "8", "--experts", "32", "--ratio", "2.5", "--tokens", "1000"];
+        ultraep(&args).assert().success().stdout("").stderr("");
+        json(&["plan", &path, "--slots", "2", "--min-quota", "1", "--json"])
+    };
+    let (csv, of_json, npy) = (plan("made.csv"), plan("made.json"), plan("made.npy"));
+    assert!(csv == of_json && csv == npy);
+    assert!((csv["imbalance_before"].as_f64().unwrap() - 2.5).abs() <= 0.025);
+    assert_eq!(csv["total_tokens"], 8 * 1000 * 8);
+    ultraep(&["load", "no such folder/loads.csv"])
+        .assert()
+        .code(1)
+        .stderr(starts_with("error: no such folder/loads.csv: "));
 }
 
 #[test]
@@ -256,6 +291,10 @@ fn bad_input_is_one_clear_line() {
         (plan(&file("huge.csv", "4294967296\n")), "is no count: allowed are integers from 0 to 2147483647"),
         (plan(&file("sum.csv", "2147483647,1\n")), "sum.csv: 2147483648 tokens in all: allowed are up to 2147483647"),
         (plan(&file("few.csv", "1\n2\n")), "1 experts on 2 ranks: allowed are 2 (one a rank)"),
+        (more(&["--rank-slots", "1,2"]), "slots: 2 values for 8 ranks"),
+        (more(&["--rank-slots", "1,x"]), "invalid value 'x' for '--rank-slots"),
+        (more(&["--rank-speeds", "1,1,1,1,1,1,1,2000"]), "speed weight 2000: allowed are 0 (no replica here) to 1024"),
+        (more(&["--rank-speeds", "0,0,0,0,0,0,0,0"]), "every rank of domain 0 has speed weight 0"),
         (words("compare --slots 1"), "<LOADS>..."),
         (
             words(&format!("compare {loads} {other} --slots 1")),
@@ -265,6 +304,9 @@ fn bad_input_is_one_clear_line() {
         (more(&["--link-bytes-per-s", "0"]), "0 is not in 1.."),
         (more(&["--row-ps", "fast"]), "invalid value 'fast' for '--row-ps <PS>'"),
         (words("bench"), "subcommand"),
+        (words("load"), "<OUT>"),
+        (words("load loads.txt"), "loads.txt: unknown extension: allowed are .json, .csv, .npy"),
+        (words("load loads.csv --top-k 0"), "top-0: allowed are 1 to 256"),
         (words("bench plan --ranks 0"), "0 ranks: allowed are 1 to 1024"),
         (words("bench plan --ranks 2000 --experts 2000"), "2000 ranks: allowed are 1 to 1024"),
         (words("bench plan --experts 5000"), "5000 experts on 64 ranks: allowed are 64 (one a rank) to 4096"),
@@ -285,7 +327,9 @@ fn bad_input_is_one_clear_line() {
 
 #[test]
 fn help_has_examples_and_version_is_printed() {
-    for command in [&["plan"][..], &["compare"], &["bench", "plan"], &["bench", "split"], &["bench", "reroute"]] {
+    for command in
+        [&["plan"][..], &["compare"], &["load"], &["bench", "plan"], &["bench", "split"], &["bench", "reroute"]]
+    {
         let args = [command, &["--help"]].concat();
         ultraep(&args).assert().success().stdout(contains("Examples:\n  ultraep ")).stderr("");
     }

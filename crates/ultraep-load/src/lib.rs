@@ -12,7 +12,9 @@
 mod generate;
 mod matrix;
 mod read;
+mod write;
 
 pub use generate::{GenerateError, LoadParams, ParseWorkloadError, Workload, generate};
 pub use matrix::{LoadMatrix, MatrixError};
 pub use read::{Cell, FileError, Format, MAX_FILE_BYTES, ReadError, parse, read_file};
+pub use write::write;

@@ -1,7 +1,7 @@
 //! Load files: what is read, and what is refused with which words.
 
 use proptest::prelude::*;
-use ultraep_load::{FileError, Format, LoadMatrix, parse, read_file};
+use ultraep_load::{FileError, Format, LoadMatrix, parse, read_file, write};
 
 fn ok(format: Format, bytes: &[u8]) -> LoadMatrix {
     parse(format, bytes).unwrap_or_else(|e| panic!("{format:?}: {e}"))
@@ -127,6 +127,18 @@ fn files_are_named_in_errors() {
 }
 
 proptest! {
+    #[test]
+    fn what_is_written_is_read_back(rows in 1_usize..6, columns in 1_usize..9, seed in any::<u32>()) {
+        let count = |i: usize| (seed.wrapping_mul(i as u32 * 2 + 1)) >> (8 + i % 24);
+        let matrix = LoadMatrix::new(rows, columns, (0..rows * columns).map(count).collect()).unwrap();
+        for format in [Format::Json, Format::Csv, Format::Npy] {
+            let mut file = Vec::new();
+            write(&matrix, format, &mut file).unwrap();
+            let read = parse(format, &file);
+            prop_assert_eq!(read.as_ref(), Ok(&matrix));
+        }
+    }
+
     #[test]
     fn cut_and_changed_files_never_panic(cut in 0_usize..200, at in 0_usize..200, byte in any::<u8>()) {
         let files = [

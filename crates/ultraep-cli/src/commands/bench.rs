@@ -5,22 +5,22 @@ use std::io::Write;
 
 use comfy_table::{CellAlignment, Table, presets};
 use serde::Serialize;
-use ultraep_baselines::{PolicyKind, build, plan_for};
-use ultraep_load::{LoadMatrix, LoadParams, Workload, generate};
+use ultraep_baselines::{HistoryParams, PolicyKind, build, plan_for};
+use ultraep_load::LoadMatrix;
 use ultraep_plan::{
-    Cursor, Plan, Policy, Problem, Rank, Ratio, RouteTable, SplitWorkspace, Tally, Topology, digest_counts,
-    digest_plan, split_all, split_source,
+    Cursor, Plan, Policy, Problem, Rank, RouteTable, SplitWorkspace, Tally, Topology, digest_counts, digest_plan,
+    split_all, split_source,
 };
 
 use super::write_json;
 use crate::error::CliError;
-use crate::input::{GroupArgs, PolicyArgs};
+use crate::input::{GroupArgs, PolicyArgs, WorkloadArgs};
 use crate::timing::{Times, measure, pretty};
 
 /// What is measured.
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum Bench {
-    /// From counts to a plan; floor: reading the count matrix once
+    /// From counts to a plan; floor: reading the count matrix once (historical policies have met the load before)
     #[command(after_help = EXAMPLES)]
     Plan(Args),
     /// From a plan to the shares of a source; floor: copying the source's row or the matrix once
@@ -40,33 +40,14 @@ const EXAMPLES: &str = "Examples:
 /// The problem and how often to solve it.
 #[derive(Clone, Copy, Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Ranks in the group
-    #[arg(long, default_value_t = 64, value_name = "N")]
-    ranks: usize,
-    /// Logical experts
-    #[arg(long, default_value_t = 256, value_name = "E")]
-    experts: usize,
+    #[command(flatten)]
+    workload: WorkloadArgs,
     /// Slots for replicas on each rank
     #[arg(long, default_value_t = 2, value_name = "R")]
     slots: usize,
     /// Ranks in a domain [default: all ranks]
     #[arg(long, value_name = "G")]
     domain: Option<usize>,
-    /// Imbalance before balancing
-    #[arg(long, default_value = "2", value_name = "RATIO")]
-    ratio: Ratio,
-    /// Which load is generated
-    #[arg(long, default_value_t = Workload::HotRankZipf, value_name = "NAME")]
-    workload: Workload,
-    /// Tokens of each source rank
-    #[arg(long, default_value_t = 4096, value_name = "TOKENS")]
-    tokens: u32,
-    /// Experts that a token chooses
-    #[arg(long, default_value_t = 8, value_name = "K")]
-    top_k: u32,
-    /// Seed of the load
-    #[arg(long, default_value_t = 1)]
-    seed: u64,
     /// Which policy plans
     #[arg(long, default_value_t, value_name = "NAME")]
     policy: PolicyKind,
@@ -136,28 +117,21 @@ impl Bench {
             Self::Split(args) => ("split", args, split),
             Self::Reroute(args) => ("reroute", args, reroute),
         };
-        let group = GroupArgs { slots: args.slots, domain: args.domain };
-        let topology = group.topology(args.ranks, args.experts)?;
-        let params = LoadParams {
-            tokens_per_rank: args.tokens,
-            top_k: args.top_k,
-            ratio: args.ratio,
-            seed: args.seed,
-            microbatch: 7,
-        };
-        let load = generate(args.workload, &topology, &params).map_err(CliError::input)?;
+        let group = GroupArgs::uniform(args.slots, args.domain);
+        let topology = group.topology(args.workload.ranks, args.workload.experts)?;
+        let load = args.workload.generate(&topology)?;
         let subject = Subject { args, topology: &topology, load: &load };
         let record = Record {
             schema: "ultraep.bench/1",
             bench: name,
             policy: args.policy.name(),
-            workload: args.workload.name(),
-            ranks: args.ranks,
-            experts: args.experts,
+            workload: args.workload.workload.name(),
+            ranks: args.workload.ranks,
+            experts: args.workload.experts,
             slots_per_rank: args.slots,
             domain: topology.domain_ranks(),
-            tokens_per_rank: args.tokens,
-            top_k: args.top_k,
+            tokens_per_rank: args.workload.tokens,
+            top_k: args.workload.top_k,
             imbalance_before: imbalance(&load, &topology),
             iterations: args.iterations,
             lines: lines(&subject)?,
@@ -182,8 +156,14 @@ struct Subject<'a> {
 const OWN: Rank = Rank::new(0);
 
 impl Subject<'_> {
+    /// The policy, which has met this load before if it plans from history.
     fn policy(&self) -> Result<Box<dyn Policy>, CliError> {
-        build(self.args.policy, self.topology, &self.args.params.params()).map_err(CliError::input)
+        let mut params = self.args.params.params();
+        params.eplb.history = HistoryParams { window: 1, interval: 1 };
+        params.lplb.history = params.eplb.history;
+        let mut policy = build(self.args.policy, self.topology, &params).map_err(CliError::input)?;
+        policy.observe(&self.problem()?);
+        Ok(policy)
     }
 
     fn problem(&self) -> Result<Problem<'_>, CliError> {
@@ -226,9 +206,18 @@ fn plan(subject: &Subject<'_>) -> Result<Vec<Line>, CliError> {
     Ok(vec![Line::new("plan", only, floor, digest), Line::new("plan + own split", both, floor, of_both)])
 }
 
-/// Reads every count once.
+/// Reads every count once, with the widest vectors of the processor.
 fn read(counts: &[u32]) -> u32 {
-    counts.iter().fold(0, |sum, &count| sum ^ count)
+    struct Read<'a>(&'a [u32]);
+    impl pulp::NullaryFnOnce for Read<'_> {
+        type Output = u32;
+
+        #[inline(always)]
+        fn call(self) -> u32 {
+            self.0.iter().fold(0, |all, &count| all ^ count)
+        }
+    }
+    pulp::Arch::new().dispatch(Read(counts))
 }
 
 fn split(subject: &Subject<'_>) -> Result<Vec<Line>, CliError> {
@@ -282,7 +271,7 @@ fn reroute(subject: &Subject<'_>) -> Result<Vec<Line>, CliError> {
     let physical_per_rank = plan.instances().iter().map(|i| i.physical.index() + 1).max().unwrap_or(1);
     let mut table = RouteTable::new(topology, physical_per_rank);
     table.prepare(&plan, &shares).map_err(|e| internal(&e))?;
-    let ids = choices(subject.load.row(OWN.index()), subject.args.top_k as usize);
+    let ids = choices(subject.load.row(OWN.index()), subject.args.workload.top_k as usize);
     let sparse = sparse(subject, &table, &ids).map_err(|e| internal(&e))?;
     let (forward, backward) = dense(subject, &table, &ids).map_err(|e| internal(&e))?;
     Ok(vec![sparse, forward, backward])
@@ -304,10 +293,10 @@ fn sparse(subject: &Subject<'_>, table: &RouteTable, ids: &[i32]) -> Result<Line
 
 fn dense(subject: &Subject<'_>, table: &RouteTable, ids: &[i32]) -> Result<(Line, Line), ultraep_plan::AssignError> {
     let (experts, width) = (subject.topology.experts(), table.physical_experts());
-    let tokens = ids.len() / subject.args.top_k as usize;
+    let tokens = ids.len() / subject.args.workload.top_k as usize;
     let (mut mask, mut values) = (vec![0_u8; tokens * experts], vec![0.0_f32; tokens * experts]);
     for (choice, &id) in ids.iter().enumerate() {
-        let at = choice / subject.args.top_k as usize * experts + id as usize;
+        let at = choice / subject.args.workload.top_k as usize * experts + id as usize;
         mask[at] = 1;
         values[at] = 1.0 + choice as f32;
     }

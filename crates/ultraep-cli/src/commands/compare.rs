@@ -9,7 +9,7 @@ use ultraep_baselines::{HistoryParams, PolicyKind, PolicyParams};
 use ultraep_load::LoadMatrix;
 use ultraep_plan::Topology;
 
-use super::write_json;
+use super::{PerRank, write_json};
 use crate::error::CliError;
 use crate::evaluate::{Evaluator, quotient};
 use crate::input::{GroupArgs, HardwareArgs, PolicyArgs, policy_list, read_loads};
@@ -63,7 +63,7 @@ struct Comparison {
     schema: &'static str,
     ranks: usize,
     experts: usize,
-    slots_per_rank: usize,
+    slots_per_rank: PerRank,
     domain: usize,
     microbatches: usize,
     total_tokens: u64,
@@ -128,7 +128,7 @@ fn compare(args: &Args, topology: &Topology, loads: &[LoadMatrix]) -> Result<Com
         schema: "ultraep.compare/1",
         ranks: topology.ranks(),
         experts: topology.experts(),
-        slots_per_rank: args.group.slots,
+        slots_per_rank: PerRank::slots(topology),
         domain: topology.domain_ranks(),
         microbatches: loads.len(),
         total_tokens: loads.iter().map(|l| u64::from(l.total())).sum(),

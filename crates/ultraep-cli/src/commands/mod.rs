@@ -2,10 +2,14 @@
 
 mod bench;
 mod compare;
+mod load;
 mod plan;
 mod train;
 
 use std::io::Write;
+
+use serde::{Serialize, Serializer};
+use ultraep_plan::{Rank, Topology};
 
 use crate::error::CliError;
 
@@ -18,6 +22,8 @@ pub(crate) enum Command {
     Plan(plan::Args),
     /// Compare all policies on the same loads
     Compare(compare::Args),
+    /// Write a synthetic load to a file
+    Load(load::Args),
     /// Measure how long planning, splitting and rerouting take
     #[command(subcommand, arg_required_else_help = false)]
     Bench(bench::Bench),
@@ -33,14 +39,48 @@ impl Command {
             Self::Rank(args) => train::run_as_rank(args, out),
             Self::Plan(args) => plan::run(args, out),
             Self::Compare(args) => compare::run(args, out),
+            Self::Load(args) => load::run(args),
             Self::Bench(bench) => bench.run(out),
         }
     }
 }
 
 /// Writes JSON on one line.
-fn write_json(out: &mut dyn Write, value: &impl serde::Serialize) -> Result<(), CliError> {
+fn write_json(out: &mut dyn Write, value: &impl Serialize) -> Result<(), CliError> {
     serde_json::to_writer(&mut *out, value)?;
     writeln!(out)?;
     Ok(())
+}
+
+/// One number, or one a rank where ranks differ.
+#[derive(Debug)]
+struct PerRank(Vec<usize>);
+
+impl PerRank {
+    fn masters(topology: &Topology) -> Self {
+        Self((0..topology.ranks()).map(|r| topology.masters(Rank::new(r)).len()).collect())
+    }
+
+    fn slots(topology: &Topology) -> Self {
+        Self((0..topology.ranks()).map(|r| topology.slots(Rank::new(r))).collect())
+    }
+}
+
+impl Serialize for PerRank {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match &self.0[..] {
+            [first, rest @ ..] if rest.iter().all(|n| n == first) => first.serialize(serializer),
+            all => all.serialize(serializer),
+        }
+    }
+}
+
+impl std::fmt::Display for PerRank {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let range = (self.0.iter().min(), self.0.iter().max());
+        match range {
+            (Some(least), Some(most)) if least != most => write!(f, "{least} to {most}"),
+            (most, _) => write!(f, "{}", most.copied().unwrap_or(0)),
+        }
+    }
 }

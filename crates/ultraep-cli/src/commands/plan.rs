@@ -4,11 +4,13 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use comfy_table::{Table, presets};
-use serde::{Serialize, Serializer};
+use serde::Serialize;
 use ultraep_baselines::{PolicyKind, PolicyParams};
-use ultraep_plan::{Expert, Plan, PlanReport, Problem, Rank, SplitWorkspace, StopReason, Topology, split_source};
+use ultraep_plan::{
+    Expert, FULL_SPEED, Plan, PlanReport, Problem, Rank, SplitWorkspace, StopReason, Topology, split_source,
+};
 
-use super::write_json;
+use super::{PerRank, write_json};
 use crate::error::{CliError, note};
 use crate::evaluate::{Evaluator, Outcome, quotient};
 use crate::input::{GroupArgs, HardwareArgs, PolicyArgs, policy_list, read_loads};
@@ -77,8 +79,10 @@ struct Json<'a> {
     ranks: usize,
     experts: usize,
     masters_per_rank: PerRank,
-    slots_per_rank: usize,
+    slots_per_rank: PerRank,
     domain: usize,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rank_speeds: Option<&'a [u32]>,
     threshold: Vec<u32>,
     lower_bound: Vec<u32>,
     stop_reason: &'static str,
@@ -95,19 +99,6 @@ struct Json<'a> {
     digest: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     split: Option<Vec<JsonShare>>,
-}
-
-/// One number, or one a rank where ranks differ.
-#[derive(Debug)]
-struct PerRank(Vec<usize>);
-
-impl Serialize for PerRank {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        match &self.0[..] {
-            [first, rest @ ..] if rest.iter().all(|n| n == first) => first.serialize(serializer),
-            all => all.serialize(serializer),
-        }
-    }
 }
 
 #[derive(Debug, Serialize)]
@@ -159,9 +150,10 @@ impl<'a> Answer<'a> {
             policy: self.args.policy.name(),
             ranks: topology.ranks(),
             experts: topology.experts(),
-            masters_per_rank: PerRank((0..topology.ranks()).map(|r| topology.masters(Rank::new(r)).len()).collect()),
-            slots_per_rank: self.args.group.slots,
+            masters_per_rank: PerRank::masters(topology),
+            slots_per_rank: PerRank::slots(topology),
             domain: topology.domain_ranks(),
+            rank_speeds: topology.speeds().iter().any(|&s| s != FULL_SPEED).then(|| topology.speeds()),
             threshold: plan.domains().iter().map(|d| d.threshold).collect(),
             lower_bound: plan.domains().iter().map(|d| d.lower_bound).collect(),
             stop_reason: stop_name(self.stop()),
@@ -204,7 +196,7 @@ impl<'a> Answer<'a> {
             self.args.policy,
             topology.experts(),
             topology.ranks(),
-            self.args.group.slots,
+            PerRank::slots(topology),
             topology.domain_ranks()
         )?;
         writeln!(out, "{}", self.summary())?;

@@ -76,6 +76,26 @@ impl Workload {
         }
     }
 
+    /// One line for `--help`.
+    pub const fn description(self) -> &'static str {
+        match self {
+            Self::Balanced => "every expert the same",
+            Self::HotExperts => "a few neighbouring experts are hot",
+            Self::HotRank => "one rank is hot",
+            Self::SpreadHot => "one hot expert on each rank: experts differ, ranks do not (no target)",
+            Self::RaggedSources => "sources differ in tokens, power-law experts",
+            Self::IdleRank => "one rank's experts get no token (no target)",
+            Self::RotatingHotspot => "the hot rank moves on with every microbatch",
+            Self::Burst => "even, but every eighth microbatch has a hot rank",
+            Self::HotRankZipf => "ranks follow Zipf's law in random order",
+            Self::PowerLaw => "experts follow a power law in order",
+            Self::ShuffledHomes => "experts follow a power law in random order",
+            Self::Drift => "a power law whose hot experts change over 16 microbatches",
+            Self::OneExpert => "every token chooses one expert (no target)",
+            Self::SilentRank => "one source rank has no tokens, power-law experts",
+        }
+    }
+
     /// Whether the target ratio shapes the load of this microbatch.
     pub const fn takes_ratio(self, microbatch: u32) -> bool {
         match self {
