@@ -4,8 +4,8 @@
 use std::ops::Range;
 
 use candle_core::{Device, Result, Tensor, Var};
-use rand::{RngCore, SeedableRng};
-use rand_pcg::Pcg64Mcg;
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{Rng, SeedableRng};
 use ultraep_device::ExpertShape;
 
 use crate::{ModelConfig, VOCABULARY};
@@ -122,7 +122,7 @@ fn fan_in(inputs: usize) -> f32 {
 fn fill(seed: u64, name: &str, deviation: f32, values: &mut [f32]) {
     let hash =
         name.bytes().fold(0xCBF2_9CE4_8422_2325 ^ seed, |h: u64, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01B3));
-    let mut rng = Pcg64Mcg::seed_from_u64(hash);
+    let mut rng = ChaCha8Rng::seed_from_u64(hash);
     let range = deviation * 3f32.sqrt();
     for value in values {
         let unit = (rng.next_u32() >> 8) as f32 / (1u32 << 23) as f32 - 1.0;

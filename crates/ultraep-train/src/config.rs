@@ -160,6 +160,9 @@ impl TrainConfig {
             }
         }
         let beta: Ratio = self.beta.parse().map_err(|error| TrainError::Beta { beta: self.beta.clone(), error })?;
+        if beta.num() < beta.den() {
+            return Err(TrainError::BetaBelowOne(self.beta.clone()));
+        }
         let interval = self.eplb_interval_steps * self.microbatches as usize;
         let params = PolicyParams {
             beta,

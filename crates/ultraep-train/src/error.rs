@@ -33,6 +33,9 @@ pub enum TrainError {
         /// What is wrong with it.
         error: ParseRatioError,
     },
+    /// A target below perfect balance.
+    #[error("target imbalance {0}: the largest rank load cannot be below the mean; allowed is 1 and more")]
+    BetaBelowOne(String),
     /// The bandwidth is no positive number.
     #[error("link of {0} Gbit/s: it must be a positive number")]
     Link(f64),

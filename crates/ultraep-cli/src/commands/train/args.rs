@@ -9,7 +9,7 @@ use ultraep_train::{RouterChoice, TrainConfig};
 
 /// Arguments of `ultraep train`.
 #[derive(Debug, clap::Args)]
-#[command(after_help = EXAMPLES)]
+#[command(after_help = EXAMPLES, args_override_self = true)]
 pub(crate) struct Args {
     /// Text to train on: files or folders. Default: sources, Markdown and documentation that the Rust toolchain and this
     /// project have on this machine

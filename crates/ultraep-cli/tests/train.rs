@@ -1,0 +1,285 @@
+//! `ultraep train` as a user runs it: both fabrics, wrong input, a rank killed, Ctrl-C, resume.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use assert_cmd::cargo::cargo_bin;
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// A run of a second: three ranks, one layer.
+const TINY: [&str; 28] = [
+    "train",
+    "--ranks",
+    "3",
+    "--hidden",
+    "16",
+    "--heads",
+    "2",
+    "--layers",
+    "1",
+    "--experts",
+    "7",
+    "--top-k",
+    "2",
+    "--intermediate",
+    "16",
+    "--sequences",
+    "2",
+    "--sequence-tokens",
+    "16",
+    "--min-quota",
+    "1",
+    "--warmup",
+    "1",
+    "--compare-every",
+    "2",
+    "--steps",
+    "4",
+    "--checked",
+];
+
+struct Bench {
+    folder: TempDir,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let folder = TempDir::new().unwrap();
+        let lines = |i: usize| format!("line {i} of a text that is long enough, {} and {}\n", i * 7 % 31, i * i % 97);
+        fs::write(folder.path().join("text.md"), (0..200).map(lines).collect::<String>()).unwrap();
+        Self { folder }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(cargo_bin("ultraep"));
+        command.args(TINY).arg("--text").arg(self.path("text.md")).arg("--runs").arg(self.path("runs"));
+        command.args(arguments).stdin(Stdio::null());
+        command
+    }
+
+    fn run(&self, arguments: &[&str]) -> Output {
+        self.command(arguments).output().unwrap()
+    }
+
+    /// Run folders, oldest first.
+    fn runs(&self) -> Vec<PathBuf> {
+        let mut runs: Vec<_> = fs::read_dir(self.path("runs")).unwrap().map(|e| e.unwrap().path()).collect();
+        runs.sort();
+        runs
+    }
+}
+
+fn json(output: &Output) -> Value {
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&output.stdout)
+        .unwrap_or_else(|e| panic!("{e}: {}", String::from_utf8_lossy(&output.stdout)))
+}
+
+/// The last line of stderr, which must be the error, and the exit code.
+fn error(output: &Output) -> (String, i32) {
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    let line = stderr.lines().rfind(|line| line.starts_with("error: ")).unwrap_or_else(|| panic!("no error: {stderr}"));
+    assert!(!stderr.contains("panicked"), "{stderr}");
+    (line.to_string(), output.status.code().unwrap())
+}
+
+fn tensor_bytes(checkpoint: &Value) -> Vec<Vec<u8>> {
+    let folder = Path::new(checkpoint.as_str().unwrap());
+    let mut files: Vec<_> = fs::read_dir(folder).unwrap().map(|e| e.unwrap().path()).collect();
+    files.retain(|path| path.extension().is_some_and(|e| e == "safetensors"));
+    files.sort();
+    files.iter().map(|path| fs::read(path).unwrap()).collect()
+}
+
+#[test]
+fn threads_and_processes_train_the_same_model_bit_for_bit() {
+    let bench = Bench::new();
+    let threads = json(&bench.run(&["--json"]));
+    let processes = json(&bench.run(&["--json", "--fabric", "processes"]));
+    assert_eq!(threads["final_loss"], processes["final_loss"]);
+    assert!(tensor_bytes(&threads["checkpoint"]) == tensor_bytes(&processes["checkpoint"]), "the weights differ");
+    assert_eq!(threads["table"]["rows"].as_array().unwrap().len(), 5);
+    assert!(threads["gradient_difference"].as_f64().unwrap() < 1e-5);
+    assert!(threads["reference_loss_difference"].as_f64().unwrap() < 1e-4);
+}
+
+#[test]
+fn the_run_folder_holds_what_is_documented() {
+    let bench = Bench::new();
+    let output = bench.run(&[]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let screen = String::from_utf8_lossy(&output.stdout);
+    for word in ["ultraep", "eplb-exact", "ideal", "of\nideal".split('\n').next().unwrap(), "largest difference"] {
+        assert!(screen.contains(word), "{word} is missing on the screen:\n{screen}");
+    }
+    let run = &bench.runs()[0];
+    let info: Value = serde_json::from_slice(&fs::read(run.join("run.json")).unwrap()).unwrap();
+    assert_eq!(info["status"]["state"], "finished");
+    assert_eq!(info["config"]["ranks"], 3);
+    let lines = fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    let of = |kind: &str| lines.lines().filter(|l| l.contains(&format!("\"type\":\"{kind}\""))).count();
+    assert_eq!((of("step"), of("reference"), of("policy")), (4, 4, 10));
+    let table: Value = serde_json::from_slice(&fs::read(run.join("table.json")).unwrap()).unwrap();
+    assert_eq!(table["rows"][0]["policy"], "none");
+    assert!(fs::read_to_string(run.join("table.md")).unwrap().contains("| ultraep |"));
+    let reader = ultraep_run::RunReader::open(run).unwrap();
+    let trace = reader.trace().unwrap().unwrap();
+    assert_eq!(trace.records(), 4, "one record a step, layer and microbatch");
+}
+
+#[test]
+fn wrong_input_is_one_line_and_exit_code_2() {
+    let bench = Bench::new();
+    fs::write(bench.path("empty.md"), "").unwrap();
+    fs::write(bench.path("short.md"), "a few words\n").unwrap();
+    let with_text = |name: &str| {
+        let mut command = Command::new(cargo_bin("ultraep"));
+        command.args(TINY).arg("--runs").arg(bench.path("runs")).arg("--text").arg(bench.path(name));
+        command.output().unwrap()
+    };
+    let cases = [
+        (with_text("nowhere"), "nowhere"),
+        (with_text("empty.md"), "empty"),
+        (with_text("short.md"), "short"),
+        (bench.run(&["--policy", "magic"]), "magic"),
+        (bench.run(&["--fabric", "pigeons"]), "threads"),
+        (bench.run(&["--ranks", "9"]), "7 experts on 9 ranks"),
+        (bench.run(&["--domain", "2"]), "domains of 2"),
+        (bench.run(&["--slots", "9999"]), "9999 slots"),
+        (bench.run(&["--heads", "3"]), "3 heads"),
+        (bench.run(&["--top-k", "8"]), "top-8 of 7"),
+        (bench.run(&["--beta", "0.5"]), "0.5"),
+        (bench.run(&["--link-gbps", "0"]), "positive"),
+        (bench.run(&["--steps", "0"]), "steps"),
+        (bench.run(&["--resume", "/nowhere/at/all"]), "/nowhere/at/all"),
+    ];
+    for (output, word) in cases {
+        let (line, code) = error(&output);
+        assert!(line.contains(word), "expected {word:?} in {line}");
+        assert_eq!(code, 2, "{line}");
+    }
+    assert!(!bench.path("runs").exists(), "nothing was begun");
+}
+
+/// Starts a long run and waits until it has trained some steps.
+fn started(bench: &Bench, arguments: &[&str]) -> (Child, BufReader<std::process::ChildStderr>) {
+    let mut command =
+        bench.command(&["--steps", "100000", "--no-reference", "--compare-every", "0", "--save-every", "5"]);
+    let mut child = command.args(arguments).stderr(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let stderr = BufReader::new(child.stderr.take().unwrap());
+    let deadline = Instant::now() + Duration::from_secs(60);
+    let saved =
+        || fs::read_dir(bench.path("runs")).ok()?.next()?.ok()?.path().join("checkpoints").read_dir().ok()?.next();
+    while saved().is_none() {
+        assert!(Instant::now() < deadline, "no step within a minute");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    (child, stderr)
+}
+
+/// Waits for the end, at most a minute, and gives the error line and the exit code.
+fn ended(mut child: Child, stderr: BufReader<std::process::ChildStderr>) -> (String, i32) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    let status = loop {
+        match child.try_wait().unwrap() {
+            Some(status) => break status,
+            None if Instant::now() > deadline => {
+                child.kill().unwrap();
+                panic!("the run hangs");
+            }
+            None => std::thread::sleep(Duration::from_millis(50)),
+        }
+    };
+    let lines: Vec<String> = stderr.lines().map_while(Result::ok).collect();
+    let line = lines.iter().rfind(|l| l.starts_with("error: ")).unwrap_or_else(|| panic!("no error in {lines:?}"));
+    (line.clone(), status.code().unwrap())
+}
+
+fn signal(pid: u32, name: &str) {
+    assert!(Command::new("kill").arg(format!("-{name}")).arg(pid.to_string()).status().unwrap().success());
+}
+
+fn children(pid: u32) -> Vec<u32> {
+    let text = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
+    text.split_whitespace().map(|pid| pid.parse().unwrap()).collect()
+}
+
+#[test]
+fn a_killed_rank_is_named_and_leaves_nothing_behind() {
+    let bench = Bench::new();
+    let (child, stderr) = started(&bench, &["--fabric", "processes"]);
+    let ranks = children(child.id());
+    assert_eq!(ranks.len(), 3);
+    signal(ranks[2], "KILL");
+    let (line, code) = ended(child, stderr);
+    assert!(line.contains("rank 2") && line.contains('9'), "{line}");
+    assert_eq!(code, 1);
+    for rank in ranks {
+        assert!(!Path::new(&format!("/proc/{rank}")).exists(), "process {rank} is left");
+    }
+    let checkpoint = ultraep_train::find_checkpoint(&bench.runs()[0]).unwrap();
+    assert!(checkpoint.exists(), "what was saved is there");
+}
+
+#[test]
+fn ranks_do_not_outlive_their_parent() {
+    let bench = Bench::new();
+    let (mut child, _stderr) = started(&bench, &["--fabric", "processes"]);
+    let ranks = children(child.id());
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while ranks.iter().any(|rank| Path::new(&format!("/proc/{rank}")).exists()) {
+        assert!(Instant::now() < deadline, "orphans are left");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+#[test]
+fn an_interrupt_saves_and_the_run_can_be_taken_up() {
+    for fabric in ["threads", "processes"] {
+        let bench = Bench::new();
+        let (child, stderr) = started(&bench, &["--fabric", fabric]);
+        let ranks = children(child.id());
+        signal(child.id(), "INT");
+        if fabric == "processes" {
+            // A terminal sends it to the whole group.
+            ranks.iter().for_each(|&rank| signal(rank, "INT"));
+        }
+        let (line, code) = ended(child, stderr);
+        assert_eq!(code, 1, "{fabric}: {line}");
+        let run = bench.runs().remove(0);
+        let info: Value = serde_json::from_slice(&fs::read(run.join("run.json")).unwrap()).unwrap();
+        assert_eq!(info["status"]["state"], "interrupted", "{fabric}: {line}");
+        let checkpoint = ultraep_train::find_checkpoint(&run).unwrap();
+        let step: u64 = checkpoint.file_name().unwrap().to_str().unwrap()["step-".len()..].parse().unwrap();
+        let mut again = bench.command(&["--json", "--no-reference", "--compare-every", "0"]);
+        let steps = (step + 3).to_string();
+        let result = json(&again.arg("--resume").arg(&run).args(["--steps", &steps]).output().unwrap());
+        assert_eq!(result["steps"], step + 3, "{fabric}");
+        let reader = ultraep_run::RunReader::open(&run).unwrap();
+        assert_eq!(reader.trace().unwrap().unwrap().records(), step + 3, "{fabric}: every step once");
+    }
+}
+
+#[test]
+fn a_full_disk_is_told_with_the_file() {
+    // A device that is always full stands in for the disk.
+    if !Path::new("/dev/full").exists() {
+        println!("SKIP: no /dev/full here");
+        return;
+    }
+    let bench = Bench::new();
+    let output = bench.command(&["--runs", "/proc/no-runs-here"]).output().unwrap();
+    let (line, code) = error(&output);
+    assert!(line.contains("/proc/no-runs-here"), "{line}");
+    assert_eq!(code, 1);
+}
