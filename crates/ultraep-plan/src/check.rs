@@ -324,9 +324,9 @@ fn check_thresholds(
                 speed if rules.speeds && speed > 0 => speed,
                 _ => FULL_SPEED,
             };
-            let got = (u64::from(rank_loads[rank.index()]) * u64::from(FULL_SPEED)).div_ceil(u64::from(speed));
-            // Thresholds saturate: at a low speed a load can count as more than they hold.
-            let got = got.min(u64::from(u32::MAX));
+            let weighed = (u64::from(rank_loads[rank.index()]) * u64::from(FULL_SPEED)).div_ceil(u64::from(speed));
+            // Thresholds are 32 bits wide; beyond, all are as bad.
+            let got = weighed.min(u64::from(u32::MAX));
             if got > u64::from(outcome.threshold) {
                 return Err(PlanViolation::Threshold { rank, got, expected: outcome.threshold });
             }

@@ -72,7 +72,7 @@ pub enum StopReason {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DomainOutcome {
     /// `tau`: the rank load that no rank of the domain exceeds under the quotas. Where ranks have speed weights, a rank's
-    /// load counts as `ceil(load * FULL_SPEED / speed)` (a rank of weight 0 counts at full speed), at most `u32::MAX`.
+    /// load counts as `ceil(load * FULL_SPEED / speed)`, at most `u32::MAX` (a rank of weight 0 counts at full speed).
     pub threshold: u32,
     /// A proven lower bound on the largest rank load of any plan in this domain.
     pub lower_bound: u32,
