@@ -200,3 +200,21 @@ fn slow_ranks_get_less_and_ranks_without_weight_no_replica() {
         assert!(report.rank_load_after[5] <= report.rank_load_before[5]);
     }
 }
+
+/// Many ranks a little over the target and one idle rank with few slots: the excess must be passed on from rank to rank.
+#[test]
+fn a_rank_of_idle_experts_is_used_as_far_as_its_slots_allow() {
+    for (ranks, experts, slots) in [(64, 128, 1), (64, 256, 2), (32, 256, 2), (16, 64, 2), (8, 32, 1)] {
+        let topology = topology(ranks, experts, ranks, slots);
+        let row: Vec<u32> =
+            (0..experts).map(|e| if e < experts / ranks { 0 } else { 32_768 / experts as u32 }).collect();
+        let counts = row.repeat(ranks);
+        let params = UltraepParams { min_quota: 1, ..UltraepParams::default() };
+        let (plan, ..) = run(&mut Ultraep::new(&topology, params), &topology, &counts);
+        let outcome = plan.domains()[0];
+        assert!(
+            matches!(outcome.stop, StopReason::TargetReached | StopReason::LowerBound),
+            "{ranks} ranks: {outcome:?}"
+        );
+    }
+}

@@ -51,6 +51,8 @@ pub(crate) enum Order {
     Smallest,
     /// The one with most excess left, until it no longer is.
     Alternate,
+    /// As `Smallest`, but while receivers have fewer slots than there are donors, a donor hands its excess to another.
+    Merge,
     /// The one with the largest expert: it fills the receiver with most slack, and may fall below its capacity.
     Fill,
 }
@@ -136,13 +138,16 @@ impl Builder {
         self.receivers.extend_from_slice(&self.receivers_at_first);
         self.free.copy_from_slice(&field.slots);
         self.left.extend_from_slice(&field.experts);
-        if style.order == Order::Smallest {
+        if matches!(style.order, Order::Smallest | Order::Merge) {
             self.donors.reverse();
         }
         if style.order == Order::Fill {
             return self.fill(field);
         }
         while let Some(donor) = self.donors.pop() {
+            if style.order == Order::Merge && self.scarce() && self.merge(field, rank(donor), amount(donor)) {
+                continue;
+            }
             match self.relieve(field, rank(donor), amount(donor), style) {
                 Some(0) => {}
                 Some(need) => {
@@ -152,6 +157,34 @@ impl Builder {
                 }
                 None => return false,
             }
+        }
+        true
+    }
+
+    /// Whether the receivers have fewer free slots than there are donors, the one just taken included.
+    fn scarce(&self) -> bool {
+        let slots: usize = self.receivers.iter().map(|&k| usize::from(self.free[rank(k)])).sum();
+        slots < self.donors.len() + 1
+    }
+
+    /// Hands all `need` of `donor` to the donor still waiting that has a free slot and the largest expert to pass on
+    /// (ties: lower rank). `false` when there is none, or no expert for it.
+    fn merge(&mut self, field: &Field, donor: usize, need: u32) -> bool {
+        let (expert, piece) = (self.largest_of(field, donor), need.max(field.min_quota));
+        let waiting = (0..self.donors.len()).filter(|&d| self.free[rank(self.donors[d])] > 0);
+        let size = |d: usize| {
+            (self.left[self.largest_of(field, rank(self.donors[d]))], u16::MAX - rank(self.donors[d]) as u16)
+        };
+        let Some(at) = waiting.max_by_key(|&d| size(d)).filter(|_| self.left[expert] >= piece) else { return false };
+        let other = self.donors.remove(at);
+        self.free[rank(other)] -= 1;
+        self.push(field, expert, rank(other), piece);
+        // The least waits last.
+        let other = key(amount(other) + piece, rank(other));
+        let at = self.donors.partition_point(|&k| k > other);
+        self.donors.insert(at, other);
+        if piece > need && self.free[donor] > 0 {
+            self.insert(key(piece - need, donor));
         }
         true
     }

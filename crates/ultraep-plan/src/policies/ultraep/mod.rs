@@ -13,7 +13,7 @@
 //! goal   = max(beta * mean, bound)
 //! loads already within the goal: masters only
 //! build replicas at the goal in several ways                       (construct)
-//!   none fits: bisect for the least threshold at which one does
+//!   none fits: search upwards for a threshold at which one does, in doubling steps, then by bisection
 //! of those that fit, keep the one with fewest replicas, then fewest sends of a rank, then the earlier way
 //! ```
 //!
@@ -28,7 +28,8 @@
 //! # Cost
 //!
 //! `O(N * E)` once for the column sums, then for each construction `O(G log G + replicas * (log G + M) + donors * G)`, at
-//! most six at the goal, and six for each of the `log2(largest load)` steps of the bisection when the goal is missed.
+//! most seven (eleven with a least quota) at the goal, and as many for each of the about `2 * log2(gap)` steps of the
+//! search when the goal is missed.
 
 mod construct;
 mod field;
@@ -62,15 +63,19 @@ impl Default for UltraepParams {
     }
 }
 
+/// The search above a missed goal starts with steps of the goal over this.
+const FIRST_STEP: u32 = 1024;
+
 /// Ways tried first: they leave no replica's work to a rank that is relieved itself.
 const PLAIN: [Style; 2] = [way(Order::Smallest, Waste::Leave), way(Order::Largest, Waste::Leave)];
 
 /// Ways for tight cases, where every slot must count.
-const TIGHT: [Style; 4] = [
+const TIGHT: [Style; 5] = [
     way(Order::Largest, Waste::Hand),
     way(Order::Smallest, Waste::Hand),
     way(Order::Alternate, Waste::Hand),
     way(Order::Fill, Waste::Leave),
+    way(Order::Merge, Waste::Hand),
 ];
 
 /// Ways for cases that `u_min` makes tight.
@@ -151,7 +156,7 @@ impl Ultraep {
         }
         let mut tau = goal;
         if !self.keep_best_of_first(goal) {
-            tau = self.bisect(goal + 1, largest);
+            tau = self.search(goal + 1, largest);
             if tau < largest {
                 self.keep_best_of_first(tau);
             }
@@ -159,19 +164,31 @@ impl Ultraep {
         outcome(tau)
     }
 
-    /// The least threshold in `low..=high` at which a construction was seen to fit; at `high` no replica is needed.
-    fn bisect(&mut self, mut low: u32, mut high: u32) -> u32 {
+    /// A threshold in `low..=high` at which a construction fits, one token below which none was seen to: steps from `low`
+    /// up that double, then bisection between the last two. At `high` no replica is needed. (Fitting is not monotone in
+    /// the threshold; small steps first find a threshold near `low` where a bisection of the whole range may not.)
+    fn search(&mut self, mut low: u32, mut high: u32) -> u32 {
+        let mut step = (low / FIRST_STEP).max(1);
+        while low < high {
+            let probe = low.saturating_add(step).min(high);
+            if probe == high || self.fits(probe) {
+                high = probe;
+                break;
+            }
+            low = probe + 1;
+            step = step.saturating_mul(2);
+        }
         while low < high {
             let middle = low + (high - low) / 2;
-            let mut styles = self.stages().into_iter().flatten();
-            self.builder.prepare(&self.field, middle);
-            if styles.any(|&style| self.builder.build(&self.field, style)) {
-                high = middle;
-            } else {
-                low = middle + 1;
-            }
+            if self.fits(middle) { high = middle } else { low = middle + 1 }
         }
         high
+    }
+
+    /// Whether a construction fits at `tau`.
+    fn fits(&mut self, tau: u32) -> bool {
+        self.builder.prepare(&self.field, tau);
+        self.stages().into_iter().flatten().any(|&style| self.builder.build(&self.field, style))
     }
 
     /// The ways to build, in the order tried. Without a least quota nothing is gained by swapping.
