@@ -15,6 +15,7 @@
 //! build replicas at the goal in several ways                       (construct)
 //!   none fits: search upwards for a threshold at which one does, in doubling steps, then by bisection
 //! of those that fit, keep the one with fewest replicas, then fewest sends of a rank, then the earlier way
+//! exchange pieces so that the busiest rank sends fewer copies      (level)
 //! ```
 //!
 //! The bound is proven, so a plan at the bound is optimal and says so ([`StopReason::LowerBound`]).
@@ -33,6 +34,7 @@
 
 mod construct;
 mod field;
+mod level;
 mod price;
 
 use alloc::vec;
@@ -45,6 +47,7 @@ use crate::{
 };
 use construct::{Builder, Order, Small, Style, Waste};
 use field::Field;
+use level::Leveller;
 use price::{PASSES, Pricer, evenly, squares};
 
 /// Parameters of policy `ultraep`.
@@ -67,7 +70,7 @@ impl Default for UltraepParams {
 const FIRST_STEP: u32 = 1024;
 
 /// Ways tried first: they leave no replica's work to a rank that is relieved itself.
-const PLAIN: [Style; 2] = [way(Order::Smallest, Waste::Leave), way(Order::Largest, Waste::Leave)];
+const PLAIN: [Style; 2] = [way(Order::HottestThenSmallest, Waste::Leave), way(Order::Largest, Waste::Leave)];
 
 /// Ways for tight cases, where every slot must count.
 const TIGHT: [Style; 5] = [
@@ -99,8 +102,7 @@ pub struct Ultraep {
     field: Field,
     builder: Builder,
     best: Vec<Move>,
-    /// Copies sent by each rank, `[N]`, to compare constructions.
-    sends: Vec<u16>,
+    leveller: Leveller,
     emitter: Emitter,
     /// Present when the predicted time decides instead of `beta`.
     pricer: Option<Pricer>,
@@ -117,7 +119,7 @@ impl Ultraep {
             field: Field::new(topology, params.min_quota),
             builder: Builder::new(topology),
             best: Vec::with_capacity(total_slots(topology)),
-            sends: vec![0; topology.ranks()],
+            leveller: Leveller::new(topology),
             emitter: Emitter::new(topology),
             pricer: None,
         }
@@ -213,11 +215,14 @@ impl Ultraep {
             if best.is_some_and(|(fewest, _)| replicas > fewest) {
                 continue;
             }
-            let score = (replicas, self.most_sends());
+            let score = (replicas, self.leveller.enter(&self.topology, &self.field, tau, &self.builder.moves));
             if best.is_none_or(|b| score < b) {
                 best = Some(score);
                 core::mem::swap(&mut self.best, &mut self.builder.moves);
             }
+        }
+        if best.is_some() {
+            self.leveller.level(&self.topology, &self.field, tau, &mut self.best);
         }
         best.is_some()
     }
@@ -248,6 +253,7 @@ impl Ultraep {
                     continue;
                 }
                 fits = true;
+                self.leveller.level(&self.topology, &self.field, tau, &mut self.builder.moves);
                 let (price, sends) = pricer.price(&self.topology, &self.field, &self.builder.moves);
                 let score = (price, self.builder.moves.len(), sends);
                 if score < best.0 {
@@ -259,15 +265,6 @@ impl Ultraep {
                 return;
             }
         }
-    }
-
-    /// Most copies that one rank sends for the replicas just built.
-    fn most_sends(&mut self) -> u16 {
-        self.sends.fill(0);
-        for m in &self.builder.moves {
-            self.sends[self.topology.homes()[m.expert as usize].index()] += 1;
-        }
-        self.sends.iter().copied().max().unwrap_or(0)
     }
 }
 
