@@ -1,9 +1,16 @@
 //! Construction of replicas at one threshold.
 //!
-//! Problem: ranks over their capacity (donors) must hand their excess to ranks under it (receivers), each receiver taking
-//! at most as many pieces as it has slots, each piece coming from one expert; fewest pieces wanted. Every donor needs at
-//! least as many pieces as the largest receivers that cover its excess; waste (slack that a used slot leaves behind) is
-//! what makes others need more. So, donors by decreasing excess (ties: lower rank):
+//! # Problem
+//!
+//! Ranks over their capacity (donors) must hand their excess to ranks under it (receivers), each receiver taking at most as
+//! many pieces as it has slots, each piece coming from one expert; fewest pieces wanted. Every donor needs at least as many
+//! pieces as the largest receivers that cover its excess; waste (slack that a used slot leaves behind) is what makes others
+//! need more. That is a covering problem with few exact solutions, so several simple ways are tried (module `ultraep`).
+//!
+//! # One way
+//!
+//! Donors one after the other, in the way's order ([`Order`]; ties: lower rank). A donor gives from its expert with most
+//! left (ties: lower), until its excess is gone:
 //!
 //! ```text
 //! excess fits one receiver:   the one with least sufficient slack (best fit)
@@ -11,11 +18,23 @@
 //! otherwise:                  fill the receiver with most slack, go on
 //! ```
 //!
-//! A receiver with slack and slots left stays a receiver. Where its slots are used up, [`Waste::Hand`] lets the last piece
-//! fill it anyway: the donor falls below its capacity and becomes a receiver itself, so no slack is lost (this is what
-//! reaches exact balance with a single slot a rank).
+//! A receiver with slack and slots left stays a receiver. Further means, by way:
 //!
-//! Cost: `O(pieces * (log G + M) + donors * G)`.
+//! * [`Waste::Hand`]: the last piece fills a receiver whose slots are used up; the donor falls below its capacity and
+//!   becomes a receiver itself, so no slack is lost. This reaches exact balance with a single slot a rank.
+//! * [`Order::Fill`]: large experts go whole to the emptiest rank, for receivers whose few slots must each bring much.
+//! * [`Order::Merge`]: donors pass their excess to other donors while receivers have too few slots for all of them.
+//! * [`Small::Swap`]: a transfer below `u_min` is the difference of two replicas above it.
+//!
+//! # Invariants
+//!
+//! No slot is used twice, no expert gets two instances on a rank, every quota is at least `u_min` and comes out of what the
+//! master has left. A donor gives an expert to a receiver twice never: a piece either ends the need, fills the receiver
+//! (which then is none), or takes all that the expert had.
+//!
+//! # Cost
+//!
+//! `O(pieces * (G + M))` with small constants: a look-up is a binary search, an update moves part of a sorted list.
 
 use alloc::vec;
 use alloc::vec::Vec;
@@ -49,6 +68,8 @@ pub(crate) enum Order {
     Largest,
     /// The one with least excess, to the end.
     Smallest,
+    /// The one with most excess first of all, then as `Smallest`.
+    HottestThenSmallest,
     /// The one with most excess left, until it no longer is.
     Alternate,
     /// As `Smallest`, but while receivers have fewer slots than there are donors, a donor hands its excess to another.
@@ -138,8 +159,13 @@ impl Builder {
         self.receivers.extend_from_slice(&self.receivers_at_first);
         self.free.copy_from_slice(&field.slots);
         self.left.extend_from_slice(&field.experts);
-        if matches!(style.order, Order::Smallest | Order::Merge) {
-            self.donors.reverse();
+        match style.order {
+            Order::Smallest | Order::Merge => self.donors.reverse(),
+            Order::HottestThenSmallest => {
+                let rest = self.donors.len().saturating_sub(1);
+                self.donors[..rest].reverse();
+            }
+            Order::Largest | Order::Alternate | Order::Fill => {}
         }
         if style.order == Order::Fill {
             return self.fill(field);

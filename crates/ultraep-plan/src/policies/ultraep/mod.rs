@@ -13,8 +13,9 @@
 //! goal   = max(beta * mean, bound)
 //! loads already within the goal: masters only
 //! build replicas at the goal in several ways                       (construct)
-//!   none fits: bisect for the least threshold at which one does
+//!   none fits: search upwards for a threshold at which one does, in doubling steps, then by bisection
 //! of those that fit, keep the one with fewest replicas, then fewest sends of a rank, then the earlier way
+//! exchange pieces so that the busiest rank sends fewer copies      (level)
 //! ```
 //!
 //! The bound is proven, so a plan at the bound is optimal and says so ([`StopReason::LowerBound`]).
@@ -28,10 +29,12 @@
 //! # Cost
 //!
 //! `O(N * E)` once for the column sums, then for each construction `O(G log G + replicas * (log G + M) + donors * G)`, at
-//! most six at the goal, and six for each of the `log2(largest load)` steps of the bisection when the goal is missed.
+//! most seven (eleven with a least quota) at the goal, and as many for each of the about `2 * log2(gap)` steps of the
+//! search when the goal is missed.
 
 mod construct;
 mod field;
+mod level;
 mod price;
 
 use alloc::vec;
@@ -44,6 +47,7 @@ use crate::{
 };
 use construct::{Builder, Order, Small, Style, Waste};
 use field::Field;
+use level::Leveller;
 use price::{PASSES, Pricer, evenly, squares};
 
 /// Parameters of policy `ultraep`.
@@ -62,8 +66,11 @@ impl Default for UltraepParams {
     }
 }
 
+/// The search above a missed goal starts with steps of the goal over this.
+const FIRST_STEP: u32 = 1024;
+
 /// Ways tried first: they leave no replica's work to a rank that is relieved itself.
-const PLAIN: [Style; 2] = [way(Order::Smallest, Waste::Leave), way(Order::Largest, Waste::Leave)];
+const PLAIN: [Style; 2] = [way(Order::HottestThenSmallest, Waste::Leave), way(Order::Largest, Waste::Leave)];
 
 /// Ways for tight cases, where every slot must count.
 const TIGHT: [Style; 5] = [
@@ -95,8 +102,7 @@ pub struct Ultraep {
     field: Field,
     builder: Builder,
     best: Vec<Move>,
-    /// Copies sent by each rank, `[N]`, to compare constructions.
-    sends: Vec<u16>,
+    leveller: Leveller,
     emitter: Emitter,
     /// Present when the predicted time decides instead of `beta`.
     pricer: Option<Pricer>,
@@ -113,7 +119,7 @@ impl Ultraep {
             field: Field::new(topology, params.min_quota),
             builder: Builder::new(topology),
             best: Vec::with_capacity(total_slots(topology)),
-            sends: vec![0; topology.ranks()],
+            leveller: Leveller::new(topology),
             emitter: Emitter::new(topology),
             pricer: None,
         }
@@ -152,7 +158,7 @@ impl Ultraep {
         }
         let mut tau = goal;
         if !self.keep_best_of_first(goal) {
-            tau = self.bisect(goal + 1, largest);
+            tau = self.search(goal + 1, largest);
             if tau < largest {
                 self.keep_best_of_first(tau);
             }
@@ -160,19 +166,31 @@ impl Ultraep {
         outcome(tau)
     }
 
-    /// The least threshold in `low..=high` at which a construction was seen to fit; at `high` no replica is needed.
-    fn bisect(&mut self, mut low: u32, mut high: u32) -> u32 {
+    /// A threshold in `low..=high` at which a construction fits, one token below which none was seen to: steps from `low`
+    /// up that double, then bisection between the last two. At `high` no replica is needed. (Fitting is not monotone in
+    /// the threshold; small steps first find a threshold near `low` where a bisection of the whole range may not.)
+    fn search(&mut self, mut low: u32, mut high: u32) -> u32 {
+        let mut step = (low / FIRST_STEP).max(1);
+        while low < high {
+            let probe = low.saturating_add(step).min(high);
+            if probe == high || self.fits(probe) {
+                high = probe;
+                break;
+            }
+            low = probe + 1;
+            step = step.saturating_mul(2);
+        }
         while low < high {
             let middle = low + (high - low) / 2;
-            let mut styles = self.stages().into_iter().flatten();
-            self.builder.prepare(&self.field, middle);
-            if styles.any(|&style| self.builder.build(&self.field, style)) {
-                high = middle;
-            } else {
-                low = middle + 1;
-            }
+            if self.fits(middle) { high = middle } else { low = middle + 1 }
         }
         high
+    }
+
+    /// Whether a construction fits at `tau`.
+    fn fits(&mut self, tau: u32) -> bool {
+        self.builder.prepare(&self.field, tau);
+        self.stages().into_iter().flatten().any(|&style| self.builder.build(&self.field, style))
     }
 
     /// The ways to build, in the order tried. Without a least quota nothing is gained by swapping.
@@ -197,11 +215,14 @@ impl Ultraep {
             if best.is_some_and(|(fewest, _)| replicas > fewest) {
                 continue;
             }
-            let score = (replicas, self.most_sends());
+            let score = (replicas, self.leveller.enter(&self.topology, &self.field, tau, &self.builder.moves));
             if best.is_none_or(|b| score < b) {
                 best = Some(score);
                 core::mem::swap(&mut self.best, &mut self.builder.moves);
             }
+        }
+        if best.is_some() {
+            self.leveller.level(&self.topology, &self.field, tau, &mut self.best);
         }
         best.is_some()
     }
@@ -232,6 +253,7 @@ impl Ultraep {
                     continue;
                 }
                 fits = true;
+                self.leveller.level(&self.topology, &self.field, tau, &mut self.builder.moves);
                 let (price, sends) = pricer.price(&self.topology, &self.field, &self.builder.moves);
                 let score = (price, self.builder.moves.len(), sends);
                 if score < best.0 {
@@ -243,15 +265,6 @@ impl Ultraep {
                 return;
             }
         }
-    }
-
-    /// Most copies that one rank sends for the replicas just built.
-    fn most_sends(&mut self) -> u16 {
-        self.sends.fill(0);
-        for m in &self.builder.moves {
-            self.sends[self.topology.homes()[m.expert as usize].index()] += 1;
-        }
-        self.sends.iter().copied().max().unwrap_or(0)
     }
 }
 
