@@ -1,5 +1,114 @@
-//! Long checks that CI runs only in a small size: `cargo xtask --help`.
-fn main() {
-    eprintln!("xtask: no check is built yet");
-    std::process::exit(2);
+//! Checks that are commands of their own: `cargo xtask --help`. CI runs them in a small size.
+
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Build the planner alone as `no_std`: no clock, no files, no threads can be in it
+    Purity,
+    /// Fuzz the planner, the split and every input format
+    Fuzz {
+        /// Seconds for each target
+        #[arg(long, default_value_t = 600)]
+        seconds: u32,
+        /// Targets; all of them by default
+        targets: Vec<String>,
+    },
+    /// The planner over the grid of loads: imbalance and replicas against the published planners
+    Grid,
+    /// The planner's speed: plan and own split, medians and worst cases
+    Speed,
+    /// The fabric under failures and the train command under kills and interrupts, again and again
+    Soak {
+        /// How many times
+        #[arg(long, default_value_t = 20)]
+        rounds: u32,
+    },
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().task {
+        Task::Purity => cargo(["build", "--locked", "-p", "ultraep-plan", "--no-default-features"]),
+        Task::Fuzz { seconds, targets } => fuzz(seconds, &targets),
+        Task::Grid => cargo(["bench", "--locked", "-p", "ultraep-plan", "--bench", "grid"]),
+        Task::Speed => cargo(["bench", "--locked", "-p", "ultraep-plan", "--bench", "speed"]),
+        Task::Soak { rounds } => soak(rounds),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::from(1)
+        }
+    }
+}
+
+/// The repository's root.
+fn root() -> PathBuf {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    here.parent().unwrap_or(here).to_path_buf()
+}
+
+fn run(command: &mut Command) -> Result<(), String> {
+    let shown = format!("{command:?}");
+    match command.status() {
+        Ok(status) if status.success() => Ok(()),
+        Ok(status) => Err(format!("{shown}: {status}")),
+        Err(error) => Err(format!("{shown}: {error}")),
+    }
+}
+
+fn cargo<S: AsRef<OsStr>>(arguments: impl IntoIterator<Item = S>) -> Result<(), String> {
+    run(Command::new("cargo").args(arguments).current_dir(root()))
+}
+
+/// `cargo-fuzz` below the target folder, installed when it is not there.
+fn cargo_fuzz() -> Result<PathBuf, String> {
+    let tools = root().join("target/tools");
+    let program = tools.join("bin/cargo-fuzz");
+    if !program.exists() {
+        let tools = tools.display().to_string();
+        cargo(["install", "--quiet", "--locked", "cargo-fuzz", "--version", "0.13.2", "--root", &tools])?;
+    }
+    Ok(program)
+}
+
+fn fuzz(seconds: u32, targets: &[String]) -> Result<(), String> {
+    let program = cargo_fuzz()?;
+    let folder = root().join("fuzz/fuzz_targets");
+    let entries = std::fs::read_dir(&folder).map_err(|error| format!("{}: {error}", folder.display()))?;
+    let names = entries.filter_map(|e| e.ok()?.path().file_stem()?.to_str().map(str::to_string));
+    let mut all: Vec<String> = names.collect();
+    all.sort();
+    if let Some(unknown) = targets.iter().find(|target| !all.contains(target)) {
+        return Err(format!("no fuzz target {unknown}: there are {}", all.join(", ")));
+    }
+    for target in if targets.is_empty() { &all } else { targets } {
+        let limit = format!("-max_total_time={seconds}");
+        // The stable compiler, told to allow the sanitizer flags that the fuzzer needs.
+        let mut command = Command::new(&program);
+        command.args(["run", target, "--", &limit]).current_dir(root().join("fuzz")).env("RUSTC_BOOTSTRAP", "1");
+        run(&mut command)?;
+    }
+    Ok(())
+}
+
+fn soak(rounds: u32) -> Result<(), String> {
+    for round in 1..=rounds {
+        eprintln!("round {round} of {rounds}");
+        cargo(["test", "--quiet", "--locked", "--release", "-p", "ultraep-fabric"])?;
+        cargo(["test", "--quiet", "--locked", "--release", "-p", "ultraep-cli", "--test", "train"])?;
+    }
+    Ok(())
 }

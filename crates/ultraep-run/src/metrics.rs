@@ -98,23 +98,6 @@ impl StepParts {
     pub fn balancing_ns(&self) -> u64 {
         self.plan_ns.saturating_add(self.exposed_sync_ns)
     }
-
-    /// Each part by `combine` of both: sums, means.
-    pub(crate) fn zip(&self, other: &Self, combine: impl Fn(u64, u64) -> u64) -> Self {
-        Self {
-            dense_ns: combine(self.dense_ns, other.dense_ns),
-            router_ns: combine(self.router_ns, other.router_ns),
-            plan_ns: combine(self.plan_ns, other.plan_ns),
-            reroute_ns: combine(self.reroute_ns, other.reroute_ns),
-            weight_sync_ns: combine(self.weight_sync_ns, other.weight_sync_ns),
-            exposed_sync_ns: combine(self.exposed_sync_ns, other.exposed_sync_ns),
-            all_to_all_ns: combine(self.all_to_all_ns, other.all_to_all_ns),
-            experts_ns: combine(self.experts_ns, other.experts_ns),
-            grad_reduce_exposed_ns: combine(self.grad_reduce_exposed_ns, other.grad_reduce_exposed_ns),
-            all_reduce_ns: combine(self.all_reduce_ns, other.all_reduce_ns),
-            optimizer_ns: combine(self.optimizer_ns, other.optimizer_ns),
-        }
-    }
 }
 
 /// A training step.

@@ -38,9 +38,9 @@ pub struct PolicyRow {
     pub replicas_per_layer: f64,
     /// Token choices processed on another rank than their source, over all.
     pub tokens_crossed_fraction: f64,
-    /// Mean parallel time of a step.
+    /// Median parallel time of a step.
     pub step_ns: u64,
-    /// Where it went, means.
+    /// Where it went, in that step.
     pub parts: StepParts,
     /// Throughput over that of `ideal`, where that was measured.
     pub share_of_ideal: Option<f64>,
@@ -48,15 +48,17 @@ pub struct PolicyRow {
     pub throughput_tokens_per_s: f64,
     /// Most tokens on one rank in a layer and microbatch.
     pub peak_tokens_per_rank: u64,
-    /// Mean wall time of a step, where ranks do not outnumber cores.
+    /// Median wall time of a step, where ranks do not outnumber cores.
     #[serde(default)]
     pub wall_ns: Option<u64>,
 }
 
 impl PolicyTable {
-    /// A table of measurements: one row a policy, in the order of first appearance. Means are over a policy's
-    /// measurements (times rounded down to a nanosecond), worst values and peaks are maxima, throughput is tokens over
-    /// time, and wall time is there if every measurement has it.
+    /// A table of measurements: one row a policy, in the order of first appearance. Imbalance, replicas and crossed tokens
+    /// are means over a policy's measurements, worst values and peaks are maxima. Time and its parts are those of the
+    /// median measurement (of two middle ones the faster), throughput is its tokens over its time. The share of ideal is
+    /// the median over steps of the ideal's time over the policy's, step by step: neighbours in time share the machine's
+    /// moods. Wall time is there if every measurement has it.
     pub fn of_measurements(title: String, notes: Vec<String>, measurements: &[PolicyMeasurement]) -> Self {
         let mut policies: Vec<&str> = Vec::new();
         for measurement in measurements {
@@ -65,11 +67,9 @@ impl PolicyTable {
             }
         }
         let of = |policy: &str| measurements.iter().filter(|m| m.policy == policy).collect::<Vec<_>>();
-        let mut rows: Vec<PolicyRow> = policies.into_iter().map(|policy| row_of(policy, &of(policy))).collect();
-        let ideal = rows.iter().find(|r| r.policy == IDEAL).map(|r| r.throughput_tokens_per_s);
-        for row in &mut rows {
-            row.share_of_ideal = ideal.filter(|&t| t > 0.0).map(|t| row.throughput_tokens_per_s / t);
-        }
+        let ideal = of(IDEAL);
+        let row = |policy| PolicyRow { share_of_ideal: share(&of(policy), &ideal), ..row_of(policy, &of(policy)) };
+        let rows = policies.into_iter().map(row).collect();
         Self { schema: TABLE_SCHEMA.to_string(), title, notes, rows }
     }
 
@@ -132,15 +132,13 @@ impl PolicyTable {
 
 /// `measurements` are of this policy, at least one.
 fn row_of(policy: &str, measurements: &[&PolicyMeasurement]) -> PolicyRow {
-    let count = measurements.len() as u64;
-    let mean = |value: fn(&PolicyMeasurement) -> f64| measurements.iter().map(|m| value(m)).sum::<f64>() / count as f64;
+    let count = measurements.len() as f64;
+    let mean = |value: fn(&PolicyMeasurement) -> f64| measurements.iter().map(|m| value(m)).sum::<f64>() / count;
     let worst = |value: fn(&PolicyMeasurement) -> f64| measurements.iter().map(|m| value(m)).fold(0.0, f64::max);
-    // Saturating: the measurements may come from a file.
-    let total =
-        |value: fn(&PolicyMeasurement) -> u64| measurements.iter().map(|m| value(m)).fold(0, u64::saturating_add);
-    let (total_ns, tokens) = (total(|m| m.parallel_step_ns), total(|m| m.tokens));
-    let parts = measurements.iter().fold(StepParts::default(), |sum, m| sum.zip(&m.parts, u64::saturating_add));
-    let has_wall_time = measurements.iter().all(|m| m.wall_ns.is_some());
+    let mut by_time = measurements.to_vec();
+    by_time.sort_by_key(|m| m.parallel_step_ns);
+    let median = by_time[(by_time.len() - 1) / 2];
+    let wall = measurements.iter().map(|m| m.wall_ns).collect::<Option<Vec<_>>>();
     PolicyRow {
         policy: policy.to_string(),
         imbalance_before: Imbalance {
@@ -153,13 +151,30 @@ fn row_of(policy: &str, measurements: &[&PolicyMeasurement]) -> PolicyRow {
         },
         replicas_per_layer: mean(|m| m.replicas_per_layer),
         tokens_crossed_fraction: mean(|m| m.tokens_crossed_fraction),
-        step_ns: total_ns / count,
-        parts: parts.zip(&parts, |sum, _| sum / count),
+        step_ns: median.parallel_step_ns,
+        parts: median.parts,
         share_of_ideal: None,
-        throughput_tokens_per_s: if total_ns == 0 { 0.0 } else { tokens as f64 * 1e9 / total_ns as f64 },
+        throughput_tokens_per_s: match median.parallel_step_ns {
+            0 => 0.0,
+            ns => median.tokens as f64 * 1e9 / ns as f64,
+        },
         peak_tokens_per_rank: measurements.iter().map(|m| m.peak_tokens_per_rank).max().unwrap_or(0),
-        wall_ns: has_wall_time.then(|| total(|m| m.wall_ns.unwrap_or(0)) / count),
+        wall_ns: wall.and_then(|mut wall| {
+            wall.sort_unstable();
+            wall.get((wall.len() - 1) / 2).copied()
+        }),
     }
+}
+
+/// Median over the steps that both were measured on of the ideal's time over the policy's.
+fn share(measurements: &[&PolicyMeasurement], ideal: &[&PolicyMeasurement]) -> Option<f64> {
+    let ratio = |m: &&PolicyMeasurement| {
+        let same_step = ideal.iter().find(|i| i.step == m.step)?;
+        (m.parallel_step_ns > 0).then(|| same_step.parallel_step_ns as f64 / m.parallel_step_ns as f64)
+    };
+    let mut ratios: Vec<f64> = measurements.iter().filter_map(ratio).collect();
+    ratios.sort_by(f64::total_cmp);
+    ratios.get(ratios.len().saturating_sub(1) / 2).copied()
 }
 
 fn put_row<S: Borrow<str>>(text: &mut String, cells: &[S]) {

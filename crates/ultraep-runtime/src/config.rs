@@ -2,10 +2,10 @@
 
 use std::fmt;
 
-use ultraep_baselines::{PolicyKind, PolicyParams, build};
+use ultraep_baselines::{PolicyKind, PolicyParams, physical_per_rank};
 use ultraep_device::ExpertShape;
 use ultraep_fabric::{WindowId, WindowSpec};
-use ultraep_plan::{Rank, SlotRule, Topology};
+use ultraep_plan::{Rank, Topology};
 
 /// Bandwidth of a rank's link to the scale-up fabric, one direction.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -93,19 +93,17 @@ impl RuntimeConfig {
         self.tokens_per_rank * self.top_k
     }
 
-    /// Places for replicas on each rank, over all policies: the slots, or more where a baseline's rules ask for it.
+    /// Places for physical experts on each rank, over all policies: masters, then slots, or more where a baseline's rules
+    /// ask for it.
+    pub(crate) fn physical_per_rank(&self) -> usize {
+        let kinds = self.policies.kinds.iter();
+        kinds.map(|&kind| physical_per_rank(kind, &self.topology)).max().unwrap_or(0)
+    }
+
+    /// Places for replicas on each rank. Ranks with fewer masters have the more slots, so that all windows are equal.
     pub fn slot_capacity(&self) -> usize {
-        let topology = &self.topology;
-        let ranks = || (0..topology.ranks()).map(Rank::new);
-        let slots = ranks().map(|r| topology.slots(r)).max().unwrap_or(0);
-        let masters = ranks().map(|r| topology.masters(r).len()).max().unwrap_or(0);
-        let needed = |&kind: &PolicyKind| match build(kind, topology, &self.policies.params).map(|p| p.rules().slots) {
-            Ok(SlotRule::Physical) => masters + slots,
-            Ok(SlotRule::Unlimited) => topology.experts(),
-            // A policy that cannot be built is refused by `Manager::new`, with the reason.
-            _ => slots,
-        };
-        self.policies.kinds.iter().map(needed).max().unwrap_or(slots)
+        let masters = (0..self.topology.ranks()).map(|r| self.topology.masters(Rank::new(r)).len());
+        self.physical_per_rank().saturating_sub(masters.min().unwrap_or(0))
     }
 
     /// Symmetric windows to start the fabric with. Memory is taken page by page as it is touched, so the worst case

@@ -98,8 +98,7 @@ impl ExpertParallel {
     ) -> Result<Self, RuntimeError> {
         let manager = Manager::new(config.clone(), &mut endpoint, masters)?;
         let topology = &config.topology;
-        let most_masters = (0..topology.ranks()).map(|r| topology.masters(ultraep_plan::Rank::new(r)).len()).max();
-        let physical_per_rank = most_masters.unwrap_or(0) + config.slot_capacity();
+        let physical_per_rank = config.physical_per_rank();
         let rows_bytes = config.rows_per_rank() * config.shape.hidden * size_of::<f32>();
         let mut window = |id| endpoint.fabric().window(id).ok_or(RuntimeError::NotHostMemory);
         Ok(Self {

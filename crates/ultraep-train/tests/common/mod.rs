@@ -13,7 +13,7 @@ use ultraep_train::{
 };
 
 /// Four ranks, two small layers, seconds at most.
-pub fn small() -> TrainConfig {
+pub(crate) fn small() -> TrainConfig {
     TrainConfig {
         ranks: 4,
         domain_ranks: 4,
@@ -53,7 +53,7 @@ pub fn small() -> TrainConfig {
 }
 
 /// Text of three kinds.
-pub fn corpus() -> Arc<Corpus> {
+pub(crate) fn corpus() -> Arc<Corpus> {
     let domain = |name: &str, line: fn(usize) -> String| TextDomain {
         name: name.into(),
         bytes: (0..400).map(line).collect::<String>().into_bytes(),
@@ -70,14 +70,14 @@ pub fn corpus() -> Arc<Corpus> {
 
 /// What an observer heard.
 #[derive(Debug, Default)]
-pub struct Heard {
-    pub losses: Vec<(Phase, u64, f32)>,
-    pub times: Vec<(StepTime, u64)>,
-    pub compared: Vec<(String, f32, Option<f64>)>,
-    pub imbalance: Vec<(f64, f64)>,
-    pub saved: Vec<u64>,
+pub(crate) struct Heard {
+    pub(crate) losses: Vec<(Phase, u64, f32)>,
+    pub(crate) times: Vec<(StepTime, u64)>,
+    pub(crate) compared: Vec<(String, f32, Option<f64>)>,
+    pub(crate) imbalance: Vec<(f64, f64)>,
+    pub(crate) saved: Vec<u64>,
     /// Set this after this many steps.
-    pub stop_after: Option<(u64, Arc<AtomicBool>)>,
+    pub(crate) stop_after: Option<(u64, Arc<AtomicBool>)>,
 }
 
 impl Observer for Heard {
@@ -108,7 +108,7 @@ impl Observer for Heard {
 }
 
 /// A job over the test's text.
-pub fn job(config: TrainConfig, checkpoints: Option<&Path>) -> RankJob {
+pub(crate) fn job(config: TrainConfig, checkpoints: Option<&Path>) -> RankJob {
     RankJob {
         config,
         corpus: corpus(),
@@ -119,7 +119,7 @@ pub fn job(config: TrainConfig, checkpoints: Option<&Path>) -> RankJob {
 }
 
 /// Runs a job on threads; the outcome of rank 0 and what was heard there.
-pub fn try_run(job: &RankJob, heard: Heard) -> Result<(Outcome, Heard), GroupError<TrainError>> {
+pub(crate) fn try_run(job: &RankJob, heard: Heard) -> Result<(Outcome, Heard), GroupError<TrainError>> {
     let group = job.config.group().unwrap_or_else(|error| panic!("{error}"));
     let heard = Mutex::new(heard);
     let mut outcomes = run_threads(&group, |fabric| match fabric.rank().index() {
@@ -129,12 +129,12 @@ pub fn try_run(job: &RankJob, heard: Heard) -> Result<(Outcome, Heard), GroupErr
     Ok((outcomes.swap_remove(0), heard.into_inner().unwrap_or_else(|e| e.into_inner())))
 }
 
-pub fn run(job: &RankJob) -> (Outcome, Heard) {
+pub(crate) fn run(job: &RankJob) -> (Outcome, Heard) {
     try_run(job, Heard::default()).unwrap_or_else(|error| panic!("{error}"))
 }
 
 /// All files of a checkpoint with their bytes, but for the manifest, which holds the configuration.
-pub fn tensor_files(checkpoint: &Path) -> Vec<(PathBuf, Vec<u8>)> {
+pub(crate) fn tensor_files(checkpoint: &Path) -> Vec<(PathBuf, Vec<u8>)> {
     let entries = std::fs::read_dir(checkpoint).unwrap().map(|e| e.unwrap().path());
     let mut files: Vec<_> = entries.filter(|p| p.extension().is_some_and(|e| e == "safetensors")).collect();
     files.sort();
