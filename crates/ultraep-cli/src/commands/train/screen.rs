@@ -8,7 +8,9 @@ use std::time::Instant;
 use comfy_table::{CellAlignment, Table, presets};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
-use ultraep_run::{CorpusSummary, Digest, DomainSummary, PolicyTable, RunInfo, RunStatus, RunWriter, UtcTime};
+use ultraep_run::{
+    CorpusSummary, Digest, DomainSummary, PolicyRow, PolicyTable, RunInfo, RunStatus, RunWriter, UtcTime,
+};
 use ultraep_runtime::LayerRecord;
 use ultraep_train::{
     BalanceCount, CheckpointInfo, Comparison, Observer, Outcome, Phase, RunFolder, StepReport, Summary, TrainConfig,
@@ -266,7 +268,7 @@ fn print(
         writeln!(out, "Parts of the step, ms (* what of weight sync and grad reduce was not hidden)")?;
         writeln!(out, "{}\n", parts_table(table))?;
         for note in &table.notes {
-            writeln!(out, "{note}")?;
+            write_wrapped(out, note)?;
         }
         writeln!(out)?;
     }
@@ -280,20 +282,21 @@ fn print_balance(out: &mut dyn Write, config: &TrainConfig, b: &BalanceCount) ->
     }
     let (before, after) = b.means();
     let above = b.plans - b.within;
-    writeln!(
-        out,
+    let text = format!(
         "training with {}: {} plans, imbalance {before:.2} (worst {:.2}) -> {after:.3} (worst {:.3}); {} above 1.02, {} of \
          them at the proven bound",
         config.policy, b.plans, b.worst_before, b.worst_after, above, b.at_bound
-    )?;
-    Ok(())
+    );
+    write_wrapped(out, &text)
 }
 
 fn print_agreement(out: &mut dyn Write, summary: &Summary) -> Result<(), CliError> {
     if let Some(difference) = summary.gradient_difference {
-        writeln!(
+        write_wrapped(
             out,
-            "outputs: equal bit for bit under all policies compared; gradients differ by {difference:.1e} at most"
+            &format!(
+                "outputs: equal bit for bit under all policies compared (but ideal); gradients differ by {difference:.1e} at most"
+            ),
         )?;
     }
     let Some(largest) = largest_difference(summary) else { return Ok(()) };
@@ -361,39 +364,43 @@ fn main_table(table: &PolicyTable) -> Table {
     right_aligned(text)
 }
 
+/// Parts as rows, policies as columns: narrow enough for any terminal.
 fn parts_table(table: &PolicyTable) -> Table {
-    let header = [
-        "policy",
-        "dense",
-        "router",
-        "plan",
-        "reroute",
-        "sync*",
-        "all-to-all",
-        "experts",
-        "reduce*",
-        "all-reduce",
-        "optimizer",
-        "plan + sync*",
-    ];
-    let mut text = new_table(&header);
-    for row in &table.rows {
+    let names = ["dense", "router", "plan", "reroute", "weight sync*", "all-to-all", "experts", "grad reduce*"];
+    let names = names.into_iter().chain(["all-reduce", "optimizer"]);
+    let values = |row: &PolicyRow| {
         let p = &row.parts;
-        let extra = 100.0 * p.balancing_ns() as f64 / row.step_ns.max(1) as f64;
-        let parts = [
-            p.dense_ns,
-            p.router_ns,
-            p.plan_ns,
-            p.reroute_ns,
-            p.exposed_sync_ns,
-            p.all_to_all_ns,
-            p.experts_ns,
-            p.grad_reduce_exposed_ns,
-            p.all_reduce_ns,
-            p.optimizer_ns,
-        ];
-        let cells = std::iter::once(row.policy.clone()).chain(parts.map(ms));
-        text.add_row(cells.chain([format!("{extra:.2}%")]));
+        let moe = [p.dense_ns, p.router_ns, p.plan_ns, p.reroute_ns, p.exposed_sync_ns, p.all_to_all_ns, p.experts_ns];
+        let rest = [p.grad_reduce_exposed_ns, p.all_reduce_ns, p.optimizer_ns];
+        moe.into_iter().chain(rest).map(ms).collect::<Vec<_>>()
+    };
+    let columns: Vec<_> = table.rows.iter().map(values).collect();
+    let header: Vec<&str> = std::iter::once("part").chain(table.rows.iter().map(|row| row.policy.as_str())).collect();
+    let mut text = new_table(&header);
+    for (i, name) in names.enumerate() {
+        text.add_row(std::iter::once(name.to_string()).chain(columns.iter().map(|column| column[i].clone())));
     }
+    let extra = |row: &PolicyRow| 100.0 * row.parts.balancing_ns() as f64 / row.step_ns.max(1) as f64;
+    let extra = table.rows.iter().map(|row| format!("{:.2}%", extra(row)));
+    text.add_row(std::iter::once("plan + weight sync*".to_string()).chain(extra));
     right_aligned(text)
 }
+
+/// Writes text in lines of at most [`LINE_CHARS`], broken between words.
+fn write_wrapped(out: &mut dyn Write, text: &str) -> Result<(), CliError> {
+    let mut line = String::new();
+    for word in text.split_whitespace() {
+        if !line.is_empty() && line.chars().count() + 1 + word.chars().count() > LINE_CHARS {
+            writeln!(out, "{line}")?;
+            line.clear();
+        }
+        if !line.is_empty() {
+            line.push(' ');
+        }
+        line.push_str(word);
+    }
+    writeln!(out, "{line}")?;
+    Ok(())
+}
+
+const LINE_CHARS: usize = 100;
