@@ -196,30 +196,40 @@ fn bias_name(layer: usize) -> String {
 impl Worker {
     /// Saves the state after `step` steps below `folder`; all ranks together. Gives the checkpoint's folder.
     pub(crate) fn save(&self, folder: &Path, step: u64, text_digest: u64) -> Result<PathBuf, TrainError> {
-        let done = folder.join(folder_name(step));
         let partial = folder.join(format!("{}.partial", folder_name(step)));
         let rank = self.experts.lock().manager.rank().index();
+        let saved = self.save_through(&partial, folder, step, text_digest);
+        if saved.is_err() && rank == 0 {
+            // The disk may be full: make room again. The error that counts is the one at hand.
+            let _ = fs::remove_dir_all(&partial);
+        }
+        saved
+    }
+
+    fn save_through(&self, partial: &Path, folder: &Path, step: u64, text_digest: u64) -> Result<PathBuf, TrainError> {
+        let done = folder.join(folder_name(step));
+        let rank = self.experts.lock().manager.rank().index();
         if rank == 0 {
-            match fs::remove_dir_all(&partial) {
+            match fs::remove_dir_all(partial) {
                 Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                    return Err(TrainError::file("remove", &partial)(error));
+                    return Err(TrainError::file("remove", partial)(error));
                 }
                 _ => {}
             }
-            fs::create_dir_all(&partial).map_err(TrainError::file("create", &partial))?;
+            fs::create_dir_all(partial).map_err(TrainError::file("create", partial))?;
         }
         self.barrier()?;
-        self.write_experts(&partial)?;
+        self.write_experts(partial)?;
         if rank == 0 {
             self.write_dense(&partial.join(DENSE))?;
         }
         self.barrier()?;
         if rank == 0 {
-            self.write_manifest(&partial, step, text_digest)?;
+            self.write_manifest(partial, step, text_digest)?;
             if done.exists() {
                 fs::remove_dir_all(&done).map_err(TrainError::file("replace", &done))?;
             }
-            fs::rename(&partial, &done).map_err(TrainError::file("rename", &partial))?;
+            fs::rename(partial, &done).map_err(TrainError::file("rename", partial))?;
             let above = fs::File::open(folder).map_err(TrainError::file("open", folder))?;
             above.sync_all().map_err(TrainError::file("write", folder))?;
         }
