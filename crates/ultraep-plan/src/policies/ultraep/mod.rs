@@ -70,7 +70,7 @@ impl Default for UltraepParams {
 const FIRST_STEP: u32 = 1024;
 
 /// Ways tried first: they leave no replica's work to a rank that is relieved itself.
-const PLAIN: [Style; 2] = [way(Order::HottestThenSmallest, Waste::Leave), way(Order::Largest, Waste::Leave)];
+const PLAIN: [Style; 2] = [way(Order::Smallest, Waste::Leave), way(Order::HottestThenSmallest, Waste::Leave)];
 
 /// Ways for tight cases, where every slot must count.
 const TIGHT: [Style; 5] = [
