@@ -82,11 +82,12 @@ const TIGHT: [Style; 5] = [
 ];
 
 /// Ways for cases that `u_min` makes tight.
-const SWAPPING: [Style; 4] = [
-    Style { small: Small::Swap, ..way(Order::Largest, Waste::Leave) },
-    Style { small: Small::Swap, ..way(Order::Largest, Waste::Hand) },
-    Style { small: Small::Swap, ..way(Order::Smallest, Waste::Hand) },
-    Style { small: Small::Swap, ..way(Order::Alternate, Waste::Hand) },
+const RINGS: [Style; 5] = [
+    Style { small: Small::Ring, ..way(Order::Largest, Waste::Leave) },
+    Style { small: Small::Ring, ..way(Order::Largest, Waste::Hand) },
+    Style { small: Small::Ring, ..way(Order::Smallest, Waste::Hand) },
+    Style { small: Small::Ring, ..way(Order::Alternate, Waste::Hand) },
+    Style { small: Small::Ring, ..way(Order::Merge, Waste::Hand) },
 ];
 
 const fn way(order: Order, waste: Waste) -> Style {
@@ -193,9 +194,9 @@ impl Ultraep {
         self.stages().into_iter().flatten().any(|&style| self.builder.build(&self.field, style))
     }
 
-    /// The ways to build, in the order tried. Without a least quota nothing is gained by swapping.
+    /// The ways to build, in the order tried. Without a least quota nothing is gained by rings.
     fn stages(&self) -> [&'static [Style]; 3] {
-        [&PLAIN, &TIGHT, if self.params.min_quota > 1 { &SWAPPING } else { &[] }]
+        [&PLAIN, &TIGHT, if self.params.min_quota > 1 { &RINGS } else { &[] }]
     }
 
     /// Keeps the best of the first stage in which a way fits. `false` when none does.
