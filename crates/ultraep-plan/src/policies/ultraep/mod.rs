@@ -94,6 +94,14 @@ const fn way(order: Order, waste: Waste) -> Style {
     Style { order, waste, small: Small::Round }
 }
 
+/// Which moves are meant.
+enum Candidate {
+    /// Those just built.
+    New,
+    /// The best so far.
+    Best,
+}
+
 /// The default planner. See the module's documentation in the source for the method.
 #[derive(Clone, Debug)]
 pub struct Ultraep {
@@ -213,12 +221,13 @@ impl Ultraep {
                 continue;
             }
             let replicas = self.builder.moves.len();
-            if best.is_some_and(|(fewest, _)| replicas > fewest) {
-                continue;
-            }
-            let score = (replicas, self.leveller.enter(&self.topology, &self.field, tau, &self.builder.moves));
-            if best.is_none_or(|b| score < b) {
-                best = Some(score);
+            let better = best.is_none_or(|fewest| {
+                replicas < fewest
+                    || (replicas == fewest
+                        && self.most_sends(tau, Candidate::New) < self.most_sends(tau, Candidate::Best))
+            });
+            if better {
+                best = Some(replicas);
                 core::mem::swap(&mut self.best, &mut self.builder.moves);
             }
         }
@@ -226,6 +235,14 @@ impl Ultraep {
             self.leveller.level(&self.topology, &self.field, tau, &mut self.best);
         }
         best.is_some()
+    }
+
+    fn most_sends(&mut self, tau: u32, candidate: Candidate) -> u16 {
+        let moves = match candidate {
+            Candidate::New => &self.builder.moves,
+            Candidate::Best => &self.best,
+        };
+        self.leveller.enter(&self.topology, &self.field, tau, moves)
     }
 
     /// Keeps the candidate with the least predicted time; returns its threshold.
