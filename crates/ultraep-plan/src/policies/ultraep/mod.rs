@@ -12,15 +12,20 @@
 //! bound  = lower bound on any plan's threshold                     (field)
 //! goal   = max(beta * mean, bound)
 //! loads already within the goal: masters only
-//! build replicas at the goal in several ways                       (construct)
+//! build replicas at the goal, in three stages of ways              (construct)
+//!   plain: one way, which nearly always fits
+//!   tight: ways for few slots
+//!   rings: ways for a least quota that most ranks' slack falls short of
 //!   none fits: search upwards for a threshold at which one does, in doubling steps, then by bisection
-//! of those that fit, keep the one with fewest replicas, then fewest sends of a rank, then the earlier way
-//! exchange pieces so that the busiest rank sends fewer copies      (level)
+//! of the first stage in which a way fits, keep the one with fewest replicas, then fewest sends of a rank, then the earlier
+//! rewrite pieces so that the busiest rank sends fewer copies       (level)
 //! ```
 //!
 //! The bound is proven, so a plan at the bound is optimal and says so ([`StopReason::LowerBound`]).
 //! With speed weights, a rank's load counts as `ceil(load * FULL_SPEED / speed)` and `mean` is the load over the
 //! sum of speeds; a rank of weight 0 gets no replica and keeps its masters' load, counted at full speed.
+//!
+//! The cost-aware objective ([`Ultraep::cost_aware`]) decides by predicted time instead (price).
 //!
 //! # Determinism
 //!
@@ -28,9 +33,9 @@
 //!
 //! # Cost
 //!
-//! `O(N * E)` once for the column sums, then for each construction `O(G log G + replicas * (log G + M) + donors * G)`, at
-//! most seven (eleven with a least quota) at the goal, and as many for each of the about `2 * log2(gap)` steps of the
-//! search when the goal is missed.
+//! `O(N * E)` once for the column sums, then for each construction `O(G log G + replicas * (G + M))`: one where the plain way
+//! fits, twelve at most at the goal, and as many for each of the about `2 * log2(gap)` steps of the search when the goal is
+//! missed.
 
 mod construct;
 mod field;
@@ -69,11 +74,12 @@ impl Default for UltraepParams {
 /// The search above a missed goal starts with steps of the goal over this.
 const FIRST_STEP: u32 = 1024;
 
-/// Ways tried first: they leave no replica's work to a rank that is relieved itself.
-const PLAIN: [Style; 2] = [way(Order::Smallest, Waste::Leave), way(Order::HottestThenSmallest, Waste::Leave)];
+/// The way tried first. It leaves no replica's work to a rank that is relieved itself.
+const PLAIN: [Style; 1] = [way(Order::Smallest, Waste::Leave)];
 
 /// Ways for tight cases, where every slot must count.
-const TIGHT: [Style; 5] = [
+const TIGHT: [Style; 6] = [
+    way(Order::HottestThenSmallest, Waste::Leave),
     way(Order::Largest, Waste::Hand),
     way(Order::Smallest, Waste::Hand),
     way(Order::Alternate, Waste::Hand),
