@@ -236,9 +236,12 @@ pub fn check_plan(problem: &Problem<'_>, plan: &Plan, rules: &PlanRules) -> Resu
     if plan.domains().len() != topology.domains() {
         return Err(PlanViolation::Domains { got: plan.domains().len(), expected: topology.domains() });
     }
-    for expert in (0..topology.experts()).map(Expert::new) {
+    let mut loads = vec![0u64; topology.experts()];
+    for source in 0..topology.ranks() {
+        loads.iter_mut().zip(problem.row(source)).for_each(|(load, &count)| *load += u64::from(count));
+    }
+    for (expert, load) in loads.into_iter().enumerate().map(|(e, load)| (Expert::new(e), load)) {
         check_instances(topology, plan, rules, expert)?;
-        let load: u64 = (0..topology.ranks()).map(|r| u64::from(problem.row(r)[expert.index()])).sum();
         let quotas: u64 = plan.of(expert).iter().map(|i| u64::from(i.quota)).sum();
         if quotas != load {
             return Err(PlanViolation::Quotas { expert, got: quotas, expected: load });

@@ -16,51 +16,54 @@ pub(crate) struct Move {
 /// Memory to turn moves into instances.
 #[derive(Clone, Debug)]
 pub(crate) struct Emitter {
+    /// Every expert's master, without its quota, `[E]`.
+    masters: Vec<Instance>,
     /// Place of each expert's master, and of its instance placed last, `[E]`.
-    masters: Vec<u32>,
-    next: Vec<u32>,
+    places: Vec<(u32, u32)>,
     /// Next physical index on each rank, `[N]`.
     physical: Vec<u16>,
 }
 
 impl Emitter {
     pub(crate) fn new(topology: &Topology) -> Self {
-        let experts = topology.experts();
-        Self { masters: vec![0; experts], next: vec![0; experts], physical: vec![0; topology.ranks()] }
+        let of_rank = |rank| {
+            let physical = (0..topology.masters(rank).len()).map(PhysicalIndex::new);
+            physical.map(move |physical| Instance { rank, physical, quota: 0 })
+        };
+        Self {
+            masters: (0..topology.ranks()).map(Rank::new).flat_map(of_rank).collect(),
+            places: vec![(0, 0); topology.experts()],
+            physical: vec![0; topology.ranks()],
+        }
     }
 
     /// Appends the instances of one domain's experts to `plan`: masters with what is not exported, then replicas in the
     /// order of `moves`. Slots are taken on each rank in that order too. `loads` are the loads of all experts, `[E]`.
     pub(crate) fn emit(&mut self, topology: &Topology, domain: Domain, loads: &[u32], moves: &[Move], plan: &mut Plan) {
         let (experts, ranks) = (topology.domain_experts(domain), topology.domain_range(domain));
-        let next = &mut self.next[experts.clone()];
-        next.fill(1);
-        moves.iter().for_each(|m| next[m.expert as usize - experts.start] += 1);
+        let places = &mut self.places[experts.clone()];
+        places.fill((0, 0));
+        moves.iter().for_each(|m| places[m.expert as usize - experts.start].1 += 1);
         let (first, ends, instances) = plan.append(experts.len(), experts.len() + moves.len());
+        let masters = self.masters[experts.clone()].iter().zip(&loads[experts.clone()]);
         let mut at = 0;
-        for ((next, master), end) in next.iter_mut().zip(&mut self.masters).zip(ends) {
-            let count = *next;
-            (*next, *master) = (at, at);
-            at += count;
+        for ((place, end), (master, &quota)) in places.iter_mut().zip(ends).zip(masters) {
+            let replicas = place.1;
+            instances[at as usize] = Instance { quota, ..*master };
+            *place = (at, at);
+            at += 1 + replicas;
             *end = first as u32 + at;
         }
-        for (rank, masters) in ranks.clone().map(|r| (r, topology.masters(Rank::new(r)))) {
-            self.physical[rank] = masters.len() as u16;
-            let local = masters.start - experts.start..masters.end - experts.start;
-            for (index, (next, &quota)) in next[local].iter().zip(&loads[masters]).enumerate() {
-                let (rank, physical) = (Rank::new(rank), PhysicalIndex::new(index));
-                instances[*next as usize] = Instance { rank, physical, quota };
-            }
+        for rank in ranks {
+            self.physical[rank] = topology.masters(Rank::new(rank)).len() as u16;
         }
-        // From here an expert's cursor counts the replicas placed behind its master.
         for m in moves {
-            let (expert, rank) = (m.expert as usize - experts.start, m.rank as usize);
-            let (master, cursor) = (self.masters[expert] as usize, &mut next[expert]);
-            *cursor += 1;
+            let (rank, (master, last)) = (m.rank as usize, &mut places[m.expert as usize - experts.start]);
+            *last += 1;
             let physical = PhysicalIndex::new(self.physical[rank] as usize);
             self.physical[rank] += 1;
-            instances[master].quota -= m.quota;
-            instances[*cursor as usize] = Instance { rank: Rank::new(rank), physical, quota: m.quota };
+            instances[*master as usize].quota -= m.quota;
+            instances[*last as usize] = Instance { rank: Rank::new(rank), physical, quota: m.quota };
         }
     }
 }

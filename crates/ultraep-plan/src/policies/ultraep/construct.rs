@@ -24,7 +24,8 @@
 //!   becomes a receiver itself, so no slack is lost. This reaches exact balance with a single slot a rank.
 //! * [`Order::Fill`]: large experts go whole to the emptiest rank, for receivers whose few slots must each bring much.
 //! * [`Order::Merge`]: donors pass their excess to other donors while receivers have too few slots for all of them.
-//! * [`Small::Swap`]: a transfer below `u_min` is the difference of two replicas above it.
+//! * [`Small::Ring`]: a transfer below `u_min` is the difference of two replicas above it, and a chain of such transfers
+//!   closes to a ring: every link carries at least `u_min`, every rank on it keeps what it has room for.
 //!
 //! # Invariants
 //!
@@ -57,8 +58,8 @@ pub(crate) enum Waste {
 pub(crate) enum Small {
     /// A need is rounded up to `u_min`; a slack is not used.
     Round,
-    /// Donor and receiver swap: `need + u_min` one way, `u_min` the other. Two replicas, but any amount can move.
-    Swap,
+    /// Tokens go round a ring of ranks, at least `u_min` on every link, so that any amount can move on balance.
+    Ring,
 }
 
 /// Which donor is served next.
@@ -98,6 +99,8 @@ pub(crate) struct Builder {
     free: Vec<u16>,
     /// What is left of each expert on its master.
     left: Vec<u32>,
+    /// Receivers of a ring and what they keep.
+    path: Vec<(usize, u32)>,
     pub(crate) moves: Vec<Move>,
 }
 
@@ -128,6 +131,7 @@ impl Builder {
             receivers_at_first: Vec::with_capacity(ranks),
             free: vec![0; ranks],
             left: Vec::with_capacity(topology.experts()),
+            path: Vec::with_capacity(ranks),
             moves: Vec::with_capacity(total_slots(topology)),
         }
     }
@@ -231,7 +235,7 @@ impl Builder {
                 if style.small == Small::Round {
                     return None;
                 }
-                need -= self.swap(field, donor, need)?;
+                need -= self.ring(field, donor, need)?;
             } else if amount(most) >= piece {
                 // Best fit: the piece finishes the donor, or its largest expert.
                 let at = self.receivers.partition_point(|&k| amount(k) < piece);
@@ -264,36 +268,74 @@ impl Builder {
         need.saturating_sub(moved)
     }
 
-    /// Moves up to `need` tokens by a swap with the receiver of least sufficient slack (else of most) for which there
-    /// are experts and slots both ways. Returns the tokens moved on balance.
-    fn swap(&mut self, field: &Field, donor: usize, need: u32) -> Option<u32> {
-        if self.free[donor] == 0 {
+    /// Moves up to `need` tokens along a ring from the donor through receivers and back: each hands on what it does not
+    /// keep, at least `u_min` on every link, and `u_min` returns. `k` receivers with little slack cost `k + 1` replicas.
+    /// Returns the tokens moved on balance.
+    fn ring(&mut self, field: &Field, donor: usize, need: u32) -> Option<u32> {
+        let most = self.left[self.largest_of(field, donor)].checked_sub(field.min_quota)?;
+        let (mut from, mut rest) = (donor, need.min(most));
+        let (mut moved, mut leftover) = (rest, 0);
+        self.path.clear();
+        while rest > 0 && self.free[donor] > 0 {
+            let Some((at, reach)) = self.link(field, donor, from, rest) else { break };
+            let receiver = self.receivers.remove(at);
+            let kept = amount(receiver).min(reach);
+            leftover = amount(receiver) - kept;
+            // Less can be handed on than was hoped: less is sent from the start.
+            moved -= rest - reach;
+            rest = reach - kept;
+            from = rank(receiver);
+            self.path.push((from, kept));
+        }
+        moved -= rest;
+        if self.path.is_empty() {
             return None;
         }
-        let enough = self.receivers.partition_point(|&k| amount(k) < need);
-        let places = (enough..self.receivers.len()).chain((0..enough).rev());
-        for at in places {
-            let (other, slack) = (rank(self.receivers[at]), amount(self.receivers[at]));
-            let net = need.min(slack);
-            let there = self.swappable(field, donor, other, net.saturating_add(field.min_quota));
-            let back = self.swappable(field, other, donor, field.min_quota);
-            if let (Some(there), Some(back)) = (there, back) {
-                self.receivers.remove(at);
-                self.free[other] -= 1;
-                self.free[donor] -= 1;
-                self.push(field, there, other, net + field.min_quota);
-                self.push(field, back, donor, field.min_quota);
-                if slack > net && self.free[other] > 0 {
-                    self.insert(key(slack - net, other));
+        let (mut from, mut carried) = (donor, moved + field.min_quota);
+        for link in 0..self.path.len() {
+            let (to, kept) = self.path[link];
+            self.hand_on(field, from, to, carried);
+            (from, carried) = (to, carried - kept);
+        }
+        self.hand_on(field, from, donor, carried);
+        if leftover > 0 && self.free[from] > 0 {
+            self.insert(key(leftover, from));
+        }
+        Some(moved)
+    }
+
+    fn hand_on(&mut self, field: &Field, from: usize, to: usize, tokens: u32) {
+        let expert = self.absent_expert(field, from, to, tokens).expect("checked when it was linked");
+        self.free[to] -= 1;
+        self.push(field, expert, to, tokens);
+    }
+
+    /// The receiver that a ring from `donor` goes on to from `from` with `rest` tokens to place, and how many of them it can
+    /// keep and hand on: the one with least sufficient slack, else the first, by decreasing slack, with the longest reach.
+    fn link(&self, field: &Field, donor: usize, from: usize, rest: u32) -> Option<(usize, u32)> {
+        let enough = self.receivers.partition_point(|&k| amount(k) < rest);
+        let mut best: Option<(usize, u32)> = None;
+        for at in (enough..self.receivers.len()).chain((0..enough).rev()) {
+            let (to, slack) = (rank(self.receivers[at]), amount(self.receivers[at]));
+            let passed = self.left[self.largest_of(field, to)].saturating_sub(field.min_quota);
+            let reach = rest.min(slack.saturating_add(passed));
+            if best.is_some_and(|(_, longest)| reach <= longest) {
+                continue;
+            }
+            let there = self.absent_expert(field, from, to, rest + field.min_quota);
+            let back = self.absent_expert(field, to, donor, field.min_quota);
+            if there.is_some() && back.is_some() {
+                best = Some((at, reach));
+                if reach == rest {
+                    break;
                 }
-                return Some(net);
             }
         }
-        None
+        best
     }
 
     /// The expert of `from` with most left (ties: lower) that has `piece` left and no instance on `to`.
-    fn swappable(&self, field: &Field, from: usize, to: usize, piece: u32) -> Option<usize> {
+    fn absent_expert(&self, field: &Field, from: usize, to: usize, piece: u32) -> Option<usize> {
         let to = (field.first_rank + to) as u16;
         let absent = |e: usize| {
             let expert = (field.first_expert + e) as u16;

@@ -12,15 +12,20 @@
 //! bound  = lower bound on any plan's threshold                     (field)
 //! goal   = max(beta * mean, bound)
 //! loads already within the goal: masters only
-//! build replicas at the goal in several ways                       (construct)
+//! build replicas at the goal, in three stages of ways              (construct)
+//!   plain: one way, which nearly always fits
+//!   tight: ways for few slots
+//!   rings: ways for a least quota that most ranks' slack falls short of
 //!   none fits: search upwards for a threshold at which one does, in doubling steps, then by bisection
-//! of those that fit, keep the one with fewest replicas, then fewest sends of a rank, then the earlier way
-//! exchange pieces so that the busiest rank sends fewer copies      (level)
+//! of the first stage in which a way fits, keep the one with fewest replicas, then fewest sends of a rank, then the earlier
+//! rewrite pieces so that the busiest rank sends fewer copies       (level)
 //! ```
 //!
 //! The bound is proven, so a plan at the bound is optimal and says so ([`StopReason::LowerBound`]).
 //! With speed weights, a rank's load counts as `ceil(load * FULL_SPEED / speed)` and `mean` is the load over the
 //! sum of speeds; a rank of weight 0 gets no replica and keeps its masters' load, counted at full speed.
+//!
+//! The cost-aware objective ([`Ultraep::cost_aware`]) decides by predicted time instead (price).
 //!
 //! # Determinism
 //!
@@ -28,9 +33,9 @@
 //!
 //! # Cost
 //!
-//! `O(N * E)` once for the column sums, then for each construction `O(G log G + replicas * (log G + M) + donors * G)`, at
-//! most seven (eleven with a least quota) at the goal, and as many for each of the about `2 * log2(gap)` steps of the
-//! search when the goal is missed.
+//! `O(N * E)` once for the column sums, then for each construction `O(G log G + replicas * (G + M))`: one where the plain way
+//! fits, twelve at most at the goal, and as many for each of the about `2 * log2(gap)` steps of the search when the goal is
+//! missed.
 
 mod construct;
 mod field;
@@ -69,11 +74,12 @@ impl Default for UltraepParams {
 /// The search above a missed goal starts with steps of the goal over this.
 const FIRST_STEP: u32 = 1024;
 
-/// Ways tried first: they leave no replica's work to a rank that is relieved itself.
-const PLAIN: [Style; 2] = [way(Order::HottestThenSmallest, Waste::Leave), way(Order::Largest, Waste::Leave)];
+/// The way tried first. It leaves no replica's work to a rank that is relieved itself.
+const PLAIN: [Style; 1] = [way(Order::Smallest, Waste::Leave)];
 
 /// Ways for tight cases, where every slot must count.
-const TIGHT: [Style; 5] = [
+const TIGHT: [Style; 6] = [
+    way(Order::HottestThenSmallest, Waste::Leave),
     way(Order::Largest, Waste::Hand),
     way(Order::Smallest, Waste::Hand),
     way(Order::Alternate, Waste::Hand),
@@ -82,15 +88,24 @@ const TIGHT: [Style; 5] = [
 ];
 
 /// Ways for cases that `u_min` makes tight.
-const SWAPPING: [Style; 4] = [
-    Style { small: Small::Swap, ..way(Order::Largest, Waste::Leave) },
-    Style { small: Small::Swap, ..way(Order::Largest, Waste::Hand) },
-    Style { small: Small::Swap, ..way(Order::Smallest, Waste::Hand) },
-    Style { small: Small::Swap, ..way(Order::Alternate, Waste::Hand) },
+const RINGS: [Style; 5] = [
+    Style { small: Small::Ring, ..way(Order::Largest, Waste::Leave) },
+    Style { small: Small::Ring, ..way(Order::Largest, Waste::Hand) },
+    Style { small: Small::Ring, ..way(Order::Smallest, Waste::Hand) },
+    Style { small: Small::Ring, ..way(Order::Alternate, Waste::Hand) },
+    Style { small: Small::Ring, ..way(Order::Merge, Waste::Hand) },
 ];
 
 const fn way(order: Order, waste: Waste) -> Style {
     Style { order, waste, small: Small::Round }
+}
+
+/// Which moves are meant.
+enum Candidate {
+    /// Those just built.
+    New,
+    /// The best so far.
+    Best,
 }
 
 /// The default planner. See the module's documentation in the source for the method.
@@ -193,9 +208,9 @@ impl Ultraep {
         self.stages().into_iter().flatten().any(|&style| self.builder.build(&self.field, style))
     }
 
-    /// The ways to build, in the order tried. Without a least quota nothing is gained by swapping.
+    /// The ways to build, in the order tried. Without a least quota nothing is gained by rings.
     fn stages(&self) -> [&'static [Style]; 3] {
-        [&PLAIN, &TIGHT, if self.params.min_quota > 1 { &SWAPPING } else { &[] }]
+        [&PLAIN, &TIGHT, if self.params.min_quota > 1 { &RINGS } else { &[] }]
     }
 
     /// Keeps the best of the first stage in which a way fits. `false` when none does.
@@ -212,12 +227,13 @@ impl Ultraep {
                 continue;
             }
             let replicas = self.builder.moves.len();
-            if best.is_some_and(|(fewest, _)| replicas > fewest) {
-                continue;
-            }
-            let score = (replicas, self.leveller.enter(&self.topology, &self.field, tau, &self.builder.moves));
-            if best.is_none_or(|b| score < b) {
-                best = Some(score);
+            let better = best.is_none_or(|fewest| {
+                replicas < fewest
+                    || (replicas == fewest
+                        && self.most_sends(tau, Candidate::New) < self.most_sends(tau, Candidate::Best))
+            });
+            if better {
+                best = Some(replicas);
                 core::mem::swap(&mut self.best, &mut self.builder.moves);
             }
         }
@@ -225,6 +241,14 @@ impl Ultraep {
             self.leveller.level(&self.topology, &self.field, tau, &mut self.best);
         }
         best.is_some()
+    }
+
+    fn most_sends(&mut self, tau: u32, candidate: Candidate) -> u16 {
+        let moves = match candidate {
+            Candidate::New => &self.builder.moves,
+            Candidate::Best => &self.best,
+        };
+        self.leveller.enter(&self.topology, &self.field, tau, moves)
     }
 
     /// Keeps the candidate with the least predicted time; returns its threshold.
