@@ -27,7 +27,7 @@ pub(crate) struct Decision {
 
 impl Router {
     /// Over the projection `weight`, `[d, E]`.
-    pub(crate) fn new(kind: RouterKind, weight: Tensor, top_k: usize) -> Result<Self> {
+    pub fn new(kind: RouterKind, weight: Tensor, top_k: usize) -> Result<Self> {
         let experts = weight.dim(1)?;
         Ok(Self { kind, weight, top_k, bias: vec![0.0; experts] })
     }
