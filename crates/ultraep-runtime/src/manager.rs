@@ -9,7 +9,7 @@ use ultraep_plan::{
     Plan, Policy, Problem, Rank, SplitWorkspace, Transfers, check_plan, check_split, digest_plan, split_all,
 };
 
-use crate::clock::{Deadline, thread_cpu_ns};
+use crate::clock::Deadline;
 use crate::config::window;
 use crate::ring::Ring;
 use crate::{Endpoint, Part, RuntimeConfig, RuntimeError, VirtualLayer};
@@ -345,7 +345,8 @@ impl Manager {
 
     /// Grad reduce of a kept plan: every home rank adds its replicas' gradients to its masters', master first, then the
     /// replicas in the plan's order, so that the sum is the same on every run; then the slots' gradients are zero again.
-    /// In virtual time it runs beside the computation until [`Manager::join_reduce`].
+    /// In virtual time the transfer runs beside the computation until [`Manager::join_reduce`]; adding and zeroing are work of
+    /// the rank's core like any other.
     pub(crate) fn reduce_grads(
         &mut self,
         endpoint: &mut Endpoint,
@@ -361,26 +362,26 @@ impl Manager {
         let start = endpoint.aside(Operation::Open { window: window::SLOT_GRADS }, now)?.stamp;
         let (bytes, len) = (self.config.shape.weight_bytes(), self.config.shape.weight_len());
         let masters = self.config.topology.masters(self.rank);
-        let mut adding_ns = 0;
         for transfer in kept.transfers.all().iter().filter(|t| t.from == self.rank) {
             let offset = self.slot_index(transfer.to, transfer.physical.index()) * bytes;
             let from = RemoteSpan { rank: transfer.to, window: window::SLOT_GRADS, offset };
             endpoint.aside(Operation::Get { from, to: Span::whole(&self.scratch) }, 0)?;
-            let began = thread_cpu_ns();
+            endpoint.clock.enter(Part::GradReduce);
             let mut grads = self.masters[layer].grads.write::<f32>()?;
             let first = (transfer.expert.index() - masters.start) * len;
             ultraep_device::math::add(&mut grads[first..first + len], &self.scratch.read::<f32>()?);
-            adding_ns += thread_cpu_ns() - began;
+            endpoint.clock.pause();
         }
         let transfer_ns = endpoint.link().transfer_ns(kept.busiest_copies * bytes as u64);
-        let end = endpoint.aside(Operation::Close { window: window::SLOT_GRADS }, start + transfer_ns + adding_ns)?;
-        let began = thread_cpu_ns();
+        let end = endpoint.aside(Operation::Close { window: window::SLOT_GRADS }, start + transfer_ns)?;
+        endpoint.clock.enter(Part::GradReduce);
         let mut slots = self.slot_grads.write::<f32>()?;
         for transfer in kept.transfers.received_by(self.rank) {
             let first = self.slot_index(self.rank, transfer.physical.index()) * len;
             slots[first..first + len].fill(0.0);
         }
-        self.reducing = Deadline(end.stamp + thread_cpu_ns() - began);
+        endpoint.clock.pause();
+        self.reducing = Deadline(end.stamp);
         Ok(())
     }
 

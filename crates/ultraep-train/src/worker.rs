@@ -105,6 +105,7 @@ impl Worker {
     /// Forward and backward of all microbatches of `step`, and the all-reduce of dense gradients.
     fn pass(&mut self, step: u64, stop: bool) -> Result<PassResult, TrainError> {
         let began = Instant::now();
+        self.experts.lock().endpoint.clock.enter(Part::Dense);
         let rank = self.experts.lock().manager.rank().index() as u32;
         let mut loss = 0.0;
         for microbatch in 0..self.config.microbatches {
