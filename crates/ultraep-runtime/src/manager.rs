@@ -182,8 +182,8 @@ impl Manager {
         self.ring.release(place);
     }
 
-    /// Forgets all that is in flight: for a pass that is broken off.
-    pub fn abandon(&mut self) {
+    /// Forgets all plans in flight.
+    pub(crate) fn abandon(&mut self) {
         self.ring.clear();
     }
 
