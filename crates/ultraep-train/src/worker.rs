@@ -154,12 +154,15 @@ impl Worker {
     pub(crate) fn step(&mut self, step: u64, stop: bool) -> Result<StepResult, TrainError> {
         let mut pass = self.pass(step, stop)?;
         if !pass.loss.is_finite() {
-            return Err(TrainError::Diverged { step, loss: pass.loss });
+            return Err(TrainError::Diverged { step, what: "loss", value: pass.loss });
         }
         let began = Instant::now();
         self.experts.lock().endpoint.clock.enter(Part::Optimizer);
         let scale = 1.0 / (self.config.microbatches as usize * self.config.ranks) as f32;
         let gradient_norm = scale * self.gradient_norm()?;
+        if !gradient_norm.is_finite() {
+            return Err(TrainError::Diverged { step, what: "norm of the gradient", value: gradient_norm });
+        }
         let clip = if gradient_norm > self.config.clip_norm { self.config.clip_norm / gradient_norm } else { 1.0 };
         let schedule = Schedule::at(&self.config, step, scale * clip);
         self.update_dense(&schedule)?;
