@@ -3,7 +3,7 @@
 //! ```text
 //! step-00000060/
 //!   checkpoint.json                    step, configuration, digest of the text, list of files    [`CheckpointInfo`]
-//!   dense.safetensors                  dense parameters, their moments, router biases
+//!   dense.safetensors                  dense parameters, their moments, router biases, loads that historical policies saw
 //!   experts-00003-of-00016.safetensors masters of one rank and their moments, one tensor an expert
 //! ```
 //!
@@ -189,6 +189,10 @@ fn names(name: &str) -> [String; 3] {
     [name.to_string(), format!("adam.first.{name}"), format!("adam.second.{name}")]
 }
 
+fn observed_name(layer: usize) -> String {
+    format!("layers.{layer}.moe.observed")
+}
+
 fn bias_name(layer: usize) -> String {
     format!("layers.{layer}.moe.router.bias")
 }
@@ -248,6 +252,12 @@ impl Worker {
                 tensors.push((name, &values[range.clone()]));
             }
         }
+        let experts = self.experts.lock();
+        // Counts are whole numbers, exact in `f32` up to 2^24 tokens of an expert in a microbatch.
+        let observed = |layer| experts.manager.observed(layer).iter().map(|&load| load as f32).collect();
+        let observed: Vec<Vec<f32>> = (0..self.config.layers).map(observed).collect();
+        let seen = observed.iter().enumerate().filter(|(_, loads)| !loads.is_empty());
+        tensors.extend(seen.map(|(layer, loads)| (observed_name(layer), &loads[..])));
         let biases = self.model.moe_layers().enumerate().map(|(layer, moe)| (bias_name(layer), moe.router().bias()));
         tensors.extend(biases);
         write_tensors(path, tensors)
@@ -304,6 +314,13 @@ impl Worker {
         for (layer, moe) in self.model.moe_layers_mut().enumerate() {
             file.copy(&bias_name(layer), &mut bias)?;
             moe.router_mut().set_bias(&bias)?;
+        }
+        for layer in 0..self.config.layers {
+            // Not there when no policy of that run was historical.
+            if let Some(loads) = file.tensors.get(&observed_name(layer)) {
+                let loads: Vec<u32> = loads.iter().map(|&load| load as u32).collect();
+                self.experts.lock().manager.replay(layer, &loads)?;
+            }
         }
         self.publish_dense()?;
         self.load_experts(path, info)
