@@ -12,8 +12,10 @@ use std::sync::atomic::AtomicBool;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use ultraep_fabric::{FabricKind, GroupError, processes, run_threads};
-use ultraep_run::UtcTime;
-use ultraep_train::{CheckpointInfo, Outcome, RankJob, Silent, TENSOR_THREADS, TrainError, find_checkpoint, run_rank};
+use ultraep_run::{RunReader, UtcTime};
+use ultraep_train::{
+    CheckpointInfo, Outcome, RankJob, Silent, TENSOR_THREADS, TrainConfig, TrainError, find_checkpoint, run_rank,
+};
 
 pub(crate) use args::Args;
 use job::{Handover, Job};
@@ -49,7 +51,10 @@ fn own_program() -> Result<PathBuf, CliError> {
 fn prepare(args: &Args) -> Result<Job, CliError> {
     let resume = args.resume.as_deref().map(find_checkpoint).transpose().map_err(CliError::input)?;
     let config = match &resume {
-        Some(path) => args.config_over(CheckpointInfo::read(path).map_err(CliError::input)?.config),
+        Some(path) => {
+            let checkpoint = CheckpointInfo::read(path).map_err(CliError::input)?.config;
+            args.config_over(checkpoint, std::env::args_os().skip(1))
+        }
         None => args.config(),
     };
     config.validate().map_err(CliError::input)?;
@@ -57,8 +62,8 @@ fn prepare(args: &Args) -> Result<Job, CliError> {
     job::check_text(&config, &corpus).map_err(CliError::input)?;
     let started = now();
     let folder = match &args.resume {
-        // A run is taken up in its own folder; a lone checkpoint begins a new one.
-        Some(path) if path.join("run.json").is_file() => path.clone(),
+        // A run is taken up in its own folder; a lone checkpoint, or another group, begins a new one.
+        Some(path) if same_group(path, &config)? => path.clone(),
         _ => free_folder(&args.runs, started),
     };
     if let Some(path) = &resume {
@@ -70,6 +75,17 @@ fn prepare(args: &Args) -> Result<Job, CliError> {
         }
     }
     Ok(Job { config, corpus: Arc::new(corpus), folder, resume, started, json: args.json })
+}
+
+/// Whether `path` is a run's folder, and its recorded loads are of a group as `config` has it.
+fn same_group(path: &Path, config: &TrainConfig) -> Result<bool, CliError> {
+    if !path.join("run.json").is_file() {
+        return Ok(false);
+    }
+    let reader = RunReader::open(path).map_err(CliError::input)?;
+    let group = [("ranks", config.ranks), ("domain_ranks", config.domain_ranks), ("slots", config.slots)];
+    let recorded = |name: &str| reader.info().config.get(name).and_then(serde_json::Value::as_u64);
+    Ok(group.iter().all(|&(name, value)| recorded(name) == u64::try_from(value).ok()))
 }
 
 fn now() -> UtcTime {
