@@ -277,12 +277,12 @@ fn ranks_do_not_outlive_their_parent() {
 
 #[test]
 fn an_interrupt_saves_and_the_run_can_be_taken_up() {
-    for fabric in ["threads", "processes"] {
+    for (fabric, terminal) in [("threads", false), ("processes", true), ("processes", false)] {
         let bench = Bench::new();
         let (child, stderr) = started(&bench, &["--fabric", fabric]);
         let ranks = children(child.id());
         signal(child.id(), "INT");
-        if fabric == "processes" {
+        if terminal {
             // A terminal sends it to the whole group.
             ranks.iter().for_each(|&rank| signal(rank, "INT"));
         }
@@ -300,6 +300,23 @@ fn an_interrupt_saves_and_the_run_can_be_taken_up() {
         let reader = ultraep_run::RunReader::open(&run).unwrap();
         assert_eq!(reader.trace().unwrap().unwrap().records(), step + 3, "{fabric}: every step once");
     }
+}
+
+#[test]
+fn an_interrupt_of_the_reference_does_not_ask_to_go_on() {
+    let bench = Bench::new();
+    let mut command = bench.command(&["--steps", "2000", "--compare-every", "0"]);
+    let mut child = command.stderr(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
+    let mut stderr = BufReader::new(child.stderr.take().unwrap());
+    let mut line = String::new();
+    while !line.starts_with("reference with none") {
+        line.clear();
+        assert!(stderr.read_line(&mut line).unwrap() > 0, "it ended before the reference");
+    }
+    signal(child.id(), "INT");
+    let (line, code) = ended(child, stderr);
+    assert!(line.contains("the training was complete") && !line.contains("--resume"), "{line}");
+    assert_eq!(code, 1);
 }
 
 #[test]

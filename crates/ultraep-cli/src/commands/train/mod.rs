@@ -8,10 +8,11 @@ use std::io::Write;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use ultraep_fabric::{FabricKind, GroupError, processes, run_threads};
+use ultraep_plan::Rank;
 use ultraep_run::{RunReader, UtcTime};
 use ultraep_train::{
     CheckpointInfo, Outcome, RankJob, Silent, TENSOR_THREADS, TrainConfig, TrainError, find_checkpoint, run_rank,
@@ -103,13 +104,15 @@ fn free_folder(runs: &Path, started: UtcTime) -> PathBuf {
 
 /// A flag that Ctrl-C and a request to terminate set; a second one ends the process at once.
 fn stop_flag() -> Result<Arc<AtomicBool>, CliError> {
-    let flag = Arc::new(AtomicBool::new(false));
+    // Two flags: being told by the parent sets only the first, so that an interrupt after it is the first one.
+    let (stop, interrupted) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
     for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
-        let twice = signal_hook::flag::register_conditional_shutdown(signal, 1, flag.clone());
-        let once = signal_hook::flag::register(signal, flag.clone());
-        twice.and(once).map_err(|error| CliError::Failure(format!("signal {signal}: {error}")))?;
+        let twice = signal_hook::flag::register_conditional_shutdown(signal, 1, interrupted.clone());
+        let once = signal_hook::flag::register(signal, interrupted.clone());
+        let stops = signal_hook::flag::register(signal, stop.clone());
+        twice.and(once).and(stops).map_err(|error| CliError::Failure(format!("signal {signal}: {error}")))?;
     }
-    Ok(flag)
+    Ok(stop)
 }
 
 fn rank_job(job: &Job, stop: Arc<AtomicBool>) -> RankJob {
@@ -141,8 +144,7 @@ fn describe<E: std::fmt::Display + std::error::Error + 'static>(error: &GroupErr
 }
 
 fn run_as_processes(job: Job) -> Result<(), CliError> {
-    // Each child has its own flag; this process only must not die before them.
-    let _stop = stop_flag()?;
+    let stop = stop_flag()?;
     let group = job.config.group().map_err(CliError::input)?;
     let handover = Handover::write(&job)?;
     let program = own_program()?;
@@ -162,11 +164,22 @@ fn run_as_processes(job: Job) -> Result<(), CliError> {
     if let Some(error) = failed {
         return Err(error);
     }
-    launched.map_err(|error| CliError::Failure(error.to_string()))?.wait().map_err(|error| {
-        // A rank that ended by itself has said why on stderr.
-        CliError::Failure(error.to_string())
-    })
+    // A rank that ends by itself says why on stderr.
+    let failure = |error: &dyn std::fmt::Display| CliError::Failure(error.to_string());
+    let mut group = launched.map_err(|error| failure(&error))?;
+    let mut told = false;
+    while !group.supervise(WATCH).map_err(|error| failure(&error))? {
+        // A terminal interrupts all processes, others only this one; being told twice is no second interrupt.
+        if stop.load(Ordering::Relaxed) && !told {
+            group.notify(Rank::new(0));
+            told = true;
+        }
+    }
+    group.wait().map_err(|error| failure(&error))
 }
+
+/// Longest time between two looks at the wish to stop.
+const WATCH: Duration = Duration::from_millis(50);
 
 /// Arguments of the hidden command that is one rank of a group of processes.
 #[derive(Debug, clap::Args)]
@@ -179,6 +192,8 @@ pub(crate) struct RankArgs {
 /// One rank of a group of processes.
 pub(crate) fn run_as_rank(args: &RankArgs, out: &mut dyn Write) -> Result<(), CliError> {
     let stop = stop_flag()?;
+    let told = signal_hook::flag::register(signal_hook::consts::SIGUSR1, stop.clone());
+    told.map_err(|error| CliError::Failure(format!("signal SIGUSR1: {error}")))?;
     let job = Handover::read()?;
     let group = job.config.group().map_err(CliError::input)?;
     let rank = args.join.rank();
