@@ -131,6 +131,12 @@ fn write_tensors(path: &Path, mut tensors: Vec<Named<'_>>) -> Result<(), TrainEr
     file.sync_all().map_err(TrainError::file("write", path))
 }
 
+/// Waits until the disk has a folder's list of files.
+fn sync_folder(path: &Path) -> Result<(), TrainError> {
+    let folder = fs::File::open(path).map_err(TrainError::file("open", path))?;
+    folder.sync_all().map_err(TrainError::file("write", path))
+}
+
 fn bytes(values: &[f32]) -> &[u8] {
     bytemuck::cast_slice(values)
 }
@@ -220,12 +226,12 @@ impl Worker {
         self.barrier()?;
         if rank == 0 {
             self.write_manifest(&partial, step, text_digest)?;
+            sync_folder(&partial)?;
             if done.exists() {
                 fs::remove_dir_all(&done).map_err(TrainError::file("replace", &done))?;
             }
             fs::rename(&partial, &done).map_err(TrainError::file("rename", &partial))?;
-            let above = fs::File::open(folder).map_err(TrainError::file("open", folder))?;
-            above.sync_all().map_err(TrainError::file("write", folder))?;
+            sync_folder(folder)?;
         }
         self.barrier()?;
         Ok(done)

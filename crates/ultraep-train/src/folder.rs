@@ -167,7 +167,7 @@ impl RunFolder {
                 steps.len()
             ),
             "eplb keeps its replicas where they are, in memory of their own for every layer: its weight sync is charged only \
-             when it moves experts. ideal forces balanced routing, so its outputs mean nothing; a plan that keeps more tokens at home can be faster."
+             where its placement has changed since the comparison before. ideal forces balanced routing, so its outputs mean nothing; a plan that keeps more tokens at home can be faster."
                 .to_string(),
         ];
         if !self.config.experts.is_multiple_of(self.config.ranks) {
