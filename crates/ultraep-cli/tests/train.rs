@@ -117,7 +117,7 @@ fn the_run_folder_holds_what_is_documented() {
     let output = bench.run(&[]);
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let screen = String::from_utf8_lossy(&output.stdout);
-    for word in ["ultraep", "eplb-exact", "ideal", "of\nideal".split('\n').next().unwrap(), "largest difference"] {
+    for word in ["ultraep", "eplb-exact", "ideal", "peak tokens", "largest difference"] {
         assert!(screen.contains(word), "{word} is missing on the screen:\n{screen}");
     }
     let run = &bench.runs()[0];
@@ -159,6 +159,11 @@ fn wrong_input_is_one_line_and_exit_code_2() {
         (bench.run(&["--beta", "0.5"]), "0.5"),
         (bench.run(&["--link-gbps", "0"]), "positive"),
         (bench.run(&["--steps", "0"]), "steps"),
+        (bench.run(&["--learning-rate", "nan"]), "learning rate of NaN"),
+        (bench.run(&["--clip", "0"]), "above 0"),
+        (bench.run(&["--sequences", "9223372036854775807"]), "tokens of a microbatch"),
+        (bench.run(&["--hidden", "4611686018427387904"]), "elements of an expert"),
+        (bench.run(&["--microbatches", "4294967295"]), "rebalancings of eplb"),
         (bench.run(&["--resume", "/nowhere/at/all"]), "/nowhere/at/all"),
     ];
     for (output, word) in cases {
@@ -167,6 +172,33 @@ fn wrong_input_is_one_line_and_exit_code_2() {
         assert_eq!(code, 2, "{line}");
     }
     assert!(!bench.path("runs").exists(), "nothing was begun");
+}
+
+#[test]
+fn domains_are_planned_on_their_own_and_their_lower_bound_is_told() {
+    let bench = Bench::new();
+    let group = ["--ranks", "16", "--experts", "32", "--domain", "4", "--slots", "3", "--no-reference"];
+    let output = bench.run(&[&group[..], &["--json"]].concat());
+    let balance = &json(&output)["balance"];
+    let of = |name: &str| balance[name].as_f64().unwrap();
+    assert!(of("lower_bound_mean") > 1.0 && of("lower_bound_mean") <= of("imbalance_after_mean"), "{balance}");
+    assert!(of("lower_bound_worst") <= of("imbalance_after_worst"), "{balance}");
+    let screen = bench.run(&group);
+    assert!(String::from_utf8_lossy(&screen.stdout).contains("domains of 4: lower bound"), "{screen:?}");
+}
+
+#[test]
+fn another_group_goes_on_in_a_folder_of_its_own() {
+    let bench = Bench::new();
+    json(&bench.run(&["--json", "--no-reference"]));
+    let first = bench.runs().remove(0);
+    let whole = fs::read(first.join("metrics.jsonl")).unwrap();
+    let resume = first.display().to_string();
+    let options = ["--json", "--no-reference", "--ranks", "5", "--steps", "5", "--resume", &resume];
+    let second = json(&bench.run(&options));
+    assert_eq!(second["steps"], 5);
+    assert_ne!(second["run_folder"].as_str().unwrap(), resume);
+    assert_eq!(fs::read(first.join("metrics.jsonl")).unwrap(), whole, "the first run stays as it was");
 }
 
 /// Starts a long run and waits until it has trained some steps.
@@ -245,12 +277,12 @@ fn ranks_do_not_outlive_their_parent() {
 
 #[test]
 fn an_interrupt_saves_and_the_run_can_be_taken_up() {
-    for fabric in ["threads", "processes"] {
+    for (fabric, terminal) in [("threads", false), ("processes", true), ("processes", false)] {
         let bench = Bench::new();
         let (child, stderr) = started(&bench, &["--fabric", fabric]);
         let ranks = children(child.id());
         signal(child.id(), "INT");
-        if fabric == "processes" {
+        if terminal {
             // A terminal sends it to the whole group.
             ranks.iter().for_each(|&rank| signal(rank, "INT"));
         }
@@ -271,12 +303,43 @@ fn an_interrupt_saves_and_the_run_can_be_taken_up() {
 }
 
 #[test]
-fn a_full_disk_is_told_with_the_file() {
-    // A device that is always full stands in for the disk.
-    if !Path::new("/dev/full").exists() {
-        println!("SKIP: no /dev/full here");
-        return;
+fn an_interrupt_of_the_reference_does_not_ask_to_go_on() {
+    let bench = Bench::new();
+    let mut command = bench.command(&["--steps", "2000", "--compare-every", "0"]);
+    let mut child = command.stderr(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
+    let mut stderr = BufReader::new(child.stderr.take().unwrap());
+    let mut line = String::new();
+    while !line.starts_with("reference with none") {
+        line.clear();
+        assert!(stderr.read_line(&mut line).unwrap() > 0, "it ended before the reference");
     }
+    signal(child.id(), "INT");
+    let (line, code) = ended(child, stderr);
+    assert!(line.contains("the training was complete") && !line.contains("--resume"), "{line}");
+    assert_eq!(code, 1);
+}
+
+#[test]
+fn a_full_disk_is_told_with_the_file_and_keeps_what_was_saved() {
+    // A limit on the size of files stands in for the disk: metrics grow until a write fails, as on a full one.
+    let bench = Bench::new();
+    let long = ["--steps", "100000", "--no-reference", "--compare-every", "0", "--save-every", "50"];
+    let command = bench.command(&long);
+    let mut limited = Command::new("sh");
+    limited.args(["-c", "trap '' XFSZ; ulimit -f 512; exec \"$@\"", "sh"]).arg(command.get_program());
+    let output = limited.args(command.get_args()).stdin(Stdio::null()).output().unwrap();
+    let (line, code) = error(&output);
+    assert!(line.contains("File too large") && line.contains("runs"), "{line}");
+    assert_eq!(code, 1);
+    let checkpoint = ultraep_train::find_checkpoint(&bench.runs()[0]).unwrap();
+    let step: u64 = checkpoint.file_name().unwrap().to_str().unwrap()["step-".len()..].parse().unwrap();
+    let steps = (step + 2).to_string();
+    let options = ["--json", "--no-reference", "--steps", &steps, "--resume", checkpoint.to_str().unwrap()];
+    assert_eq!(json(&bench.run(&options))["steps"], step + 2);
+}
+
+#[test]
+fn a_place_that_cannot_be_written_is_told() {
     let bench = Bench::new();
     let output = bench.command(&["--runs", "/proc/no-runs-here"]).output().unwrap();
     let (line, code) = error(&output);

@@ -68,7 +68,8 @@ pub fn cross_entropy(logits: &[f32], targets: &[u32], d_logits: &mut [f32]) -> f
         d_row.copy_from_slice(row);
         math::softmax(d_row, 1.0);
         let target = target as usize;
-        loss -= f64::from(d_row[target].max(f32::MIN_POSITIVE)).ln();
+        // Unlike `max`, `clamp` lets a value that is no number through: the loss must show it.
+        loss -= f64::from(d_row[target].clamp(f32::MIN_POSITIVE, 1.0)).ln();
         d_row[target] -= 1.0;
         d_row.iter_mut().for_each(|d| *d *= scale);
     }
@@ -132,5 +133,8 @@ mod tests {
             let numeric = (loss(&up) - loss(&down)) / 2e-2;
             assert!((numeric - got).abs() < 1e-3, "logit {i}: {numeric} against {got}");
         }
+        let mut broken = logits.clone();
+        broken[6] = f32::NAN;
+        assert!(loss(&broken).is_nan(), "a loss over what is no number");
     }
 }

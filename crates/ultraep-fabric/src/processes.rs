@@ -216,6 +216,14 @@ impl Group {
         }
     }
 
+    /// Sends `SIGUSR1` to the process of a rank, for whatever it takes that to mean; one that has ended gets nothing.
+    pub fn notify(&self, rank: Rank) {
+        if let Some(member) = self.members.get(rank.index()).filter(|member| member.status.is_none()) {
+            // It fails if the process has just ended: nobody is left to be told.
+            let _ = pidfd_send_signal(&member.handle, Signal::USR1);
+        }
+    }
+
     /// The process id of a rank.
     #[must_use]
     pub fn process_id(&self, rank: Rank) -> Option<u32> {

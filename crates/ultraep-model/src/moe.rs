@@ -50,7 +50,8 @@ impl SharedExperts {
     }
 }
 
-/// One MoE layer of a model.
+/// One MoE layer of a model: [`Router::new`] over a projection of the model's, [`ultraep_runtime::ExpertParallel`] over a fabric
+/// and registered masters, and [`MoeLayer::new`] for each layer. `tests/layer.rs` does it outside [`crate::Transformer`].
 #[derive(Clone)]
 pub struct MoeLayer {
     layer: usize,

@@ -26,9 +26,12 @@ pub(crate) struct Decision {
 }
 
 impl Router {
-    /// Over the projection `weight`, `[d, E]`.
+    /// Over the projection `weight`, `[d, E]`, a tensor that gradients flow to. Refused unless `top_k` is 1 to `E`.
     pub fn new(kind: RouterKind, weight: Tensor, top_k: usize) -> Result<Self> {
-        let experts = weight.dim(1)?;
+        let (_, experts) = weight.dims2()?;
+        if top_k == 0 || top_k > experts {
+            return Err(candle_core::Error::msg(format!("top-{top_k} of {experts} experts")));
+        }
         Ok(Self { kind, weight, top_k, bias: vec![0.0; experts] })
     }
 
@@ -146,6 +149,8 @@ mod tests {
         router.update_bias(&[10, 20, 30]);
         assert_eq!(router.bias(), [0.5, 0.0, -0.5]);
         assert!(router.set_bias(&[1.0]).is_err());
+        let weight = router.weight.clone();
+        assert!([0, 4].into_iter().all(|k| Router::new(router.kind, weight.clone(), k).is_err()));
     }
 
     #[test]

@@ -31,7 +31,7 @@ pub enum Part {
     AllToAll,
     /// Grouped expert GEMMs (`T_experts`).
     Experts,
-    /// Grad reduce beyond what it was hidden behind.
+    /// Grad reduce: adding and zeroing, and the transfer beyond what it was hidden behind.
     GradReduce,
     /// All-reduce of dense gradients.
     AllReduce,
@@ -228,7 +228,7 @@ impl Default for VirtualClock {
 }
 
 /// CPU time of the calling thread, in nanoseconds.
-pub(crate) fn thread_cpu_ns() -> u64 {
+fn thread_cpu_ns() -> u64 {
     let time = clock_gettime(ClockId::ThreadCPUTime);
     time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
 }

@@ -55,12 +55,11 @@ impl Endpoint {
         Ok(done)
     }
 
-    /// An operation beside the computation: the clock stands still; `stamp` travels, and the completion has the largest.
+    /// An operation beside the computation: the clock stands still, and stays so; `stamp` travels, and the completion has
+    /// the largest.
     pub(crate) fn aside(&mut self, op: Operation<'_>, stamp: u64) -> Result<Completion, RuntimeError> {
         self.clock.pause();
-        let done = self.fabric.run(op, stamp)?;
-        self.clock.resume();
-        Ok(done)
+        Ok(self.fabric.run(op, stamp)?)
     }
 
     /// Sums `data` (`f32`) over all ranks, in place, charged as a ring: each link moves it nearly twice.
@@ -90,9 +89,11 @@ impl Endpoint {
         self.clock.join(deadline, part);
     }
 
-    /// Ends a step: a last synchronisation point, then what the step took, the same on every rank.
+    /// Ends a step: a last synchronisation point, then what the step took, the same on every rank. The clock stands still
+    /// until [`VirtualClock::enter`]: what lies between two steps (reports, checkpoints) is in neither.
     pub fn finish_step(&mut self) -> Result<StepTime, RuntimeError> {
         self.collective(Operation::Barrier, Part::Optimizer, 0)?;
+        self.clock.pause();
         let segments = self.clock.take_segments(&mut self.words);
         let send = Region::from_vec(std::mem::take(&mut self.words));
         let recv = Region::zeroed(send.bytes() * self.ranks());
@@ -103,5 +104,60 @@ impl Endpoint {
         self.aside(op, 0)?;
         let time = StepTime::critical_path(&recv.read::<u64>()?, segments);
         Ok(time)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use ultraep_fabric::{GroupSpec, run_threads};
+
+    use super::*;
+
+    thread_local!(static FAKE: Cell<u64> = const { Cell::new(0) });
+
+    fn advance(ns: u64) {
+        FAKE.set(FAKE.get() + ns);
+    }
+
+    /// Runs `check` on the endpoint of a group of one, whose clock only [`advance`] moves.
+    fn alone(check: impl Fn(&mut Endpoint) -> Result<(), RuntimeError> + Sync) {
+        let result = run_threads(&GroupSpec::new(1), |fabric| {
+            let mut endpoint = Endpoint::new(fabric, Link::default());
+            endpoint.clock = VirtualClock::with_source(|| FAKE.get());
+            check(&mut endpoint)?;
+            endpoint.leave()
+        });
+        result.unwrap_or_else(|error| panic!("{error}"));
+    }
+
+    #[test]
+    fn operations_beside_the_computation_do_not_start_the_clock() {
+        alone(|endpoint| {
+            endpoint.clock.enter(Part::Plan);
+            advance(3);
+            endpoint.clock.pause();
+            endpoint.aside(Operation::Barrier, 0)?;
+            advance(5);
+            endpoint.clock.pause();
+            assert_eq!(endpoint.clock.now_ns(), 3);
+            Ok(())
+        });
+    }
+
+    #[test]
+    fn what_lies_between_two_steps_is_in_neither() {
+        alone(|endpoint| {
+            endpoint.clock.enter(Part::Optimizer);
+            advance(3);
+            assert_eq!(endpoint.finish_step()?.part_ns(Part::Optimizer), 3);
+            advance(100);
+            endpoint.clock.enter(Part::Dense);
+            advance(4);
+            let time = endpoint.finish_step()?;
+            assert_eq!((time.total_ns, time.part_ns(Part::Dense)), (4, 4));
+            Ok(())
+        });
     }
 }

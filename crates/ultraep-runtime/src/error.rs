@@ -79,6 +79,12 @@ pub enum RuntimeError {
         /// The ring's size.
         max_microbatches: usize,
     },
+    /// A second forward of a virtual layer: it would drop the first one's plan.
+    #[error("{at}: its forward has run and its backward has not; a second forward would drop the first one's plan")]
+    InFlight {
+        /// Where.
+        at: VirtualLayer,
+    },
     /// A backward or replay without a forward.
     #[error("{at}: no plan is kept here; its forward has not run or its backward already has")]
     NoPlan {

@@ -164,13 +164,13 @@ impl ExpertParallel {
         if let Some(records) = &mut self.records {
             records.push(LayerRecord::new(at, self.manager.policy(), self.manager.kept(place), self.manager.config()));
         }
-        let slot = self.saved.claim(at)?;
-        let mut saved = std::mem::take(self.saved.get_mut(slot));
+        let saved_place = self.saved.claim(at)?;
+        let mut saved = std::mem::take(self.saved.get_mut(saved_place));
         let result = self.forward_planned(at.layer, place, &mut saved, pass, routing, x, y);
-        *self.saved.get_mut(slot) = saved;
+        *self.saved.get_mut(saved_place) = saved;
         if result.is_err() || pass == Pass::Inference {
             self.manager.release(place);
-            self.saved.release(slot);
+            self.saved.release(saved_place);
         }
         result
     }
@@ -363,7 +363,8 @@ impl ExpertParallel {
     }
 
     /// Gradients of a forward: `dx` (`[tokens, d]`) and `d_gates` (`[tokens, top_k]`) are overwritten, weight gradients
-    /// are added to the masters' by the time of [`ExpertParallel::finish_backward`]. `x` is the forward's input.
+    /// are added to the masters' by the time of [`ExpertParallel::finish_backward`]. `x` is the forward's input. Inputs of a
+    /// wrong size are refused before anything is exchanged, and the forward's plan stays.
     pub fn backward(
         &mut self,
         at: VirtualLayer,
@@ -374,12 +375,19 @@ impl ExpertParallel {
         d_gates: &mut [f32],
     ) -> Result<(), RuntimeError> {
         let place = self.manager.place(at)?;
-        let slot = self.saved.kept(at)?;
-        let mut saved = std::mem::take(self.saved.get_mut(slot));
+        let saved_place = self.saved.kept(at)?;
+        let chosen = self.saved.get(saved_place).rows.len();
+        let elements = chosen / self.config().top_k * self.config().shape.hidden;
+        expect_size("gates", gates.len(), chosen)?;
+        expect_size("input", x.len(), elements)?;
+        expect_size("gradient of the output", dy.len(), elements)?;
+        expect_size("gradient of the input", dx.len(), elements)?;
+        expect_size("gradient of the gates", d_gates.len(), chosen)?;
+        let mut saved = std::mem::take(self.saved.get_mut(saved_place));
         let result = self.backward_planned(at.layer, place, &mut saved, (gates, x, dy), (dx, d_gates));
-        *self.saved.get_mut(slot) = saved;
+        *self.saved.get_mut(saved_place) = saved;
         self.manager.release(place);
-        self.saved.release(slot);
+        self.saved.release(saved_place);
         result
     }
 
@@ -393,8 +401,6 @@ impl ExpertParallel {
     ) -> Result<(), RuntimeError> {
         let (shape, top_k) = (self.config().shape, self.config().top_k);
         let (d, fc1_width) = (shape.hidden, 2 * shape.intermediate);
-        expect_size("gradient of the output", dy.len(), saved.rows.len() / top_k * d)?;
-        expect_size("input", x.len(), dy.len())?;
         let restored = self.manager.sync_weights(&mut self.endpoint, layer, place, Direction::Backward)?;
         self.endpoint.clock.enter(Part::Reroute);
         for (i, (d_gate, &row)) in d_gates.iter_mut().zip(&saved.rows).enumerate() {

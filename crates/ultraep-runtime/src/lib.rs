@@ -18,6 +18,7 @@ mod error;
 mod exchange;
 mod expert_parallel;
 mod manager;
+mod observed;
 mod record;
 mod ring;
 

@@ -9,8 +9,9 @@ use ultraep_plan::{
     Plan, Policy, Problem, Rank, SplitWorkspace, Transfers, check_plan, check_split, digest_plan, split_all,
 };
 
-use crate::clock::{Deadline, thread_cpu_ns};
+use crate::clock::Deadline;
 use crate::config::window;
+use crate::observed::Observed;
 use crate::ring::Ring;
 use crate::{Endpoint, Part, RuntimeConfig, RuntimeError, VirtualLayer};
 
@@ -76,6 +77,10 @@ pub struct Manager {
     synced_ns: u64,
     /// Tokens of every expert since [`Manager::take_loads`], `[layers, E]`.
     loads: Vec<u64>,
+    /// What historical policies have seen, by layer.
+    observed: Vec<Observed>,
+    /// Workspace, `[E]`.
+    expert_loads: Vec<u32>,
 }
 
 impl Manager {
@@ -122,6 +127,8 @@ impl Manager {
             reducing: Deadline::default(),
             synced_ns: 0,
             loads: vec![0; config.layers * experts],
+            observed: vec![Observed::new(&config.policies.kinds, &config.policies.params, experts); config.layers],
+            expert_loads: vec![0; experts],
             config,
         })
     }
@@ -182,8 +189,8 @@ impl Manager {
         self.ring.release(place);
     }
 
-    /// Forgets all that is in flight: for a pass that is broken off.
-    pub fn abandon(&mut self) {
+    /// Forgets all plans in flight.
+    pub(crate) fn abandon(&mut self) {
         self.ring.clear();
     }
 
@@ -265,14 +272,35 @@ impl Manager {
 
     fn observe(&mut self, layer: usize, place: usize) {
         let experts = self.config.topology.experts();
-        let loads = &mut self.loads[layer * experts..(layer + 1) * experts];
-        for row in self.ring.get(place).counts.chunks_exact(experts) {
-            loads.iter_mut().zip(row).for_each(|(load, &count)| *load += u64::from(count));
-        }
         let Ok(problem) = Problem::new(&self.config.topology, &self.ring.get(place).counts) else { return };
-        for policy in self.policies.iter_mut().filter(|p| p.kind.is_historical()) {
-            policy.layers[layer].observe(&problem);
+        problem.expert_loads(&mut self.expert_loads);
+        let loads = &mut self.loads[layer * experts..(layer + 1) * experts];
+        loads.iter_mut().zip(&self.expert_loads).for_each(|(load, &count)| *load += u64::from(count));
+        self.observed[layer].push(&self.expert_loads);
+        show(&mut self.policies, layer, &problem);
+    }
+
+    /// Expert loads of the microbatches that historical policies were shown last, `[microbatches, E]`: as many as
+    /// [`Manager::replay`] needs to bring them where they are. Empty without historical policies.
+    pub fn observed(&self, layer: usize) -> &[u32] {
+        self.observed[layer].loads()
+    }
+
+    /// Shows historical policies what [`Manager::observed`] gave in the run that goes on here; before the first forward.
+    pub fn replay(&mut self, layer: usize, loads: &[u32]) -> Result<(), RuntimeError> {
+        let (ranks, experts) = (self.config.topology.ranks(), self.config.topology.experts());
+        expect_size("loads seen by historical policies", loads.len(), loads.len() / experts * experts)?;
+        let mut counts = vec![0; ranks * experts];
+        for microbatch in loads.chunks_exact(experts) {
+            // Historical policies look at sums over sources only.
+            counts[..experts].copy_from_slice(microbatch);
+            let at = VirtualLayer { layer, microbatch: 0 };
+            let problem = Problem::new(&self.config.topology, &counts);
+            let problem = problem.map_err(|source| RuntimeError::Counts { at, source })?;
+            show(&mut self.policies, layer, &problem);
+            self.observed[layer].push(microbatch);
         }
+        Ok(())
     }
 
     fn check(&mut self, endpoint: &mut Endpoint, at: VirtualLayer, place: usize) -> Result<(), RuntimeError> {
@@ -345,7 +373,8 @@ impl Manager {
 
     /// Grad reduce of a kept plan: every home rank adds its replicas' gradients to its masters', master first, then the
     /// replicas in the plan's order, so that the sum is the same on every run; then the slots' gradients are zero again.
-    /// In virtual time it runs beside the computation until [`Manager::join_reduce`].
+    /// In virtual time the transfer runs beside the computation until [`Manager::join_reduce`]; adding and zeroing are work of
+    /// the rank's core like any other.
     pub(crate) fn reduce_grads(
         &mut self,
         endpoint: &mut Endpoint,
@@ -361,32 +390,39 @@ impl Manager {
         let start = endpoint.aside(Operation::Open { window: window::SLOT_GRADS }, now)?.stamp;
         let (bytes, len) = (self.config.shape.weight_bytes(), self.config.shape.weight_len());
         let masters = self.config.topology.masters(self.rank);
-        let mut adding_ns = 0;
         for transfer in kept.transfers.all().iter().filter(|t| t.from == self.rank) {
             let offset = self.slot_index(transfer.to, transfer.physical.index()) * bytes;
             let from = RemoteSpan { rank: transfer.to, window: window::SLOT_GRADS, offset };
             endpoint.aside(Operation::Get { from, to: Span::whole(&self.scratch) }, 0)?;
-            let began = thread_cpu_ns();
+            endpoint.clock.enter(Part::GradReduce);
             let mut grads = self.masters[layer].grads.write::<f32>()?;
             let first = (transfer.expert.index() - masters.start) * len;
             ultraep_device::math::add(&mut grads[first..first + len], &self.scratch.read::<f32>()?);
-            adding_ns += thread_cpu_ns() - began;
+            endpoint.clock.pause();
         }
         let transfer_ns = endpoint.link().transfer_ns(kept.busiest_copies * bytes as u64);
-        let end = endpoint.aside(Operation::Close { window: window::SLOT_GRADS }, start + transfer_ns + adding_ns)?;
-        let began = thread_cpu_ns();
+        let end = endpoint.aside(Operation::Close { window: window::SLOT_GRADS }, start + transfer_ns)?;
+        endpoint.clock.enter(Part::GradReduce);
         let mut slots = self.slot_grads.write::<f32>()?;
         for transfer in kept.transfers.received_by(self.rank) {
             let first = self.slot_index(self.rank, transfer.physical.index()) * len;
             slots[first..first + len].fill(0.0);
         }
-        self.reducing = Deadline(end.stamp + thread_cpu_ns() - began);
+        endpoint.clock.pause();
+        self.reducing = Deadline(end.stamp);
         Ok(())
     }
 
     /// Waits for the grad reduce that is under way, if any: before the slots' gradients are written again.
     pub fn join_reduce(&mut self, endpoint: &mut Endpoint) {
         endpoint.join(std::mem::take(&mut self.reducing), Part::GradReduce);
+    }
+}
+
+/// Shows a layer's microbatch to the policies that learn from it.
+fn show(policies: &mut [PolicyState], layer: usize, problem: &Problem<'_>) {
+    for policy in policies.iter_mut().filter(|p| p.kind.is_historical()) {
+        policy.layers[layer].observe(problem);
     }
 }
 

@@ -75,6 +75,14 @@ impl LayerRecord {
         imbalance(&self.rank_load_after)
     }
 
+    /// Proven lower bound of [`LayerRecord::imbalance_after`] for plans that keep replicas inside domains: the largest domain's
+    /// bound over the mean rank load; 1 when there is none.
+    pub fn imbalance_bound(&self) -> f64 {
+        let largest = self.domains.iter().map(|d| d.lower_bound).max().unwrap_or(0);
+        let mean = self.total_tokens() as f64 / self.rank_load_after.len() as f64;
+        if mean > 0.0 { (f64::from(largest) / mean).max(1.0) } else { 1.0 }
+    }
+
     /// Replicas in use.
     pub fn replicas(&self) -> usize {
         self.instances.len() + 1 - self.offsets.len()

@@ -55,7 +55,7 @@ impl<T> Ring<T> {
     pub(crate) fn claim(&mut self, at: VirtualLayer) -> Result<usize, RuntimeError> {
         let exhausted = RuntimeError::RingExhausted { at, max_microbatches: self.max_microbatches };
         if self.find(at)?.is_some() {
-            return Err(exhausted);
+            return Err(RuntimeError::InFlight { at });
         }
         let free = self.layer(at.layer)?.find(|&i| self.places[i].microbatch.is_none());
         let index = free.ok_or(exhausted)?;
@@ -114,7 +114,7 @@ mod tests {
         ring.claim(at(1, 0)).unwrap();
         let message = ring.claim(at(1, 1)).unwrap_err().to_string();
         assert!(message.contains("layer 1") && message.contains("all 1 microbatches"), "{message}");
-        assert!(matches!(ring.claim(at(1, 0)), Err(RuntimeError::RingExhausted { .. })));
+        assert!(matches!(ring.claim(at(1, 0)), Err(RuntimeError::InFlight { .. })));
         assert!(matches!(ring.kept(at(0, 0)), Err(RuntimeError::NoPlan { .. })));
         assert!(matches!(ring.claim(at(2, 0)), Err(RuntimeError::Layer { layer: 2, layers: 2 })));
     }

@@ -262,6 +262,15 @@ fn a_full_ring_names_the_layer_and_inference_keeps_nothing() {
         let wrong = Routing { experts: &vec![9; chosen.len()], gates: &gates };
         let refused = moe.forward(VirtualLayer { layer: 0, microbatch: 0 }, case.pass, wrong, &x, &mut y);
         assert!(matches!(refused, Err(RuntimeError::Expert { token: 0, expert: 9, experts: 4 })), "{refused:?}");
+        let (mut dx, mut d_gates) = (vec![0.0; x.len()], vec![0.0; gates.len()]);
+        let first = VirtualLayer { layer: 1, microbatch: 0 };
+        let again = moe.forward(first, case.pass, routing, &x, &mut y);
+        assert!(matches!(again, Err(RuntimeError::InFlight { at }) if at == first), "{again:?}");
+        let short = moe.backward(first, &gates[1..], &x, &y, &mut dx, &mut d_gates);
+        assert!(matches!(short, Err(RuntimeError::Size { what: "gates", .. })), "{short:?}");
+        let short = moe.backward(first, &gates, &x, &y, &mut dx[1..], &mut d_gates);
+        assert!(matches!(short, Err(RuntimeError::Size { what: "gradient of the input", .. })), "{short:?}");
+        moe.backward(first, &gates, &x, &y, &mut dx, &mut d_gates)?;
         moe.abandon();
         moe.forward(VirtualLayer { layer: 1, microbatch: 2 }, case.pass, routing, &x, &mut y)?;
         moe.endpoint.leave()?;

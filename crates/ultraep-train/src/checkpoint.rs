@@ -3,7 +3,7 @@
 //! ```text
 //! step-00000060/
 //!   checkpoint.json                    step, configuration, digest of the text, list of files    [`CheckpointInfo`]
-//!   dense.safetensors                  dense parameters, their moments, router biases
+//!   dense.safetensors                  dense parameters, their moments, router biases, loads that historical policies saw
 //!   experts-00003-of-00016.safetensors masters of one rank and their moments, one tensor an expert
 //! ```
 //!
@@ -131,6 +131,12 @@ fn write_tensors(path: &Path, mut tensors: Vec<Named<'_>>) -> Result<(), TrainEr
     file.sync_all().map_err(TrainError::file("write", path))
 }
 
+/// Waits until the disk has a folder's list of files.
+fn sync_folder(path: &Path) -> Result<(), TrainError> {
+    let folder = fs::File::open(path).map_err(TrainError::file("open", path))?;
+    folder.sync_all().map_err(TrainError::file("write", path))
+}
+
 fn bytes(values: &[f32]) -> &[u8] {
     bytemuck::cast_slice(values)
 }
@@ -189,6 +195,10 @@ fn names(name: &str) -> [String; 3] {
     [name.to_string(), format!("adam.first.{name}"), format!("adam.second.{name}")]
 }
 
+fn observed_name(layer: usize) -> String {
+    format!("layers.{layer}.moe.observed")
+}
+
 fn bias_name(layer: usize) -> String {
     format!("layers.{layer}.moe.router.bias")
 }
@@ -226,12 +236,12 @@ impl Worker {
         self.barrier()?;
         if rank == 0 {
             self.write_manifest(partial, step, text_digest)?;
+            sync_folder(partial)?;
             if done.exists() {
                 fs::remove_dir_all(&done).map_err(TrainError::file("replace", &done))?;
             }
             fs::rename(partial, &done).map_err(TrainError::file("rename", partial))?;
-            let above = fs::File::open(folder).map_err(TrainError::file("open", folder))?;
-            above.sync_all().map_err(TrainError::file("write", folder))?;
+            sync_folder(folder)?;
         }
         self.barrier()?;
         Ok(done)
@@ -258,6 +268,12 @@ impl Worker {
                 tensors.push((name, &values[range.clone()]));
             }
         }
+        let experts = self.experts.lock();
+        // Counts are whole numbers, exact in `f32` up to 2^24 tokens of an expert in a microbatch.
+        let observed = |layer| experts.manager.observed(layer).iter().map(|&load| load as f32).collect();
+        let observed: Vec<Vec<f32>> = (0..self.config.layers).map(observed).collect();
+        let seen = observed.iter().enumerate().filter(|(_, loads)| !loads.is_empty());
+        tensors.extend(seen.map(|(layer, loads)| (observed_name(layer), &loads[..])));
         let biases = self.model.moe_layers().enumerate().map(|(layer, moe)| (bias_name(layer), moe.router().bias()));
         tensors.extend(biases);
         write_tensors(path, tensors)
@@ -314,6 +330,13 @@ impl Worker {
         for (layer, moe) in self.model.moe_layers_mut().enumerate() {
             file.copy(&bias_name(layer), &mut bias)?;
             moe.router_mut().set_bias(&bias)?;
+        }
+        for layer in 0..self.config.layers {
+            // Not there when no policy of that run was historical.
+            if let Some(loads) = file.tensors.get(&observed_name(layer)) {
+                let loads: Vec<u32> = loads.iter().map(|&load| load as u32).collect();
+                self.experts.lock().manager.replay(layer, &loads)?;
+            }
         }
         self.publish_dense()?;
         self.load_experts(path, info)

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use ultraep_baselines::{EplbParams, HistoryParams, PolicyKind, PolicyParams};
+use ultraep_baselines::{EplbParams, HistoryParams, LplbParams, PolicyKind, PolicyParams};
 use ultraep_fabric::GroupSpec;
 use ultraep_model::{ModelConfig, RouterKind};
 use ultraep_plan::{Ratio, Topology, TopologySpec};
@@ -21,6 +21,9 @@ pub enum RouterChoice {
     Bias,
 }
 
+/// Most microbatches that historical policies remember.
+const MAX_HISTORY: u128 = 16_384;
+
 /// A training run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -37,7 +40,7 @@ pub struct TrainConfig {
     pub min_quota: u32,
     /// Tolerated imbalance, such as `1.01`.
     pub beta: String,
-    /// Global batches between two rebalancings of `eplb`.
+    /// Global batches between two rebalancings of `eplb` and `lplb`.
     pub eplb_interval_steps: usize,
 
     /// Width of the model.
@@ -164,10 +167,12 @@ impl TrainConfig {
             return Err(TrainError::BetaBelowOne(self.beta.clone()));
         }
         let interval = self.eplb_interval_steps * self.microbatches as usize;
+        let history = HistoryParams { window: interval, interval };
         let params = PolicyParams {
             beta,
             min_quota: self.min_quota,
-            eplb: EplbParams { history: HistoryParams { window: interval, interval }, ..EplbParams::default() },
+            eplb: EplbParams { history, ..EplbParams::default() },
+            lplb: LplbParams { history, ..LplbParams::default() },
             ..PolicyParams::default()
         };
         Ok(RuntimeConfig {
@@ -205,11 +210,51 @@ impl TrainConfig {
                 return Err(TrainError::Zero(what));
             }
         }
+        self.validate_numbers()?;
+        self.validate_sizes()?;
         self.group()?;
         let params = self.runtime()?.policies;
         for kind in params.kinds {
             ultraep_baselines::build(kind, &self.topology()?, &params.params)?;
         }
         Ok(())
+    }
+
+    fn validate_numbers(&self) -> Result<(), TrainError> {
+        let numbers = [
+            ("auxiliary weight", self.aux_coefficient),
+            ("step of the bias", self.bias_rate),
+            ("learning rate", self.learning_rate),
+            ("weight decay", self.weight_decay),
+        ];
+        let refuse = |what, value, least| Err(TrainError::Number { what, value, least });
+        if let Some((what, value)) = numbers.into_iter().find(|(_, v)| !(v.is_finite() && *v >= 0.0)) {
+            return refuse(what, value, "at least 0");
+        }
+        if !(self.clip_norm.is_finite() && self.clip_norm > 0.0) {
+            return refuse("largest gradient norm", self.clip_norm, "above 0");
+        }
+        Ok(())
+    }
+
+    /// Sizes whose products would not fit the numbers that hold them; everything after this may multiply them.
+    fn validate_sizes(&self) -> Result<(), TrainError> {
+        let product = |factors: &[usize]| factors.iter().fold(1, |p: u128, &f| p.saturating_mul(f as u128));
+        let microbatches = self.microbatches as usize;
+        // Rows have 32-bit numbers; memory has 63-bit sizes, and a matrix of 2^40 elements is no small model.
+        let rows = product(&[self.ranks, self.sequences, self.sequence_tokens, self.top_k]);
+        let history = product(&[self.eplb_interval_steps, microbatches]);
+        let sizes = [
+            ("tokens of a microbatch, times top-k", rows, u128::from(u32::MAX / 2)),
+            ("layers", self.layers as u128, 1 << 16),
+            ("elements of an expert", product(&[3, self.hidden, self.intermediate]), 1 << 40),
+            ("elements of an attention matrix", product(&[3, self.hidden, self.hidden]), 1 << 40),
+            ("elements of a microbatch's rows", rows.saturating_mul(self.hidden as u128), 1 << 58),
+            ("microbatches between two rebalancings of eplb", history, MAX_HISTORY),
+        ];
+        match sizes.into_iter().find(|&(_, got, limit)| got > limit) {
+            Some((what, got, limit)) => Err(TrainError::TooLarge { what, got, limit }),
+            None => Ok(()),
+        }
     }
 }

@@ -63,13 +63,35 @@ pub enum TrainError {
         /// How many.
         threads: usize,
     },
-    /// The loss is not a number any more.
-    #[error("step {step}: the loss is {loss}; try a smaller learning rate")]
+    /// Loss or gradient is not a finite number any more.
+    #[error("step {step}: the {what} is {value}; try a smaller learning rate")]
     Diverged {
         /// Which step.
         step: u64,
-        /// The loss.
-        loss: f32,
+        /// Loss or norm of the gradient.
+        what: &'static str,
+        /// Its value.
+        value: f32,
+    },
+    /// A setting is no number, or not in its range.
+    #[error("{what} of {value}: it must be a finite number, {least}")]
+    Number {
+        /// Which.
+        what: &'static str,
+        /// As given.
+        value: f32,
+        /// What is the least.
+        least: &'static str,
+    },
+    /// A run that no machine could hold.
+    #[error("{what}: {got} asked for, at most {limit} possible")]
+    TooLarge {
+        /// What is too large.
+        what: &'static str,
+        /// How large it is.
+        got: u128,
+        /// How large it may be.
+        limit: u128,
     },
     /// Ranks do not agree on a value that must be the same.
     #[error("{what}: policy {policy} gives {got}, {reference} gave {expected}; outputs must not depend on the policy")]

@@ -54,6 +54,10 @@ pub struct BalanceCount {
     pub worst_before: f64,
     /// Worst imbalance after balancing.
     pub worst_after: f64,
+    /// Sum of proven lower bounds of the imbalance after balancing: no plan inside the domains gets below.
+    pub sum_bound: f64,
+    /// Largest lower bound.
+    pub worst_bound: f64,
 }
 
 /// Final imbalance that a plan should reach.
@@ -61,8 +65,10 @@ const TARGET: f64 = 1.02;
 
 impl BalanceCount {
     fn add(&mut self, record: &LayerRecord) {
-        let (before, after) = (record.imbalance_before(), record.imbalance_after());
+        let (before, after, bound) = (record.imbalance_before(), record.imbalance_after(), record.imbalance_bound());
         self.plans += 1;
+        self.sum_bound += bound;
+        self.worst_bound = self.worst_bound.max(bound);
         self.sum_before += before;
         self.sum_after += after;
         self.worst_before = self.worst_before.max(before);
@@ -78,6 +84,11 @@ impl BalanceCount {
     pub fn means(&self) -> (f64, f64) {
         let plans = self.plans.max(1) as f64;
         (self.sum_before / plans, self.sum_after / plans)
+    }
+
+    /// Mean lower bound of the imbalance after balancing.
+    pub fn mean_bound(&self) -> f64 {
+        self.sum_bound / self.plans.max(1) as f64
     }
 }
 
@@ -118,7 +129,8 @@ impl RunFolder {
         let optimizer = sorted.get(sorted.len() / 2).copied().unwrap_or(0);
         let with_optimizer = |m: &PolicyMeasurement| PolicyMeasurement {
             parallel_step_ns: m.parallel_step_ns + optimizer,
-            parts: StepParts { optimizer_ns: optimizer, ..m.parts },
+            parts: StepParts { optimizer_ns: m.parts.optimizer_ns + optimizer, ..m.parts },
+            wall_ns: m.wall_ns.map(|wall| wall + optimizer),
             ..m.clone()
         };
         let measurements: Vec<_> = measurements.iter().map(with_optimizer).collect();
@@ -145,7 +157,7 @@ impl RunFolder {
 
     fn notes(&self) -> Vec<String> {
         let steps = self.summary.measurements.iter().map(|m| m.step).collect::<std::collections::BTreeSet<_>>();
-        vec![
+        let mut notes = vec![
             format!(
                 "Times are parallel time: each rank's CPU time between synchronisation points, the slowest rank's at \
                  each, plus transfers at {} Gbit/s a rank and direction (by default what one core copies between two \
@@ -155,9 +167,15 @@ impl RunFolder {
                 steps.len()
             ),
             "eplb keeps its replicas where they are, in memory of their own for every layer: its weight sync is charged only \
-             when it moves experts. ideal forces balanced routing, so its outputs mean nothing."
+             where its placement has changed since the comparison before. ideal forces balanced routing, so its outputs mean nothing; a plan that keeps more tokens at home can be faster."
                 .to_string(),
-        ]
+        ];
+        if !self.config.experts.is_multiple_of(self.config.ranks) {
+            let uneven =
+                "ideal balances experts; ranks have unequal numbers of them here, so it does not balance ranks.";
+            notes.push(uneven.to_string());
+        }
+        notes
     }
 
     /// Ends the run: the table if there is one, and the status.

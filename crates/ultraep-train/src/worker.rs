@@ -105,6 +105,7 @@ impl Worker {
     /// Forward and backward of all microbatches of `step`, and the all-reduce of dense gradients.
     fn pass(&mut self, step: u64, stop: bool) -> Result<PassResult, TrainError> {
         let began = Instant::now();
+        self.experts.lock().endpoint.clock.enter(Part::Dense);
         let rank = self.experts.lock().manager.rank().index() as u32;
         let mut loss = 0.0;
         for microbatch in 0..self.config.microbatches {
@@ -153,12 +154,15 @@ impl Worker {
     pub(crate) fn step(&mut self, step: u64, stop: bool) -> Result<StepResult, TrainError> {
         let mut pass = self.pass(step, stop)?;
         if !pass.loss.is_finite() {
-            return Err(TrainError::Diverged { step, loss: pass.loss });
+            return Err(TrainError::Diverged { step, what: "loss", value: pass.loss });
         }
         let began = Instant::now();
         self.experts.lock().endpoint.clock.enter(Part::Optimizer);
         let scale = 1.0 / (self.config.microbatches as usize * self.config.ranks) as f32;
         let gradient_norm = scale * self.gradient_norm()?;
+        if !gradient_norm.is_finite() {
+            return Err(TrainError::Diverged { step, what: "norm of the gradient", value: gradient_norm });
+        }
         let clip = if gradient_norm > self.config.clip_norm { self.config.clip_norm / gradient_norm } else { 1.0 };
         let schedule = Schedule::at(&self.config, step, scale * clip);
         self.update_dense(&schedule)?;

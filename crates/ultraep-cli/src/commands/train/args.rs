@@ -1,7 +1,10 @@
 //! Options of `ultraep train`: one table that makes help, defaults and the configuration.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
+use clap::CommandFactory;
+use clap::parser::ValueSource;
 use ultraep_baselines::PolicyKind;
 use ultraep_fabric::FabricKind;
 use ultraep_runtime::Link;
@@ -45,7 +48,7 @@ pub(crate) struct Args {
     /// Least quota of a replica, in tokens
     #[arg(long, default_value_t = 16, value_name = "TOKENS", help_heading = "Balancing")]
     min_quota: u32,
-    /// Steps between two rebalancings of eplb
+    /// Steps between two rebalancings of eplb and lplb
     #[arg(long, default_value_t = 3, value_name = "STEPS", help_heading = "Balancing")]
     eplb_interval: usize,
     /// Policies to compare on the way, from the same weights on the same batches
@@ -198,25 +201,55 @@ impl Args {
     }
 }
 
-/// Parses options alone, for their defaults.
+/// Parses options alone.
 #[derive(clap::Parser)]
-struct Defaults {
+struct Options {
     #[command(flatten)]
     args: Args,
 }
 
+/// Options that set a field of the configuration by another name.
+const RENAMED: [(&str, &str); 6] = [
+    ("domain", "domain_ranks"),
+    ("eplb_interval", "eplb_interval_steps"),
+    ("aux", "aux_coefficient"),
+    ("warmup", "warmup_steps"),
+    ("clip", "clip_norm"),
+    ("no_reference", "reference"),
+];
+
+/// Fields of the configuration that `arguments` (of `ultraep`, from `train` on) set themselves, be it to the default.
+fn given(arguments: impl Iterator<Item = OsString>) -> Vec<String> {
+    let Ok(matches) = Options::command().try_get_matches_from(arguments) else { return Vec::new() };
+    let on_line = |id: &&clap::Id| matches.value_source(id.as_str()) == Some(ValueSource::CommandLine);
+    let mut fields: Vec<String> = matches.ids().filter(on_line).map(|id| field(id.as_str()).to_string()).collect();
+    if fields.iter().any(|name| name == "ranks") {
+        // One domain by default: as many ranks as there are now.
+        fields.push("domain_ranks".into());
+    }
+    fields
+}
+
+fn field(option: &str) -> &str {
+    RENAMED.iter().find(|(id, _)| *id == option).map_or(option, |(_, field)| field)
+}
+
 impl Args {
-    /// The configuration of a run that goes on: a checkpoint's, with what differs from the defaults here put over it.
-    pub(super) fn config_over(&self, checkpoint: TrainConfig) -> TrainConfig {
-        let defaults = <Defaults as clap::Parser>::parse_from(["train"]).args.config();
+    /// The configuration of a run that goes on: a checkpoint's, with what `arguments` (of `ultraep`, from `train` on) ask for
+    /// put over it.
+    pub(super) fn config_over(
+        &self,
+        checkpoint: TrainConfig,
+        arguments: impl Iterator<Item = OsString>,
+    ) -> TrainConfig {
         let fields = |config: &TrainConfig| match serde_json::to_value(config) {
             Ok(serde_json::Value::Object(fields)) => fields,
             _ => serde_json::Map::new(),
         };
-        let (asked, defaults, mut merged) = (fields(&self.config()), fields(&defaults), fields(&checkpoint));
-        for (name, value) in asked {
-            if defaults.get(&name) != Some(&value) || name == "cores" {
-                merged.insert(name, value);
+        let (asked, mut merged) = (fields(&self.config()), fields(&checkpoint));
+        for name in given(arguments).into_iter().chain(["cores".to_string()]) {
+            if let Some(value) = asked.get(&name) {
+                merged.insert(name, value.clone());
             }
         }
         serde_json::from_value(serde_json::Value::Object(merged)).unwrap_or(checkpoint)
@@ -228,15 +261,32 @@ mod tests {
     use super::*;
     use clap::Parser;
 
-    fn parse(arguments: &[&str]) -> Args {
-        Defaults::parse_from(std::iter::once("train").chain(arguments.iter().copied())).args
+    fn arguments(options: &[&str]) -> impl Iterator<Item = OsString> {
+        std::iter::once("train").chain(options.iter().copied()).map(OsString::from)
+    }
+
+    fn parse(options: &[&str]) -> Args {
+        Options::parse_from(arguments(options)).args
     }
 
     #[test]
     fn a_resumed_run_keeps_what_is_not_asked_for() {
-        let first = parse(&["--layers", "3", "--steps", "10"]).config();
-        let resumed = parse(&["--steps", "20"]).config_over(first.clone());
-        assert_eq!(resumed, TrainConfig { steps: 20, ..first });
+        let first = parse(&["--layers", "3", "--steps", "10", "--domain", "4", "--no-reference"]).config();
+        let over = |options: &[&str]| parse(options).config_over(first.clone(), arguments(options));
+        assert_eq!(over(&[]), first);
+        // A value that is asked for counts, also when it is the default.
+        assert_eq!(over(&["--steps", "48"]), TrainConfig { steps: 48, ..first.clone() });
+        assert_eq!(over(&["--ranks", "8"]), TrainConfig { ranks: 8, domain_ranks: 8, ..first.clone() });
+    }
+
+    #[test]
+    fn every_option_of_the_configuration_sets_a_field_of_it() {
+        let config = serde_json::to_value(parse(&[]).config()).unwrap();
+        let elsewhere = ["text", "fabric", "runs", "resume", "json", "help"];
+        for option in Options::command().get_arguments().map(|a| a.get_id().as_str().to_string()) {
+            let known = elsewhere.contains(&option.as_str()) || config.get(field(&option)).is_some();
+            assert!(known, "--{option} sets no field");
+        }
     }
 
     #[test]

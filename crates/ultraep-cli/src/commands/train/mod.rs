@@ -8,12 +8,15 @@ use std::io::Write;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use ultraep_fabric::{FabricKind, GroupError, processes, run_threads};
-use ultraep_run::UtcTime;
-use ultraep_train::{CheckpointInfo, Outcome, RankJob, Silent, TENSOR_THREADS, TrainError, find_checkpoint, run_rank};
+use ultraep_plan::Rank;
+use ultraep_run::{RunReader, UtcTime};
+use ultraep_train::{
+    CheckpointInfo, Outcome, RankJob, Silent, TENSOR_THREADS, TrainConfig, TrainError, find_checkpoint, run_rank,
+};
 
 pub(crate) use args::Args;
 use job::{Handover, Job};
@@ -49,7 +52,10 @@ fn own_program() -> Result<PathBuf, CliError> {
 fn prepare(args: &Args) -> Result<Job, CliError> {
     let resume = args.resume.as_deref().map(find_checkpoint).transpose().map_err(CliError::input)?;
     let config = match &resume {
-        Some(path) => args.config_over(CheckpointInfo::read(path).map_err(CliError::input)?.config),
+        Some(path) => {
+            let checkpoint = CheckpointInfo::read(path).map_err(CliError::input)?.config;
+            args.config_over(checkpoint, std::env::args_os().skip(1))
+        }
         None => args.config(),
     };
     config.validate().map_err(CliError::input)?;
@@ -57,8 +63,8 @@ fn prepare(args: &Args) -> Result<Job, CliError> {
     job::check_text(&config, &corpus).map_err(CliError::input)?;
     let started = now();
     let folder = match &args.resume {
-        // A run is taken up in its own folder; a lone checkpoint begins a new one.
-        Some(path) if path.join("run.json").is_file() => path.clone(),
+        // A run is taken up in its own folder; a lone checkpoint, or another group, begins a new one.
+        Some(path) if same_group(path, &config)? => path.clone(),
         _ => free_folder(&args.runs, started),
     };
     if let Some(path) = &resume {
@@ -70,6 +76,17 @@ fn prepare(args: &Args) -> Result<Job, CliError> {
         }
     }
     Ok(Job { config, corpus: Arc::new(corpus), folder, resume, started, json: args.json })
+}
+
+/// Whether `path` is a run's folder, and its recorded loads are of a group as `config` has it.
+fn same_group(path: &Path, config: &TrainConfig) -> Result<bool, CliError> {
+    if !path.join("run.json").is_file() {
+        return Ok(false);
+    }
+    let reader = RunReader::open(path).map_err(CliError::input)?;
+    let group = [("ranks", config.ranks), ("domain_ranks", config.domain_ranks), ("slots", config.slots)];
+    let recorded = |name: &str| reader.info().config.get(name).and_then(serde_json::Value::as_u64);
+    Ok(group.iter().all(|&(name, value)| recorded(name) == u64::try_from(value).ok()))
 }
 
 fn now() -> UtcTime {
@@ -87,13 +104,15 @@ fn free_folder(runs: &Path, started: UtcTime) -> PathBuf {
 
 /// A flag that Ctrl-C and a request to terminate set; a second one ends the process at once.
 fn stop_flag() -> Result<Arc<AtomicBool>, CliError> {
-    let flag = Arc::new(AtomicBool::new(false));
+    // Two flags: being told by the parent sets only the first, so that an interrupt after it is the first one.
+    let (stop, interrupted) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
     for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
-        let twice = signal_hook::flag::register_conditional_shutdown(signal, 1, flag.clone());
-        let once = signal_hook::flag::register(signal, flag.clone());
-        twice.and(once).map_err(|error| CliError::Failure(format!("signal {signal}: {error}")))?;
+        let twice = signal_hook::flag::register_conditional_shutdown(signal, 1, interrupted.clone());
+        let once = signal_hook::flag::register(signal, interrupted.clone());
+        let stops = signal_hook::flag::register(signal, stop.clone());
+        twice.and(once).and(stops).map_err(|error| CliError::Failure(format!("signal {signal}: {error}")))?;
     }
-    Ok(flag)
+    Ok(stop)
 }
 
 fn rank_job(job: &Job, stop: Arc<AtomicBool>) -> RankJob {
@@ -125,8 +144,7 @@ fn describe<E: std::fmt::Display + std::error::Error + 'static>(error: &GroupErr
 }
 
 fn run_as_processes(job: Job) -> Result<(), CliError> {
-    // Each child has its own flag; this process only must not die before them.
-    let _stop = stop_flag()?;
+    let stop = stop_flag()?;
     let group = job.config.group().map_err(CliError::input)?;
     let handover = Handover::write(&job)?;
     let program = own_program()?;
@@ -146,11 +164,22 @@ fn run_as_processes(job: Job) -> Result<(), CliError> {
     if let Some(error) = failed {
         return Err(error);
     }
-    launched.map_err(|error| CliError::Failure(error.to_string()))?.wait().map_err(|error| {
-        // A rank that ended by itself has said why on stderr.
-        CliError::Failure(error.to_string())
-    })
+    // A rank that ends by itself says why on stderr.
+    let failure = |error: &dyn std::fmt::Display| CliError::Failure(error.to_string());
+    let mut group = launched.map_err(|error| failure(&error))?;
+    let mut told = false;
+    while !group.supervise(WATCH).map_err(|error| failure(&error))? {
+        // A terminal interrupts all processes, others only this one; being told twice is no second interrupt.
+        if stop.load(Ordering::Relaxed) && !told {
+            group.notify(Rank::new(0));
+            told = true;
+        }
+    }
+    group.wait().map_err(|error| failure(&error))
 }
+
+/// Longest time between two looks at the wish to stop.
+const WATCH: Duration = Duration::from_millis(50);
 
 /// Arguments of the hidden command that is one rank of a group of processes.
 #[derive(Debug, clap::Args)]
@@ -163,6 +192,8 @@ pub(crate) struct RankArgs {
 /// One rank of a group of processes.
 pub(crate) fn run_as_rank(args: &RankArgs, out: &mut dyn Write) -> Result<(), CliError> {
     let stop = stop_flag()?;
+    let told = signal_hook::flag::register(signal_hook::consts::SIGUSR1, stop.clone());
+    told.map_err(|error| CliError::Failure(format!("signal SIGUSR1: {error}")))?;
     let job = Handover::read()?;
     let group = job.config.group().map_err(CliError::input)?;
     let rank = args.join.rank();

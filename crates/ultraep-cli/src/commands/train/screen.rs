@@ -29,7 +29,6 @@ pub(super) struct Screen {
     bar: ProgressBar,
     plain: bool,
     since: Instant,
-    wall_ns: Vec<(Phase, u64)>,
 }
 
 fn say(text: impl std::fmt::Display) {
@@ -61,7 +60,6 @@ impl Screen {
             bar: ProgressBar::hidden(),
             plain: !std::io::stderr().is_terminal(),
             since: Instant::now(),
-            wall_ns: Vec::new(),
         })
     }
 
@@ -91,7 +89,11 @@ impl Screen {
         say(format_args!("took {:.0} s", self.since.elapsed().as_secs_f64()));
         if outcome.stopped {
             let saved = outcome.checkpoint.map_or("nothing saved".into(), |p| format!("saved {}", p.display()));
-            let again = format!("go on with --resume {}", path.display());
+            let again = if outcome.steps < self.config.steps {
+                format!("go on with --resume {}", path.display())
+            } else {
+                "the training was complete, its reference was not".into()
+            };
             return Err(CliError::Failure(format!("interrupted after step {}: {saved}; {again}", outcome.steps)));
         }
         Ok(())
@@ -176,7 +178,6 @@ impl Observer for Screen {
             mean(LayerRecord::imbalance_before),
             mean(LayerRecord::imbalance_after)
         );
-        self.wall_ns.push((report.phase, report.wall_ns));
         let done = report.step + 1;
         let every = (self.config.steps / 10).max(1);
         if !self.plain {
@@ -222,6 +223,8 @@ struct BalanceJson {
     imbalance_before_worst: f64,
     imbalance_after_mean: f64,
     imbalance_after_worst: f64,
+    lower_bound_mean: f64,
+    lower_bound_worst: f64,
 }
 
 impl<'a> Json<'a> {
@@ -245,6 +248,8 @@ impl<'a> Json<'a> {
                 imbalance_before_worst: b.worst_before,
                 imbalance_after_mean: after,
                 imbalance_after_worst: b.worst_after,
+                lower_bound_mean: b.mean_bound(),
+                lower_bound_worst: b.worst_bound,
             },
             table,
         }
@@ -287,7 +292,16 @@ fn print_balance(out: &mut dyn Write, config: &TrainConfig, b: &BalanceCount) ->
          them at the proven bound",
         config.policy, b.plans, b.worst_before, b.worst_after, above, b.at_bound
     );
-    write_wrapped(out, &text)
+    write_wrapped(out, &text)?;
+    if config.domain_ranks < config.ranks {
+        let bound = b.mean_bound();
+        writeln!(
+            out,
+            "domains of {}: lower bound of the imbalance {bound:.3} (worst {:.3}); no plan inside domains beats it",
+            config.domain_ranks, b.worst_bound
+        )?;
+    }
+    Ok(())
 }
 
 fn print_agreement(out: &mut dyn Write, summary: &Summary) -> Result<(), CliError> {
