@@ -62,7 +62,7 @@ pub struct StepParts {
     pub all_to_all_ns: u64,
     /// Grouped GEMMs over physical experts.
     pub experts_ns: u64,
-    /// Grad reduce of replicas beyond what the backward of router and attention hides.
+    /// Grad reduce of replicas: adding, and what of the transfer the backward of router and attention does not hide.
     pub grad_reduce_exposed_ns: u64,
     /// All-reduce of dense gradients.
     pub all_reduce_ns: u64,
