@@ -80,10 +80,24 @@ pub enum RuntimeError {
         max_microbatches: usize,
     },
     /// A second forward of a virtual layer: it would drop the first one's plan.
-    #[error("{at}: its forward has run and its backward has not; a second forward would drop the first one's plan")]
+    #[error(
+        "{at}: its forward has run and its backward has not; a second forward would drop the first one's plan (to run it again, replay it)"
+    )]
     InFlight {
         /// Where.
         at: VirtualLayer,
+    },
+    /// A replay of another batch than the one that was planned for.
+    #[error("{at}: the replay has {got} tokens for expert {expert}, the plan was made for {planned}")]
+    ReplayDiffers {
+        /// Where.
+        at: VirtualLayer,
+        /// The first expert that differs.
+        expert: usize,
+        /// Tokens of this rank that were planned for.
+        planned: u32,
+        /// Tokens of the replay.
+        got: u32,
     },
     /// A backward or replay without a forward.
     #[error("{at}: no plan is kept here; its forward has not run or its backward already has")]

@@ -26,6 +26,9 @@ use crate::{Endpoint, LayerMasters, LayerRecord, Part, RuntimeConfig, RuntimeErr
 pub enum Pass {
     /// Training: what backward needs is kept.
     Train(Recompute),
+    /// Training, a forward run again before its backward because a framework recomputes whole layers: the kept plan is
+    /// replayed, nothing is planned, and what backward needs is kept anew. The tokens and their choices must be the same.
+    Replay(Recompute),
     /// Inference: nothing is kept.
     Inference,
 }
@@ -160,11 +163,10 @@ impl ExpertParallel {
         self.check_sizes(routing, x, y)?;
         self.endpoint.clock.enter(Part::Router);
         self.count(routing.experts)?;
-        let place = self.manager.plan(&mut self.endpoint, at, &self.counts)?;
-        if let Some(records) = &mut self.records {
-            records.push(LayerRecord::new(at, self.manager.policy(), self.manager.kept(place), self.manager.config()));
-        }
-        let saved_place = self.saved.claim(at)?;
+        let (place, saved_place) = match pass {
+            Pass::Replay(_) => (self.manager.replayed(at, &self.counts)?, self.saved.kept(at)?),
+            Pass::Train(_) | Pass::Inference => self.plan(at)?,
+        };
         let mut saved = std::mem::take(self.saved.get_mut(saved_place));
         let result = self.forward_planned(at.layer, place, &mut saved, pass, routing, x, y);
         *self.saved.get_mut(saved_place) = saved;
@@ -173,6 +175,15 @@ impl ExpertParallel {
             self.saved.release(saved_place);
         }
         result
+    }
+
+    /// Plans for the counted batch and takes places for what is kept.
+    fn plan(&mut self, at: VirtualLayer) -> Result<(usize, usize), RuntimeError> {
+        let place = self.manager.plan(&mut self.endpoint, at, &self.counts)?;
+        if let Some(records) = &mut self.records {
+            records.push(LayerRecord::new(at, self.manager.policy(), self.manager.kept(place), self.manager.config()));
+        }
+        Ok((place, self.saved.claim(at)?))
     }
 
     fn check_sizes(&self, routing: Routing<'_>, x: &[f32], y: &[f32]) -> Result<(), RuntimeError> {
@@ -258,7 +269,7 @@ impl ExpertParallel {
                 math::add_scaled(y, gate, &returned[row..row + d]);
             }
         }
-        if let Pass::Train(recompute) = pass {
+        if let Pass::Train(recompute) | Pass::Replay(recompute) = pass {
             saved.recompute = recompute;
             saved.returned.clear();
             saved.returned.extend_from_slice(&returned[..routing.experts.len() * d]);

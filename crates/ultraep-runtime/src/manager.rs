@@ -179,6 +179,20 @@ impl Manager {
         self.ring.kept(at)
     }
 
+    /// The place of a plan that is to be replayed for a batch with these counts (`own`, `[E]`).
+    pub(crate) fn replayed(&self, at: VirtualLayer, own: &[u32]) -> Result<usize, RuntimeError> {
+        let place = self.ring.kept(at)?;
+        let first = self.rank.index() * own.len();
+        let planned = &self.ring.get(place).counts[first..first + own.len()];
+        match planned.iter().zip(own).position(|(planned, own)| planned != own) {
+            Some(expert) => {
+                let (planned, got) = (planned[expert], own[expert]);
+                Err(RuntimeError::ReplayDiffers { at, expert, planned, got })
+            }
+            None => Ok(place),
+        }
+    }
+
     /// The plan in force for a virtual layer.
     pub fn plan_of(&self, at: VirtualLayer) -> Result<&Plan, RuntimeError> {
         Ok(&self.ring.get(self.ring.kept(at)?).plan)

@@ -229,6 +229,47 @@ fn recomputation_replays_the_plan_and_changes_no_bit() {
 }
 
 #[test]
+fn a_forward_run_again_replays_its_plan_even_after_other_layers() {
+    let case = case(4, 8, 2, &[PolicyKind::EplbExact, PolicyKind::None]);
+    let result = run_threads(&group(&case), |fabric| {
+        let mut moe = runtime(&case, fabric)?;
+        moe.record();
+        let Inputs { x, gates, dy, chosen } = inputs(moe.manager.rank().index(), 8);
+        let routing = Routing { experts: &chosen, gates: &gates };
+        let at = VirtualLayer { layer: 0, microbatch: 3 };
+        let (mut y, mut again, mut other) = (vec![0.0; x.len()], vec![0.0; x.len()], vec![0.0; x.len()]);
+        let replay = Pass::Replay(Recompute::Nothing);
+        let none_yet = moe.forward(at, replay, routing, &x, &mut y);
+        assert!(matches!(none_yet, Err(RuntimeError::NoPlan { .. })), "{none_yet:?}");
+        moe.forward(at, case.pass, routing, &x, &mut y)?;
+        // Another layer takes the slots, and another policy is in force when the forward runs again.
+        moe.forward(VirtualLayer { layer: 1, microbatch: 3 }, case.pass, routing, &x, &mut other)?;
+        moe.manager.set_policy(PolicyKind::None)?;
+        let digest = ultraep_plan::digest_plan(moe.manager.plan_of(at)?);
+        moe.forward(at, replay, routing, &x, &mut again)?;
+        assert!(y == again, "a bit changed");
+        assert_eq!(digest, ultraep_plan::digest_plan(moe.manager.plan_of(at)?));
+        assert_eq!(moe.take_records().len(), 2, "a replay plans nothing");
+        let mut swapped = chosen.clone();
+        swapped[0] = (0..8).find(|e| !swapped[..2].contains(e)).unwrap();
+        let wrong = Routing { experts: &swapped, gates: &gates };
+        let refused = moe.forward(at, replay, wrong, &x, &mut again);
+        assert!(matches!(refused, Err(RuntimeError::ReplayDiffers { .. })), "{refused:?}");
+        let (mut dx, mut d_gates) = (vec![0.0; x.len()], vec![0.0; gates.len()]);
+        moe.backward(at, &gates, &x, &dy, &mut dx, &mut d_gates)?;
+        moe.finish_backward();
+        moe.endpoint.leave()?;
+        Ok::<_, RuntimeError>(dx)
+    });
+    let replayed = result.unwrap_or_else(|error| panic!("{error}"));
+    let plain = run(&case);
+    for (rank, (dx, result)) in replayed.iter().zip(plain).enumerate() {
+        // The plain run's last backward is of layer 0.
+        assert!(*dx == result.dx, "rank {rank}: the gradient differs");
+    }
+}
+
+#[test]
 fn two_runs_are_equal_bit_for_bit() {
     let case = case(4, 8, 2, &[PolicyKind::EplbExact]);
     assert!(run(&case) == run(&case), "the runs differ");

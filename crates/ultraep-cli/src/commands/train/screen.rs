@@ -267,6 +267,9 @@ fn print(
     summary: &Summary,
     table: Option<&PolicyTable>,
 ) -> Result<(), CliError> {
+    if table.is_none() && config.compare_every > 0 {
+        writeln!(out, "no policies compared: the run ended before the first comparison (--compare-every)")?;
+    }
     if let Some(table) = table {
         writeln!(out, "\n{}\n", table.title)?;
         writeln!(out, "{}\n", main_table(table))?;
