@@ -67,6 +67,8 @@ pub struct Manager {
     slot_weights: Region,
     slot_grads: Region,
     scratch: Region,
+    /// Where one expert's weights go: memory for [`Manager::sync_weights`].
+    put_to: Vec<RemoteSpan>,
     ring: Ring<Kept>,
     counts_send: Region,
     counts_recv: Region,
@@ -118,6 +120,7 @@ impl Manager {
             slot_weights: window(window::SLOT_WEIGHTS)?,
             slot_grads: window(window::SLOT_GRADS)?,
             scratch: Region::zeroed(config.shape.weight_bytes()),
+            put_to: Vec::with_capacity(ranks),
             ring: Ring::new(config.layers, config.max_microbatches, kept),
             counts_send: Region::zeroed(row * size_of::<u32>()),
             counts_recv: Region::zeroed(ranks * row * size_of::<u32>()),
@@ -241,14 +244,14 @@ impl Manager {
         }
         endpoint.all_gather(&self.counts_send, &self.counts_recv, Part::Plan)?;
         let kept = self.ring.get_mut(place);
-        let mut row_sums = Vec::with_capacity(ranks);
+        let gathered = self.counts_recv.read::<u32>()?;
+        let rows = || gathered.chunks_exact(experts + 1);
         kept.counts.clear();
-        for row in self.counts_recv.read::<u32>()?.chunks_exact(experts + 1) {
-            kept.counts.extend_from_slice(&row[..experts]);
-            row_sums.push(u64::from(row[experts]));
-        }
+        rows().for_each(|row| kept.counts.extend_from_slice(&row[..experts]));
+        let row_sums = rows().map(|row| u64::from(row[experts]));
         let problem = Problem::with_row_sums(&self.config.topology, &kept.counts, row_sums)
             .map_err(|source| RuntimeError::Counts { at, source })?;
+        drop(gathered);
         let policy = &mut self.policies[self.active].layers[at.layer];
         policy.solve(&problem, &mut kept.plan).map_err(|source| RuntimeError::Solve { at, source })?;
         kept.split.resize(ranks * kept.plan.instances().len(), 0);
@@ -360,17 +363,22 @@ impl Manager {
         endpoint.aside(Operation::Open { window: window::SLOT_WEIGHTS }, 0)?;
         let weights = &self.masters[layer].weights;
         let masters = self.config.topology.masters(self.rank);
-        let own = kept.transfers.all().iter().filter(|t| t.from == self.rank).collect::<Vec<_>>();
-        for of_expert in own.chunk_by(|a, b| a.expert == b.expert) {
-            let to = of_expert.iter().map(|t| RemoteSpan {
+        let mut to = std::mem::take(&mut self.put_to);
+        for of_expert in kept.transfers.all().chunk_by(|a, b| a.expert == b.expert) {
+            if of_expert[0].from != self.rank {
+                continue;
+            }
+            to.clear();
+            to.extend(of_expert.iter().map(|t| RemoteSpan {
                 rank: t.to,
                 window: window::SLOT_WEIGHTS,
                 offset: self.slot_index(t.to, t.physical.index()) * bytes,
-            });
+            }));
             let offset = (of_expert[0].expert.index() - masters.start) * bytes;
             let from = Span { region: weights.clone(), offset, bytes };
-            endpoint.aside(Operation::Put { from, to: &to.collect::<Vec<_>>() }, 0)?;
+            endpoint.aside(Operation::Put { from, to: &to }, 0)?;
         }
+        self.put_to = to;
         endpoint.aside(Operation::Close { window: window::SLOT_WEIGHTS }, 0)?;
         Ok(deadline)
     }
