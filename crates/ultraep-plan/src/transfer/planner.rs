@@ -1,0 +1,135 @@
+//! From the direct list to a plan of transfers: which forest is best.
+//!
+//! ```text
+//! direct          every replica from its home rank
+//! two-level       one forest (see trees.rs); it decides expert by expert, by fan-out, and never asks the model
+//! deep            for budget 1, 2, .. copies a rank sends, up to the direct fan-out: build the forest, estimate it, keep the
+//!                 least; stop when no forest under the next budget can be better (one rank's sends alone take longer)
+//!   adaptive      then the exact model: keep it only if it is faster than direct
+//! ```
+//!
+//! Guarantee: in mode adaptive the deep rule's plan never takes longer than the direct plan under the model.
+//! Complexity: O(B T log T) for B budgets tried, and in adaptive at most two runs of the exact model where relays are an option.
+//! All integers; equal inputs give equal plans. Ties: the larger budget (fewer relays), then direct.
+
+use super::trees::{Builder, Forest};
+use super::{Transfer, TreeRule};
+use super::{TransferClock, TransferMode, TransferModel, TransferModelError, TransferParams, TransferPlan, Transfers};
+use crate::Topology;
+use crate::draft::total_slots;
+
+/// What a planner chose.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Choice {
+    /// Experts that a relay forwards; 0 is the direct plan.
+    pub relayed_experts: u32,
+    /// The most copies that one rank sends.
+    pub fanout: u32,
+    /// Budget of copies a rank under which the forest was built; the fan-out where there was none.
+    pub budget: u32,
+}
+
+/// Plans transfers. All memory is taken by [`TransferPlanner::new`], for plans within the slots of the topology.
+#[derive(Clone, Debug)]
+pub struct TransferPlanner {
+    model: TransferModel,
+    params: TransferParams,
+    domain_ranks: usize,
+    builder: Builder,
+    best: Forest,
+    trial: Forest,
+    candidate: TransferPlan,
+    clock: TransferClock,
+}
+
+impl TransferPlanner {
+    /// For a group, a fabric and a rule.
+    pub fn new(topology: &Topology, model: TransferModel, params: TransferParams) -> Result<Self, TransferModelError> {
+        let transfers = total_slots(topology);
+        Ok(Self {
+            model,
+            params,
+            domain_ranks: topology.domain_ranks(),
+            builder: Builder::new(topology.ranks(), transfers, model, params),
+            best: Forest::with_capacity(transfers),
+            trial: Forest::with_capacity(transfers),
+            candidate: TransferPlan::new(topology),
+            clock: TransferClock::new(topology, model)?,
+        })
+    }
+
+    /// The model it plans with.
+    pub fn model(&self) -> TransferModel {
+        self.model
+    }
+
+    /// The rule it plans by.
+    pub fn params(&self) -> TransferParams {
+        self.params
+    }
+
+    /// Plans the copies of `transfers` into `plan`.
+    pub fn plan(&mut self, transfers: &Transfers, plan: &mut TransferPlan) -> Choice {
+        let all = transfers.all();
+        self.builder.begin(all, transfers.sends(), transfers.receives());
+        let adaptive = self.params.mode == TransferMode::Adaptive;
+        let small = adaptive && self.domain_ranks <= self.params.direct_ranks as usize;
+        self.builder.direct(all, &mut self.best);
+        let direct_fanout = self.builder.fanout();
+        let mut budget = direct_fanout;
+        match self.params.tree {
+            _ if small || self.params.mode == TransferMode::Direct => {}
+            TreeRule::TwoLevel => self.builder.two_level(all, &mut self.best),
+            TreeRule::Deep => budget = self.search(all, direct_fanout),
+        }
+        if self.best.relayed_experts > 0 && adaptive && self.params.tree == TreeRule::Deep {
+            self.prefer_direct(transfers);
+        }
+        plan.fill(transfers, &self.best);
+        let fanout = plan.fanout();
+        let budget = if plan.relayed_experts() == 0 { fanout } else { budget };
+        Choice { relayed_experts: plan.relayed_experts(), fanout, budget }
+    }
+
+    /// Leaves the forest of least estimate in `best`, and gives its budget.
+    fn search(&mut self, all: &[Transfer], direct_fanout: u32) -> u32 {
+        let forced = self.params.mode == TransferMode::Relay;
+        // Direct is what adaptive starts from; in mode relay the largest budget is.
+        if forced {
+            self.builder.deep(all, &mut self.best, direct_fanout);
+        }
+        let mut least = self.builder.estimate_ns(all, &self.best);
+        let mut chosen = direct_fanout;
+        let round = self.model.chunks() * self.model.send_ns;
+        for budget in 1..direct_fanout {
+            if u64::from(budget) * round > least {
+                break;
+            }
+            self.builder.deep(all, &mut self.trial, budget);
+            let gain = direct_fanout.saturating_sub(self.builder.fanout());
+            let estimate = self.builder.estimate_ns(all, &self.trial);
+            let better = estimate < least || (estimate == least && chosen < direct_fanout);
+            if better && (forced || gain >= self.params.min_fanout_gain) {
+                (least, chosen) = (estimate, budget);
+                core::mem::swap(&mut self.best, &mut self.trial);
+            }
+        }
+        chosen
+    }
+
+    /// Puts the direct forest into `best` unless the one there is faster, by the exact model.
+    fn prefer_direct(&mut self, transfers: &Transfers) {
+        self.builder.direct(transfers.all(), &mut self.trial);
+        let direct_least = u64::from(self.builder.fanout()) * self.model.chunks() * self.model.send_ns;
+        self.candidate.fill(transfers, &self.best);
+        let relayed = self.clock.run(&self.candidate);
+        // The busiest rank's sends alone take longer: no need to run the direct plan.
+        if relayed < direct_least {
+            return;
+        }
+        self.candidate.fill(transfers, &self.trial);
+        if self.clock.run(&self.candidate) <= relayed {
+            core::mem::swap(&mut self.best, &mut self.trial);
+        }
+    }
+}

@@ -1,0 +1,147 @@
+//! The plan of transfers as each rank carries it out.
+
+use alloc::vec::Vec;
+
+use super::trees::{Forest, HOME};
+use super::{Transfer, Transfers};
+use crate::draft::total_slots;
+use crate::{PhysicalIndex, Rank, Topology};
+
+/// One copy that a rank sends.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TransferTask {
+    /// What goes where. `from` is the rank that sends, not always the home rank.
+    pub transfer: Transfer,
+    /// The physical expert of the sending rank whose chunks it forwards as they get ready; `None` when it sends its master.
+    pub waits_for: Option<PhysicalIndex>,
+    /// Hops from the home rank to the receiver, from 1.
+    pub depth: u32,
+}
+
+/// Each rank's tasks, ordered.
+///
+/// A rank's list starts with its masters and goes on with what it forwards, by hops from home, then expert; copies of one
+/// expert stand together (a *stream*: each chunk is read once and written to all of them). How to carry it out: take the
+/// stream whose next chunk is ready and has the lowest number, ties to the first in the list; write that chunk to all its
+/// receivers and set their flags; again, until all chunks of all streams are written. No order of arrival blocks it. Every
+/// rank derives the same lists.
+#[derive(Clone, Debug, Default)]
+pub struct TransferPlan {
+    tasks: Vec<TransferTask>,
+    /// For each task the task that brings the expert to its sender, or [`HOME`].
+    feeders: Vec<u32>,
+    offsets: Vec<u32>,
+    relayed_experts: u32,
+    order: Vec<u32>,
+    task_of: Vec<u32>,
+}
+
+impl TransferPlan {
+    /// An empty plan with room for as many copies as `topology` has slots; it grows for plans with more.
+    pub fn new(topology: &Topology) -> Self {
+        let room = total_slots(topology);
+        Self {
+            tasks: Vec::with_capacity(room),
+            feeders: Vec::with_capacity(room),
+            offsets: Vec::with_capacity(topology.ranks() + 1),
+            relayed_experts: 0,
+            order: Vec::with_capacity(room),
+            task_of: Vec::with_capacity(room),
+        }
+    }
+
+    /// Turns a forest over `transfers` into ordered tasks.
+    pub(super) fn fill(&mut self, transfers: &Transfers, forest: &Forest) {
+        let (all, ranks) = (transfers.all(), transfers.sends().len());
+        let sender = |t: u32| match forest.parent[t as usize] {
+            HOME => all[t as usize].from,
+            feeder => all[feeder as usize].to,
+        };
+        // By rank, hops, expert, and then in the order in which children were attached.
+        self.task_of.clear();
+        self.task_of.resize(all.len(), 0);
+        for (place, &t) in forest.attached.iter().enumerate() {
+            self.task_of[t as usize] = place as u32;
+        }
+        self.order.clear();
+        self.order.extend(0..all.len() as u32);
+        let place = &self.task_of;
+        self.order.sort_unstable_by_key(|&t| {
+            (sender(t), forest.depth[t as usize], all[t as usize].expert, place[t as usize])
+        });
+        for (task, &t) in self.order.iter().enumerate() {
+            self.task_of[t as usize] = task as u32;
+        }
+        self.tasks.clear();
+        self.feeders.clear();
+        self.offsets.clear();
+        for &t in &self.order {
+            let from = sender(t);
+            while self.offsets.len() <= from.index() {
+                self.offsets.push(self.tasks.len() as u32);
+            }
+            let (waits_for, feeder) = match forest.parent[t as usize] {
+                HOME => (None, HOME),
+                feeder => (Some(all[feeder as usize].physical), self.task_of[feeder as usize]),
+            };
+            let transfer = Transfer { from, ..all[t as usize] };
+            self.tasks.push(TransferTask { transfer, waits_for, depth: forest.depth[t as usize] });
+            self.feeders.push(feeder);
+        }
+        self.offsets.resize(ranks + 1, self.tasks.len() as u32);
+        self.relayed_experts = forest.relayed_experts;
+    }
+
+    /// All tasks, by rank that sends.
+    pub fn tasks(&self) -> &[TransferTask] {
+        &self.tasks
+    }
+
+    /// Ranks of the group.
+    pub fn ranks(&self) -> usize {
+        self.offsets.len().saturating_sub(1)
+    }
+
+    /// What a rank sends, in order. Empty for a rank that is not of the group.
+    pub fn sent_by(&self, rank: Rank) -> &[TransferTask] {
+        &self.tasks[self.range(rank)]
+    }
+
+    pub(super) fn range(&self, rank: Rank) -> core::ops::Range<usize> {
+        match self.offsets.get(rank.index()..rank.index() + 2) {
+            Some(&[first, end]) => first as usize..end as usize,
+            _ => 0..0,
+        }
+    }
+
+    /// A rank's streams, in order: its tasks, those of one expert together.
+    pub fn streams(&self, rank: Rank) -> impl Iterator<Item = &[TransferTask]> {
+        self.sent_by(rank).chunk_by(|a, b| a.transfer.expert == b.transfer.expert)
+    }
+
+    /// What a rank receives.
+    pub fn received_by(&self, rank: Rank) -> impl Iterator<Item = &TransferTask> {
+        self.tasks.iter().filter(move |task| task.transfer.to == rank)
+    }
+
+    /// The task that brings the expert to the sender of `task`, an index into [`TransferPlan::tasks`]; `None` when the sender
+    /// is the home rank.
+    pub fn feeder(&self, task: usize) -> Option<usize> {
+        self.feeders.get(task).filter(|&&feeder| feeder != HOME).map(|&feeder| feeder as usize)
+    }
+
+    /// Experts that a relay forwards.
+    pub fn relayed_experts(&self) -> u32 {
+        self.relayed_experts
+    }
+
+    /// The most copies that one rank sends.
+    pub fn fanout(&self) -> u32 {
+        self.offsets.windows(2).map(|ends| ends[1] - ends[0]).max().unwrap_or(0)
+    }
+
+    /// The most hops from home to a replica.
+    pub fn depth(&self) -> u32 {
+        self.tasks.iter().map(|task| task.depth).max().unwrap_or(0)
+    }
+}
