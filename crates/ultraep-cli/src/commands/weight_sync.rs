@@ -10,8 +10,8 @@ use serde::Serialize;
 use ultraep_baselines::{HistoryParams, PolicyKind, build, plan_for};
 use ultraep_load::{LoadParams, Workload, generate};
 use ultraep_plan::{
-    BoundTables, Problem, Ratio, Topology, TransferClock, TransferMode, TransferModel, TransferParams, TransferPlan,
-    TransferPlanner, Transfers,
+    BoundTables, MAX_STRIPES, Problem, Ratio, Topology, TransferClock, TransferMode, TransferModel, TransferParams,
+    TransferPlan, TransferPlanner, Transfers,
 };
 
 use super::write_json;
@@ -46,8 +46,8 @@ impl Mode {
         }
     }
 
-    fn params(self) -> TransferParams {
-        let ours = |mode| TransferParams { mode, ..TransferParams::default() };
+    fn params(self, max_stripes: u32) -> TransferParams {
+        let ours = |mode| TransferParams { mode, max_stripes, ..TransferParams::default() };
         match self {
             Self::Direct => ours(TransferMode::Direct),
             Self::V1 => TransferParams::v1(),
@@ -87,6 +87,10 @@ pub(crate) struct Args {
         value_delimiter = ','
     )]
     mode: Vec<Mode>,
+    /// Most stripes of a copy, each with a tree of its own (adaptive and relay)
+    #[arg(long, default_value_t = TransferParams::default().max_stripes, value_name = "STRIPES",
+          value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_STRIPES)))]
+    max_stripes: u32,
     /// Bytes of one expert's weights
     #[arg(long, default_value_t = TransferModel::default().expert_bytes, value_name = "BYTES")]
     expert_bytes: u64,
@@ -167,8 +171,12 @@ struct OfMode {
     /// `predicted_ns` over `bound_ns`; 1 where nothing is moved.
     ratio_to_bound: f64,
     relayed_experts: u32,
-    fanout: u32,
-    depth: u32,
+    /// The most copies that one rank sends.
+    fanout_copies: f64,
+    /// Stripes of a copy, each with a tree of its own.
+    stripes: u32,
+    /// The most hops from a home rank to a replica.
+    hops: u32,
     /// Time to plan the transfers, measured here.
     plan_p50_ns: u64,
 }
@@ -219,7 +227,8 @@ fn line(args: &Args, topology: &Topology, model: TransferModel, ratio: Ratio) ->
     let mut transfers = Transfers::new(topology);
     transfers.list(topology, &plan);
     let bound = BoundTables::new(topology, model).map_err(CliError::input)?.bound(&transfers);
-    let of_mode = |&mode: &Mode| of_mode(mode, topology, model, &transfers, bound.ns());
+    let bound_ns = bound.ns();
+    let subject = Subject { topology, model, transfers: &transfers, bound_ns, max_stripes: args.max_stripes };
     let largest = load.rank_loads(topology).into_iter().max().unwrap_or(0);
     Ok(Line {
         imbalance_before: f64::from(largest) * topology.ranks() as f64 / f64::from(load.total().max(1)),
@@ -229,32 +238,39 @@ fn line(args: &Args, topology: &Topology, model: TransferModel, ratio: Ratio) ->
         bound_receiver_ns: bound.receiver_ns,
         bound_links_ns: bound.links_ns,
         bound_chain_ns: bound.chain_ns,
-        modes: args.mode.iter().map(of_mode).collect::<Result<_, _>>()?,
+        modes: args.mode.iter().map(|&mode| subject.of_mode(mode)).collect::<Result<_, _>>()?,
     })
 }
 
-fn of_mode(
-    mode: Mode,
-    topology: &Topology,
+/// What is to be transferred, and over what.
+struct Subject<'a> {
+    topology: &'a Topology,
     model: TransferModel,
-    transfers: &Transfers,
+    transfers: &'a Transfers,
     bound_ns: u64,
-) -> Result<OfMode, CliError> {
-    const ITERATIONS: usize = 20;
-    let mut planner = TransferPlanner::new(topology, model, mode.params()).map_err(CliError::input)?;
-    let mut clock = TransferClock::new(topology, model).map_err(CliError::input)?;
-    let mut plan = TransferPlan::new(topology);
-    let times = measure(ITERATIONS, || planner.plan(transfers, &mut plan));
-    let predicted_ns = clock.run(&plan);
-    Ok(OfMode {
-        mode: mode.name(),
-        predicted_ns,
-        ratio_to_bound: if bound_ns == 0 { 1.0 } else { predicted_ns as f64 / bound_ns as f64 },
-        relayed_experts: plan.relayed_experts(),
-        fanout: plan.fanout(),
-        depth: plan.depth(),
-        plan_p50_ns: times.p50_ns,
-    })
+    max_stripes: u32,
+}
+
+impl Subject<'_> {
+    fn of_mode(&self, mode: Mode) -> Result<OfMode, CliError> {
+        const ITERATIONS: usize = 20;
+        let &Self { topology, model, transfers, bound_ns, max_stripes } = self;
+        let mut planner = TransferPlanner::new(topology, model, mode.params(max_stripes)).map_err(CliError::input)?;
+        let mut clock = TransferClock::new(topology, model).map_err(CliError::input)?;
+        let mut plan = TransferPlan::new(topology);
+        let times = measure(ITERATIONS, || planner.plan(transfers, &mut plan));
+        let predicted_ns = clock.run(&plan);
+        Ok(OfMode {
+            mode: mode.name(),
+            predicted_ns,
+            ratio_to_bound: if bound_ns == 0 { 1.0 } else { predicted_ns as f64 / bound_ns as f64 },
+            relayed_experts: plan.relayed_experts(),
+            fanout_copies: f64::from(plan.fanout()) / f64::from(plan.stripes().max(1)),
+            stripes: plan.stripes(),
+            hops: plan.depth(),
+            plan_p50_ns: times.p50_ns,
+        })
+    }
 }
 
 fn print(record: &Record, out: &mut dyn Write) -> Result<(), CliError> {
@@ -279,8 +295,19 @@ fn print(record: &Record, out: &mut dyn Write) -> Result<(), CliError> {
     )?;
     let mut table = Table::new();
     table.load_style(presets::UTF8_FULL_CONDENSED);
-    let heads =
-        ["imbalance", "replicas", "bound", "mode", "predicted", "of bound", "relayed", "fan-out", "hops", "planned in"];
+    let heads = [
+        "imbalance",
+        "replicas",
+        "bound",
+        "mode",
+        "predicted",
+        "of bound",
+        "relayed",
+        "fan-out",
+        "stripes",
+        "hops",
+        "planned in",
+    ];
     table.set_header(heads);
     for line in &record.lines {
         for (index, of_mode) in line.modes.iter().enumerate() {
@@ -293,8 +320,9 @@ fn print(record: &Record, out: &mut dyn Write) -> Result<(), CliError> {
                 pretty(of_mode.predicted_ns),
                 format!("{:.2}", of_mode.ratio_to_bound),
                 of_mode.relayed_experts.to_string(),
-                of_mode.fanout.to_string(),
-                of_mode.depth.to_string(),
+                of_mode.fanout_copies.to_string(),
+                of_mode.stripes.to_string(),
+                of_mode.hops.to_string(),
                 pretty(of_mode.plan_p50_ns),
             ]);
         }

@@ -14,7 +14,7 @@
 
 use alloc::vec::Vec;
 
-use super::{TransferModel, TransferModelError, TransferPlan};
+use super::{MAX_STRIPES, Stripe, TransferModel, TransferModelError, TransferPlan};
 use crate::draft::total_slots;
 use crate::{Rank, Topology};
 
@@ -23,15 +23,24 @@ const NEVER: u64 = u64::MAX;
 /// No row, no stream.
 const NONE: u32 = u32::MAX;
 
-/// Copies of one expert by one rank.
+/// Copies of one stripe of one expert by one rank.
 #[derive(Clone, Copy, Debug, Default)]
 struct Stream {
     first: u32,
     end: u32,
     /// Row of ready times, or [`NONE`]: a master is ready from the start.
     row: u32,
-    /// Next chunk to send.
-    next: u32,
+    /// Chunks sent, and chunks in all.
+    sent: u32,
+    chunks: u32,
+    stripe: Stripe,
+}
+
+impl Stream {
+    /// Number of the next chunk, in the expert.
+    fn next(&self) -> u32 {
+        self.sent * self.stripe.count + self.stripe.index
+    }
 }
 
 /// A rank's links.
@@ -55,9 +64,10 @@ pub struct TransferClock {
     links: Vec<Links>,
     /// For each task the row where its receiver keeps ready times, or [`NONE`] where nobody waits for them.
     rows: Vec<u32>,
-    /// Rows' known ready times: how many, `[rows]`, and which, `[rows, C]`.
+    /// Rows' known ready times: how many, `[rows]`, and which, `[rows, row_len]`.
     known: Vec<u32>,
     ready: Vec<u64>,
+    row_len: usize,
     turns: Turns,
 }
 
@@ -65,14 +75,17 @@ impl TransferClock {
     /// For plans of `topology`.
     pub fn new(topology: &Topology, model: TransferModel) -> Result<Self, TransferModelError> {
         model.check()?;
-        let (ranks, transfers) = (topology.ranks(), total_slots(topology));
+        let (ranks, stripes) = (topology.ranks(), MAX_STRIPES as usize);
+        let (transfers, row_len) = (total_slots(topology), model.chunks() as usize);
+        let units = transfers * stripes;
         Ok(Self {
             model,
-            streams: Vec::with_capacity(transfers),
+            streams: Vec::with_capacity(units),
             links: Vec::with_capacity(ranks),
-            rows: Vec::with_capacity(transfers),
-            known: Vec::with_capacity(transfers),
-            ready: Vec::with_capacity(transfers * model.chunks() as usize),
+            rows: Vec::with_capacity(units),
+            known: Vec::with_capacity(units),
+            ready: Vec::with_capacity(transfers * (row_len + stripes)),
+            row_len,
             turns: Turns::new(ranks),
         })
     }
@@ -108,13 +121,16 @@ impl TransferClock {
                     self.rows[feeder]
                 });
                 let end = first + stream.len();
-                self.streams.push(Stream { first: first as u32, end: end as u32, row, next: 0 });
+                let stripe = stream[0].stripe;
+                let chunks = stripe.chunks(self.model.chunks()).len() as u32;
+                self.streams.push(Stream { first: first as u32, end: end as u32, row, sent: 0, chunks, stripe });
                 first = end;
             }
             let streams = (first_stream, self.streams.len() as u32);
             self.links.push(Links { current: NONE, streams, ..Links::default() });
         }
-        let room = self.known.len() * self.model.chunks() as usize;
+        self.row_len = self.model.chunks().div_ceil(u64::from(plan.stripes().max(1))) as usize;
+        let room = self.known.len() * self.row_len;
         if self.ready.len() < room {
             self.ready.resize(room, 0);
         }
@@ -126,13 +142,12 @@ impl TransferClock {
 
     /// When the next chunk of a stream is ready, as far as known.
     fn ready_ns(&self, stream: &Stream) -> u64 {
-        let chunks = self.model.chunks();
-        if u64::from(stream.next) == chunks {
+        if stream.sent == stream.chunks {
             NEVER
         } else if stream.row == NONE {
             0
-        } else if stream.next < self.known[stream.row as usize] {
-            self.ready[stream.row as usize * chunks as usize + stream.next as usize]
+        } else if stream.sent < self.known[stream.row as usize] {
+            self.ready[stream.row as usize * self.row_len + stream.sent as usize]
         } else {
             NEVER
         }
@@ -156,7 +171,7 @@ impl TransferClock {
     fn send(&mut self, plan: &TransferPlan, rank: usize, now: u64) {
         if self.links[rank].current == NONE {
             let ready = self.streams_of(rank).filter(|&s| self.ready_ns(&self.streams[s]) <= now);
-            let Some(chosen) = ready.min_by_key(|&s| (self.streams[s].next, s)) else {
+            let Some(chosen) = ready.min_by_key(|&s| (self.streams[s].next(), s)) else {
                 debug_assert!(false, "a rank's turn without a chunk that is ready");
                 return self.turns.set(rank, NEVER);
             };
@@ -167,8 +182,7 @@ impl TransferClock {
         let complete = self.receive(to, now);
         let row = self.rows[task];
         if row != NONE {
-            let chunks = self.model.chunks() as usize;
-            self.ready[row as usize * chunks + self.streams[stream].next as usize] = complete;
+            self.ready[row as usize * self.row_len + self.streams[stream].sent as usize] = complete;
             self.known[row as usize] += 1;
             if to != rank {
                 self.turns.set(to, self.next_ns(to));
@@ -179,7 +193,7 @@ impl TransferClock {
         links.task += 1;
         if links.task == self.streams[stream].end {
             links.current = NONE;
-            self.streams[stream].next += 1;
+            self.streams[stream].sent += 1;
         }
         self.turns.set(rank, self.next_ns(rank));
     }

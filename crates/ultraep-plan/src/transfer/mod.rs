@@ -18,7 +18,8 @@ pub use bound::{BoundTables, TransferBound};
 pub use clock::TransferClock;
 pub use direct::{Transfer, Transfers};
 pub use model::{
-    MAX_CHUNKS, ParseTransferModeError, TransferMode, TransferModel, TransferModelError, TransferParams, TreeRule,
+    MAX_CHUNKS, MAX_STRIPES, ParseTransferModeError, TransferMode, TransferModel, TransferModelError, TransferParams,
+    TreeRule,
 };
 pub use planner::{Choice, TransferPlanner};
-pub use schedule::{TransferPlan, TransferTask};
+pub use schedule::{Stripe, TransferPlan, TransferTask};

@@ -6,6 +6,9 @@ use core::str::FromStr;
 /// Most chunks that one expert may be cut into.
 pub const MAX_CHUNKS: u64 = 1 << 12;
 
+/// Most stripes that an expert may be cut into.
+pub const MAX_STRIPES: u32 = 4;
+
 /// Most nanoseconds that a chunk or a hop may take: about four seconds. Sums over all chunks of all experts fit `u64`.
 const MAX_NS: u64 = u32::MAX as u64;
 
@@ -163,12 +166,15 @@ pub struct TransferParams {
     pub tree: TreeRule,
     /// Replicas that an expert needs for relays; less than 2 counts as 2.
     pub min_replicas: u32,
-    /// Most relays of an expert; 0 means none.
+    /// Most relays of an expert (of each of its stripes); 0 means none.
     pub max_relays: u32,
     /// Copies by which relaying must lower the critical fan-out (the most copies that one rank sends). For
     /// [`TreeRule::TwoLevel`] expert by expert, among home rank and relays, over the account so far; for
     /// [`TreeRule::Deep`] over all ranks. Mode [`TransferMode::Relay`] ignores it.
     pub min_fanout_gain: u32,
+    /// Most stripes that [`TreeRule::Deep`] may cut an expert into, each with a tree of its own; at most [`MAX_STRIPES`], 0
+    /// counts as 1. Where one is as good as two, there is one.
+    pub max_stripes: u32,
     /// Groups whose domains have at most this many ranks go direct in mode [`TransferMode::Adaptive`].
     pub direct_ranks: u32,
 }
@@ -183,13 +189,21 @@ impl TransferParams {
             min_replicas: 4,
             max_relays: u32::MAX,
             min_fanout_gain: 2,
+            max_stripes: 1,
             direct_ranks: 8,
         }
     }
 }
 
+impl TransferParams {
+    /// Stripes that may be tried, from 1.
+    pub(super) fn most_stripes(&self) -> u32 {
+        self.max_stripes.clamp(1, MAX_STRIPES)
+    }
+}
+
 impl Default for TransferParams {
-    /// Adaptive, trees as deep as pays, no thresholds: the predicted time decides.
+    /// Adaptive, trees as deep and stripes as many as pays, no thresholds: the predicted time decides.
     fn default() -> Self {
         Self {
             mode: TransferMode::Adaptive,
@@ -197,6 +211,7 @@ impl Default for TransferParams {
             min_replicas: 2,
             max_relays: u32::MAX,
             min_fanout_gain: 1,
+            max_stripes: 2,
             direct_ranks: 0,
         }
     }

@@ -3,14 +3,15 @@
 //! ```text
 //! direct          every replica from its home rank
 //! two-level       one forest (see trees.rs); it decides expert by expert, by fan-out, and never asks the model
-//! deep            for budget 1, 2, .. copies a rank sends, up to the direct fan-out: build the forest, estimate it, keep the
-//!                 least; stop when no forest under the next budget can be better (one rank's sends alone take longer)
+//! deep            for 1, 2, .. stripes and budget 1, 2, .. units a rank sends, up to the direct fan-out: build the forest,
+//!                 estimate it, keep the least; stop when sending the next budget's units alone takes longer
 //!   adaptive      then the exact model: keep it only if it is faster than direct
 //! ```
 //!
 //! Guarantee: in mode adaptive the deep rule's plan never takes longer than the direct plan under the model.
 //! Complexity: O(B T log T) for B budgets tried, and in adaptive at most two runs of the exact model where relays are an option.
-//! All integers; equal inputs give equal plans. Ties: the larger budget (fewer relays), then direct.
+//! All integers; equal inputs give equal plans. Ties: direct, then fewer stripes, then the larger
+//! budget (fewer relays).
 
 use super::trees::{Builder, Forest};
 use super::{Transfer, TreeRule};
@@ -23,9 +24,11 @@ use crate::draft::total_slots;
 pub struct Choice {
     /// Experts that a relay forwards; 0 is the direct plan.
     pub relayed_experts: u32,
-    /// The most copies that one rank sends.
+    /// The most units that one rank sends; a unit is a stripe of a copy.
     pub fanout: u32,
-    /// Budget of copies a rank under which the forest was built; the fan-out where there was none.
+    /// Stripes of every copy.
+    pub stripes: u32,
+    /// Budget of units a rank under which the forest was built; the fan-out where there was none.
     pub budget: u32,
 }
 
@@ -46,13 +49,14 @@ impl TransferPlanner {
     /// For a group, a fabric and a rule.
     pub fn new(topology: &Topology, model: TransferModel, params: TransferParams) -> Result<Self, TransferModelError> {
         let transfers = total_slots(topology);
+        let units = transfers * params.most_stripes() as usize;
         Ok(Self {
             model,
             params,
             domain_ranks: topology.domain_ranks(),
             builder: Builder::new(topology.ranks(), transfers, model, params),
-            best: Forest::with_capacity(transfers),
-            trial: Forest::with_capacity(transfers),
+            best: Forest::with_capacity(units),
+            trial: Forest::with_capacity(units),
             candidate: TransferPlan::new(topology),
             clock: TransferClock::new(topology, model)?,
         })
@@ -88,7 +92,7 @@ impl TransferPlanner {
         plan.fill(transfers, &self.best);
         let fanout = plan.fanout();
         let budget = if plan.relayed_experts() == 0 { fanout } else { budget };
-        Choice { relayed_experts: plan.relayed_experts(), fanout, budget }
+        Choice { relayed_experts: plan.relayed_experts(), fanout, stripes: plan.stripes(), budget }
     }
 
     /// Leaves the forest of least estimate in `best`, and gives its budget.
@@ -96,22 +100,25 @@ impl TransferPlanner {
         let forced = self.params.mode == TransferMode::Relay;
         // Direct is what adaptive starts from; in mode relay the largest budget is.
         if forced {
-            self.builder.deep(all, &mut self.best, direct_fanout);
+            self.builder.deep(all, &mut self.best, 1, direct_fanout);
         }
         let mut least = self.builder.estimate_ns(all, &self.best);
         let mut chosen = direct_fanout;
-        let round = self.model.chunks() * self.model.send_ns;
-        for budget in 1..direct_fanout {
-            if u64::from(budget) * round > least {
-                break;
-            }
-            self.builder.deep(all, &mut self.trial, budget);
-            let gain = direct_fanout.saturating_sub(self.builder.fanout());
-            let estimate = self.builder.estimate_ns(all, &self.trial);
-            let better = estimate < least || (estimate == least && chosen < direct_fanout);
-            if better && (forced || gain >= self.params.min_fanout_gain) {
-                (least, chosen) = (estimate, budget);
-                core::mem::swap(&mut self.best, &mut self.trial);
+        for stripes in 1..=self.params.most_stripes() {
+            let mut chosen_here = false;
+            let round = self.model.chunks() / u64::from(stripes) * self.model.send_ns;
+            for budget in 1..direct_fanout * stripes {
+                if u64::from(budget) * round > least {
+                    break;
+                }
+                self.builder.deep(all, &mut self.trial, stripes, budget);
+                let gain = direct_fanout.saturating_sub(self.builder.fanout().div_ceil(stripes));
+                let estimate = self.builder.estimate_ns(all, &self.trial);
+                let better = estimate < least || (estimate == least && chosen_here);
+                if better && (forced || gain >= self.params.min_fanout_gain) {
+                    (least, chosen, chosen_here) = (estimate, budget, true);
+                    core::mem::swap(&mut self.best, &mut self.trial);
+                }
             }
         }
         chosen

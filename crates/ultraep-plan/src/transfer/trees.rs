@@ -17,7 +17,12 @@
 //! needs: a rank that sends `b` copies has a period of `b * send_ns` a chunk. One budget gives one forest; the planner tries
 //! budgets. Replicas for which no node has budget left go to the home rank.
 //!
-//! Ties: the node attached earlier. Complexity: O(T log T) for T transfers.
+//! Stripes: with `S` stripes an expert is cut into `S` interleaved streams (chunk `c` belongs to stripe `c mod S`) and each gets
+//! a tree of its own, under one account in units of `1 / S` copy. A rank that relays one stripe has used its budget and is a
+//! leaf in the next, so trees can branch while every rank sends about one copy: with one stripe a budget of one copy
+//! leaves nothing but a chain, with two its depth is logarithmic.
+//!
+//! Ties: the node attached earlier. Complexity: O(S T log (S T)) for T transfers.
 
 use alloc::collections::BinaryHeap;
 use alloc::vec::Vec;
@@ -28,46 +33,57 @@ use super::{Transfer, TransferMode, TransferModel, TransferParams};
 /// Fed by the home rank.
 pub(super) const HOME: u32 = u32::MAX;
 
-/// Who feeds whom, `[T]` each.
+/// Who feeds whom. A *unit* is one stripe of one transfer: number `transfer * stripes + stripe`. `[T * stripes]` each.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Forest {
-    /// The transfer that brings the expert to this one's sender, or [`HOME`].
+    /// Stripes of every expert.
+    pub(super) stripes: u32,
+    /// The unit that brings the stripe to this one's sender, or [`HOME`].
     pub(super) parent: Vec<u32>,
     /// Hops from home, from 1.
     pub(super) depth: Vec<u32>,
-    /// All transfers, feeders before those that they feed.
+    /// All units, feeders before those that they feed.
     pub(super) attached: Vec<u32>,
     /// Experts with a relay.
     pub(super) relayed_experts: u32,
 }
 
 impl Forest {
-    pub(super) fn with_capacity(transfers: usize) -> Self {
-        let room = || Vec::with_capacity(transfers);
-        Self { parent: room(), depth: room(), attached: room(), relayed_experts: 0 }
+    pub(super) fn with_capacity(units: usize) -> Self {
+        let room = || Vec::with_capacity(units);
+        Self { stripes: 1, parent: room(), depth: room(), attached: room(), relayed_experts: 0 }
     }
 
-    fn clear(&mut self, transfers: usize) {
+    fn clear(&mut self, transfers: usize, stripes: u32) {
+        let units = transfers * stripes as usize;
+        self.stripes = stripes;
         self.parent.clear();
-        self.parent.resize(transfers, HOME);
+        self.parent.resize(units, HOME);
         self.depth.clear();
-        self.depth.resize(transfers, 1);
+        self.depth.resize(units, 1);
         self.attached.clear();
         self.relayed_experts = 0;
     }
 
-    fn attach(&mut self, transfer: u32, parent: u32) {
-        self.parent[transfer as usize] = parent;
-        self.depth[transfer as usize] = if parent == HOME { 1 } else { self.depth[parent as usize] + 1 };
-        self.attached.push(transfer);
+    /// Everything of one family from home.
+    fn attach_direct(&mut self, family: Family) {
+        let stripes = self.stripes;
+        self.attached.extend((family.first..family.first + family.replicas).map(|t| t * stripes + family.stripe));
+    }
+
+    fn attach(&mut self, unit: u32, parent: u32) {
+        self.parent[unit as usize] = parent;
+        self.depth[unit as usize] = if parent == HOME { 1 } else { self.depth[parent as usize] + 1 };
+        self.attached.push(unit);
     }
 }
 
-/// Where one expert's transfers lie in the list.
+/// One stripe of one expert: where the expert's transfers lie in the list.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Family {
     first: u32,
     replicas: u32,
+    stripe: u32,
 }
 
 /// A node that may send. Ordered by when its next receiver would have chunk 0, then by when it was attached.
@@ -75,9 +91,9 @@ pub(super) struct Family {
 struct Sender {
     arrival_ns: u64,
     attached: u32,
-    /// The transfer that made it a holder, or [`HOME`].
+    /// The unit that made it a holder, or [`HOME`].
     node: u32,
-    /// Copies that it may still send.
+    /// Units that it may still send.
     left: u32,
     /// It has sent nothing yet: it becomes a relay when it does.
     fresh: bool,
@@ -90,11 +106,12 @@ pub(super) struct Builder {
     params: TransferParams,
     families: Vec<Family>,
     direct: Vec<u32>,
+    /// Units that each rank sends in the forest built last, `[N]`.
     pub(super) account: Vec<u32>,
     receives: Vec<u32>,
-    /// Copies sent so far, while [`Builder::estimate_ns`] walks the forest, `[N]`.
+    /// Units sent so far, while [`Builder::estimate_ns`] walks the forest, `[N]`.
     sent: Vec<u32>,
-    /// When chunk 0 is there, and time from chunk to chunk, `[T]`.
+    /// When chunk 0 is there, and time from chunk to chunk, for each unit.
     arrival: Vec<(u64, u64)>,
     order: Vec<u32>,
     senders: BinaryHeap<Reverse<Sender>>,
@@ -111,7 +128,7 @@ impl Builder {
             account: per_rank(),
             receives: per_rank(),
             sent: per_rank(),
-            arrival: Vec::with_capacity(transfers),
+            arrival: Vec::with_capacity(transfers * params.most_stripes() as usize),
             order: Vec::with_capacity(transfers),
             senders: BinaryHeap::with_capacity(transfers + 1),
         }
@@ -127,26 +144,26 @@ impl Builder {
         let mut first = 0;
         for of_expert in all.chunk_by(|a, b| a.expert == b.expert) {
             let replicas = of_expert.len() as u32;
-            self.families.push(Family { first, replicas });
+            self.families.push(Family { first, replicas, stripe: 0 });
             first += replicas;
         }
         self.families.sort_unstable_by_key(|f| (Reverse(f.replicas), f.first));
     }
 
-    /// The most copies that one rank sends.
+    /// The most units that one rank sends in the forest built last.
     pub(super) fn fanout(&self) -> u32 {
         self.account.iter().copied().max().unwrap_or(0)
     }
 
-    fn start(&mut self, transfers: usize, forest: &mut Forest) {
-        forest.clear(transfers);
+    fn start(&mut self, transfers: usize, forest: &mut Forest, stripes: u32) {
+        forest.clear(transfers, stripes);
         self.account.clear();
-        self.account.extend_from_slice(&self.direct);
+        self.account.extend(self.direct.iter().map(|&copies| copies * stripes));
     }
 
     /// Everything from home.
     pub(super) fn direct(&mut self, all: &[Transfer], forest: &mut Forest) {
-        self.start(all.len(), forest);
+        self.start(all.len(), forest, 1);
         forest.attached.extend(0..all.len() as u32);
     }
 
@@ -164,12 +181,12 @@ impl Builder {
 
     /// The two-level rule of v1.0.0.
     pub(super) fn two_level(&mut self, all: &[Transfer], forest: &mut Forest) {
-        self.start(all.len(), forest);
+        self.start(all.len(), forest, 1);
         for index in 0..self.families.len() {
             let family = self.families[index];
             let relays = family.replicas.isqrt().min(self.params.max_relays);
             if !self.may_relay(family) || !self.relay_two_level(all, forest, family, relays) {
-                forest.attached.extend(family.first..family.first + family.replicas);
+                forest.attach_direct(family);
             }
         }
     }
@@ -203,25 +220,38 @@ impl Builder {
         false
     }
 
-    /// The deep rule: no rank sends more than `budget` copies where relays can take over what is above.
-    pub(super) fn deep(&mut self, all: &[Transfer], forest: &mut Forest, budget: u32) {
-        self.start(all.len(), forest);
+    /// The deep rule: no rank sends more than `budget` units where relays can take over what is above.
+    pub(super) fn deep(&mut self, all: &[Transfer], forest: &mut Forest, stripes: u32, budget: u32) {
+        self.start(all.len(), forest, stripes);
         for index in 0..self.families.len() {
-            let family = self.families[index];
-            let home = all[family.first as usize].from.index();
-            let forced = u32::from(self.params.mode == TransferMode::Relay);
-            let excess = self.account[home].saturating_sub(budget).max(forced);
-            if excess == 0 || !self.may_relay(family) {
-                forest.attached.extend(family.first..family.first + family.replicas);
-            } else {
-                self.relay_deep(all, forest, family, budget, family.replicas.saturating_sub(excess).max(1));
+            let mut relayed = false;
+            for stripe in 0..stripes {
+                let family = Family { stripe, ..self.families[index] };
+                let home = all[family.first as usize].from.index();
+                let forced = u32::from(self.params.mode == TransferMode::Relay);
+                let excess = self.account[home].saturating_sub(budget).max(forced);
+                if excess == 0 || !self.may_relay(family) {
+                    forest.attach_direct(family);
+                } else {
+                    relayed |=
+                        self.relay_deep(all, forest, family, budget, family.replicas.saturating_sub(excess).max(1));
+                }
             }
+            forest.relayed_experts += u32::from(relayed);
         }
     }
 
-    fn relay_deep(&mut self, all: &[Transfer], forest: &mut Forest, family: Family, budget: u32, from_home: u32) {
+    /// Builds the tree of one stripe; whether it has a relay.
+    fn relay_deep(
+        &mut self,
+        all: &[Transfer],
+        forest: &mut Forest,
+        family: Family,
+        budget: u32,
+        from_home: u32,
+    ) -> bool {
         let home = all[family.first as usize].from.index();
-        let (delay, gap) = (self.model.delay_ns(), self.model.send_ns);
+        let (delay, gap, stripes) = (self.model.delay_ns(), self.model.send_ns, forest.stripes);
         self.order_replicas(all, family);
         self.account[home] -= family.replicas;
         let source = Sender { arrival_ns: delay, attached: 0, node: HOME, left: from_home, fresh: false };
@@ -230,10 +260,11 @@ impl Builder {
         let mut relays = 0;
         for place in 0..self.order.len() {
             let transfer = self.order[place];
+            let unit = transfer * stripes + family.stripe;
             let sender = self.next_sender(relays < self.params.max_relays).unwrap_or(Sender { left: 1, ..source });
             relays += u32::from(sender.fresh);
-            forest.attach(transfer, sender.node);
-            let from = if sender.node == HOME { home } else { all[sender.node as usize].to.index() };
+            forest.attach(unit, sender.node);
+            let from = if sender.node == HOME { home } else { all[(sender.node / stripes) as usize].to.index() };
             self.account[from] += 1;
             if sender.left > 1 {
                 let (arrival_ns, left) = (sender.arrival_ns + gap, sender.left - 1);
@@ -242,10 +273,10 @@ impl Builder {
             let left = budget.saturating_sub(self.account[all[transfer as usize].to.index()]);
             if left > 0 {
                 let (arrival_ns, attached) = (sender.arrival_ns + delay, place as u32 + 1);
-                self.senders.push(Reverse(Sender { arrival_ns, attached, node: transfer, left, fresh: true }));
+                self.senders.push(Reverse(Sender { arrival_ns, attached, node: unit, left, fresh: true }));
             }
         }
-        forest.relayed_experts += u32::from(relays > 0);
+        relays > 0
     }
 
     /// The node that can deliver first; a new relay only where there may be one more.
@@ -266,21 +297,23 @@ impl Builder {
         self.sent.clear();
         self.sent.resize(self.account.len(), 0);
         self.arrival.clear();
-        self.arrival.resize(all.len(), (0, 0));
+        self.arrival.resize(forest.attached.len(), (0, 0));
+        let of = |unit: u32| all[(unit / forest.stripes) as usize];
+        let rounds = model.chunks().div_ceil(u64::from(forest.stripes));
         let mut finish = 0;
-        for &t in &forest.attached {
-            let (transfer, parent) = (all[t as usize], forest.parent[t as usize]);
+        for &unit in &forest.attached {
+            let (transfer, parent) = (of(unit), forest.parent[unit as usize]);
             let (from, (start, period)) = match parent {
                 HOME => (transfer.from, (0, 0)),
-                feeder => (all[feeder as usize].to, self.arrival[feeder as usize]),
+                feeder => (of(feeder).to, self.arrival[feeder as usize]),
             };
             let place = u64::from(self.sent[from.index()]);
             self.sent[from.index()] += 1;
             let sending = u64::from(self.account[from.index()]) * model.send_ns;
-            let taking = u64::from(self.receives[transfer.to.index()]) * model.receive_ns;
+            let taking = u64::from(self.receives[transfer.to.index()] * forest.stripes) * model.receive_ns;
             let (first, period) = (start + model.delay_ns() + place * model.send_ns, period.max(sending).max(taking));
-            self.arrival[t as usize] = (first, period);
-            finish = finish.max(first + (model.chunks() - 1) * period);
+            self.arrival[unit as usize] = (first, period);
+            finish = finish.max(first + (rounds - 1) * period);
         }
         finish
     }

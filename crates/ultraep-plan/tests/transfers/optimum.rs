@@ -1,6 +1,6 @@
-//! The best trees of tiny cases, found by trying all.
+//! The best trees of tiny cases, one an expert, found by trying all.
 
-use ultraep_plan::TransferModel;
+use ultraep_plan::{Stripe, TransferModel};
 
 use crate::naive::{Copying, finish_ns};
 
@@ -48,7 +48,7 @@ fn copies(expert: usize, family: &Family, parents: &[Option<usize>], first: usiz
     let place = |node: usize| first + order.iter().position(|&n| n == node).expect("every node is placed");
     let copying = |&node: &usize| {
         let from = parents[node].map_or(family.home, |parent| family.replicas[parent]);
-        Copying { expert, from, to: family.replicas[node], feeder: parents[node].map(place) }
+        Copying { expert, from, to: family.replicas[node], feeder: parents[node].map(place), stripe: Stripe::default() }
     };
     order.iter().map(copying).collect()
 }
