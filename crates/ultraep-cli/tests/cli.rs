@@ -350,6 +350,7 @@ fn bad_input_is_one_clear_line() {
         (words("bench weight-sync --model --chunk-bytes 0"), "in chunks of 0: allowed are 1 to 4096 chunks"),
         (words("bench weight-sync --model --chunk-bytes 64"), "in chunks of 64: allowed are 1 to 4096 chunks"),
         (words("bench weight-sync --model --hop-ns 5000000000"), "hop of 5000000000 ns: allowed are 0 to 4294967295"),
+        (words("bench weight-sync --model --max-stripes 5"), "5 is not in 1..=4"),
         (words("bench weight-sync --model --mode rely"), "invalid value 'rely' for '--mode <MODE,...>'"),
         (words("bench weight-sync --model --ratio 2,x"), "invalid value 'x' for '--ratio <RATIO,...>'"),
     ];

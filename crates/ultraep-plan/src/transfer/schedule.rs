@@ -183,3 +183,17 @@ impl TransferPlan {
         self.tasks.iter().map(|task| task.depth).max().unwrap_or(0)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use alloc::vec;
+
+    use super::*;
+
+    #[test]
+    fn stripes_share_all_chunks() {
+        let of = |index, count, chunks| Stripe { index, count }.chunks(chunks).collect::<alloc::vec::Vec<_>>();
+        assert_eq!((of(0, 1, 3), of(0, 2, 5), of(1, 2, 5)), (vec![0, 1, 2], vec![0, 2, 4], vec![1, 3]));
+        assert_eq!((of(2, 3, 2), of(0, 3, 1)), (vec![], vec![0]));
+    }
+}

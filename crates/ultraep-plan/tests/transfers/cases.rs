@@ -101,9 +101,9 @@ fn one_expert_to_63_ranks_goes_deep() {
     assert_eq!((one.fanout, one.stripes, tree.depth()), (2, 1, 6));
     assert_eq!((choice.fanout, choice.stripes, deep.depth()), (2, 2, 6));
     assert_eq!((four.fanout, four.stripes), (3, 3));
-    assert!(two_level * 7 < direct && single * 3 < two_level, "{direct} {two_level} {single}");
-    assert!(single * 100 <= bound * 200 && finish * 100 <= bound * 120, "{single} {finish} over {bound}");
-    assert!(striped * 100 <= bound * 115, "{striped} over {bound}");
+    // Nanoseconds of the model; equal on every machine.
+    let times = [bound, striped, finish, single, two_level, direct];
+    assert_eq!(times, [48_720, 55_332, 57_828, 97_264, 342_428, 2_651_024]);
 }
 
 /// The published table's shape (weight sync of Qwen3-235B, 64 ranks): direct grows with imbalance, relaying stays near
