@@ -175,6 +175,10 @@ pub struct TransferParams {
     /// Most stripes that [`TreeRule::Deep`] may cut an expert into, each with a tree of its own; at most [`MAX_STRIPES`], 0
     /// counts as 1. Where one is as good as two, there is one.
     pub max_stripes: u32,
+    /// Where the estimate is at least so many percent below what direct takes at least, adaptive [`TreeRule::Deep`] trusts it
+    /// and does not run the exact model, which costs far more than the rest of planning; `None`: it always runs, and then
+    /// adaptive is never slower than direct under the model.
+    pub trusted_gain_percent: Option<u32>,
     /// Groups whose domains have at most this many ranks go direct in mode [`TransferMode::Adaptive`].
     pub direct_ranks: u32,
 }
@@ -190,6 +194,7 @@ impl TransferParams {
             max_relays: u32::MAX,
             min_fanout_gain: 2,
             max_stripes: 1,
+            trusted_gain_percent: None,
             direct_ranks: 8,
         }
     }
@@ -212,6 +217,7 @@ impl Default for TransferParams {
             max_relays: u32::MAX,
             min_fanout_gain: 1,
             max_stripes: 2,
+            trusted_gain_percent: None,
             direct_ranks: 0,
         }
     }

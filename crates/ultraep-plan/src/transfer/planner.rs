@@ -8,7 +8,8 @@
 //!   adaptive      then the exact model: keep it only if it is faster than direct
 //! ```
 //!
-//! Guarantee: in mode adaptive the deep rule's plan never takes longer than the direct plan under the model.
+//! Guarantee: in mode adaptive the deep rule's plan never takes longer than the direct plan under the model, unless the
+//! parameters let it trust estimates ([`TransferParams::trusted_gain_percent`]).
 //! Complexity: O(B T log T) for B budgets tried, and in adaptive at most two runs of the exact model where relays are an option.
 //! All integers; equal inputs give equal plans. Ties: direct, then fewer stripes, then the larger
 //! budget (fewer relays).
@@ -80,14 +81,14 @@ impl TransferPlanner {
         let small = adaptive && self.domain_ranks <= self.params.direct_ranks as usize;
         self.builder.direct(all, &mut self.best);
         let direct_fanout = self.builder.fanout();
-        let mut budget = direct_fanout;
+        let (mut budget, mut estimate) = (direct_fanout, 0);
         match self.params.tree {
             _ if small || self.params.mode == TransferMode::Direct => {}
             TreeRule::TwoLevel => self.builder.two_level(all, &mut self.best),
-            TreeRule::Deep => budget = self.search(all, direct_fanout),
+            TreeRule::Deep => (budget, estimate) = self.search(all, direct_fanout),
         }
         if self.best.relayed_experts > 0 && adaptive && self.params.tree == TreeRule::Deep {
-            self.prefer_direct(transfers);
+            self.prefer_direct(transfers, estimate);
         }
         plan.fill(transfers, &self.best);
         let fanout = plan.fanout();
@@ -95,8 +96,8 @@ impl TransferPlanner {
         Choice { relayed_experts: plan.relayed_experts(), fanout, stripes: plan.stripes(), budget }
     }
 
-    /// Leaves the forest of least estimate in `best`, and gives its budget.
-    fn search(&mut self, all: &[Transfer], direct_fanout: u32) -> u32 {
+    /// Leaves the forest of least estimate in `best`, and gives its budget and estimate.
+    fn search(&mut self, all: &[Transfer], direct_fanout: u32) -> (u32, u64) {
         let forced = self.params.mode == TransferMode::Relay;
         // Direct is what adaptive starts from; in mode relay the largest budget is.
         if forced {
@@ -121,13 +122,19 @@ impl TransferPlanner {
                 }
             }
         }
-        chosen
+        (chosen, least)
     }
 
     /// Puts the direct forest into `best` unless the one there is faster, by the exact model.
-    fn prefer_direct(&mut self, transfers: &Transfers) {
+    fn prefer_direct(&mut self, transfers: &Transfers, estimate: u64) {
         self.builder.direct(transfers.all(), &mut self.trial);
         let direct_least = u64::from(self.builder.fanout()) * self.model.chunks() * self.model.send_ns;
+        if let Some(percent) = self.params.trusted_gain_percent {
+            let left = u64::from(100_u32.saturating_sub(percent));
+            if u128::from(estimate) * 100 <= u128::from(direct_least) * u128::from(left) {
+                return;
+            }
+        }
         self.candidate.fill(transfers, &self.best);
         let relayed = self.clock.run(&self.candidate);
         // The busiest rank's sends alone take longer: no need to run the direct plan.

@@ -120,6 +120,12 @@ fn relaying_stays_near_constant_where_direct_grows() {
                 let [direct, adaptive, relay] =
                     [DIRECT, DEEP, RELAY].map(|p| planned(&topology, &transfers, model, p).2);
                 let bound = bound(&topology, &transfers, model);
+                let trusting = TransferParams { trusted_gain_percent: Some(20), ..DEEP };
+                assert_eq!(
+                    planned(&topology, &transfers, model, trusting).2,
+                    adaptive,
+                    "the estimate is good enough here"
+                );
                 for time in [adaptive, relay] {
                     assert!(time * 100 <= bound * 115, "{skew:?} {seed} at {ratio}: {time} over {bound}");
                 }

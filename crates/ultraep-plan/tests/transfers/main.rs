@@ -95,6 +95,7 @@ fn random_params(rng: &mut Rng) -> TransferParams {
         max_relays: [0, 1, 2, u32::MAX][rng.below(4)],
         min_fanout_gain: rng.below(4) as u32,
         max_stripes: rng.below(5) as u32,
+        trusted_gain_percent: None,
         direct_ranks: [0, 8][rng.below(2)],
     }
 }
