@@ -250,6 +250,36 @@ fn bench_measures_against_a_floor() {
     ultraep(&["bench", "plan", "--iterations", "2"]).assert().success().stdout(contains("floor p50"));
 }
 
+/// The shape of the published table: direct grows with imbalance, relaying stays near constant and near the bound.
+#[test]
+fn bench_weight_sync_predicts_by_a_model() {
+    let args = ["bench", "weight-sync", "--model", "--workload", "hot-rank", "--ratio", "2,4,8"];
+    let record = json(&[&args[..], &["--json"]].concat());
+    assert_eq!((record["schema"].as_str(), record["source"].as_str()), (Some("ultraep.weight-sync/1"), Some("model")));
+    let lines = record["lines"].as_array().unwrap();
+    let predicted = |line: usize, mode: &str| {
+        let of_mode = lines[line]["modes"].as_array().unwrap().iter().find(|m| m["mode"] == mode).unwrap();
+        let (ns, bound) = (of_mode["predicted_ns"].as_u64().unwrap(), lines[line]["bound_ns"].as_u64().unwrap());
+        assert!(bound <= ns, "{mode}: {ns} below {bound}");
+        assert_eq!(of_mode["ratio_to_bound"].as_f64(), Some(ns as f64 / bound as f64));
+        assert!(mode == "direct" || ns <= predicted_direct(&lines[line]), "{mode} is slower than direct");
+        ns
+    };
+    for (line, imbalance) in [2.0, 4.0, 8.0].into_iter().enumerate() {
+        assert!((lines[line]["imbalance_before"].as_f64().unwrap() / imbalance - 1.0).abs() <= 0.01);
+        assert!(predicted(line, "adaptive") * 100 <= lines[line]["bound_ns"].as_u64().unwrap() * 115);
+        assert!(predicted(line, "adaptive") <= predicted(line, "v1"));
+    }
+    assert!(predicted(2, "direct") > 2 * predicted(0, "direct"));
+    assert!(predicted(2, "adaptive") * 10 <= predicted(0, "adaptive") * 11);
+    let one = [&args[..], &["--mode", "adaptive"]].concat();
+    ultraep(&one).assert().success().stdout(contains("predicted by a model").and(contains("of bound"))).stderr("");
+}
+
+fn predicted_direct(line: &serde_json::Value) -> u64 {
+    line["modes"].as_array().unwrap().iter().find(|m| m["mode"] == "direct").unwrap()["predicted_ns"].as_u64().unwrap()
+}
+
 /// Bad input: exit code 2, nothing on stdout, one line on stderr that says what, where and what is allowed.
 #[test]
 fn bad_input_is_one_clear_line() {
@@ -316,6 +346,13 @@ fn bad_input_is_one_clear_line() {
         (words("bench plan --tokens 4294967295"), "tokens in all: allowed are up to 2147483647"),
         (words("bench plan --workload worst"), "no workload \"worst\": allowed are balanced, "),
         (words("bench split --iterations 0"), "allowed are 1 to 10000000"),
+        (words("bench weight-sync"), "measuring is not built yet: add --model"),
+        (words("bench weight-sync --model --chunk-bytes 0"), "in chunks of 0: allowed are 1 to 4096 chunks"),
+        (words("bench weight-sync --model --chunk-bytes 64"), "in chunks of 64: allowed are 1 to 4096 chunks"),
+        (words("bench weight-sync --model --hop-ns 5000000000"), "hop of 5000000000 ns: allowed are 0 to 4294967295"),
+        (words("bench weight-sync --model --max-stripes 5"), "5 is not in 1..=4"),
+        (words("bench weight-sync --model --mode rely"), "invalid value 'rely' for '--mode <MODE,...>'"),
+        (words("bench weight-sync --model --ratio 2,x"), "invalid value 'x' for '--ratio <RATIO,...>'"),
     ];
     for (args, expected) in cases {
         let args: Vec<&str> = args.iter().map(String::as_str).collect();
@@ -327,9 +364,15 @@ fn bad_input_is_one_clear_line() {
 
 #[test]
 fn help_has_examples_and_version_is_printed() {
-    for command in
-        [&["plan"][..], &["compare"], &["load"], &["bench", "plan"], &["bench", "split"], &["bench", "reroute"]]
-    {
+    for command in [
+        &["plan"][..],
+        &["compare"],
+        &["load"],
+        &["bench", "plan"],
+        &["bench", "split"],
+        &["bench", "reroute"],
+        &["bench", "weight-sync"],
+    ] {
         let args = [command, &["--help"]].concat();
         ultraep(&args).assert().success().stdout(contains("Examples:\n  ultraep ")).stderr("");
     }

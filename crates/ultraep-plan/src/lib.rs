@@ -47,7 +47,11 @@ pub use ratio::{ParseRatioError, Ratio};
 pub use split::{SplitError, SplitWorkspace, split_all, split_source};
 pub use tally::Tally;
 pub use topology::{FULL_SPEED, MAX_EXPERTS, MAX_RANKS, MAX_SLOTS, Topology, TopologyError, TopologySpec};
-pub use transfer::{Transfer, Transfers};
+pub use transfer::{
+    BoundTables, Choice, MAX_CHUNKS, MAX_STRIPES, ParseTransferModeError, Stripe, Transfer, TransferBound,
+    TransferClock, TransferMode, TransferModel, TransferModelError, TransferParams, TransferPlan, TransferPlanner,
+    TransferTask, Transfers, TreeRule,
+};
 
 /// The most tokens one problem may hold in all. Sums of loads fit `u32`, products of two sums fit `u64`.
 pub const MAX_TOKENS: u32 = i32::MAX as u32;

@@ -4,9 +4,9 @@ mod common;
 
 use common::{Rng, Skew, skewed, topology};
 use ultraep_plan::{
-    Cursor, Greedy, GreedyParams, HardwareModel, Plan, Policy, Problem, Rank, RouteTable, SplitWorkspace, Tally,
-    Transfers, Ultraep, UltraepParams, UltraepV1, UltraepV1Params, Unbalanced, digest_counts, digest_plan,
-    split_source,
+    BoundTables, Cursor, Greedy, GreedyParams, HardwareModel, Plan, Policy, Problem, Rank, RouteTable, SplitWorkspace,
+    Tally, TransferClock, TransferMode, TransferModel, TransferParams, TransferPlan, TransferPlanner, Transfers,
+    Ultraep, UltraepParams, UltraepV1, UltraepV1Params, Unbalanced, digest_counts, digest_plan, split_source,
 };
 
 #[test]
@@ -52,6 +52,39 @@ fn nothing_is_allocated_while_running() {
                     std::hint::black_box(digest_plan(&plan) ^ digest_counts(&counts));
                 });
                 assert_eq!(info.count_total, 0, "{} on {ranks} ranks, seed {seed}", policy.name());
+            }
+        }
+    }
+}
+
+#[test]
+fn nothing_is_allocated_while_transfers_are_planned() {
+    let (v1, deep) = (TransferParams::v1(), TransferParams { min_replicas: 0, ..TransferParams::default() });
+    let model = TransferModel { expert_bytes: 1 << 20, ..TransferModel::default() };
+    for (experts, ranks, domain, slots) in [(256, 64, 64, 2), (64, 16, 4, 3), (40, 16, 16, 2), (8, 8, 8, 0)] {
+        let topology = topology(ranks, experts, domain, slots);
+        let mut policy = Ultraep::new(&topology, UltraepParams { min_quota: 1, ..UltraepParams::default() });
+        let mut plan = Plan::for_slots(&topology);
+        let mut transfers = Transfers::new(&topology);
+        let mut planners: Vec<TransferPlanner> = [v1, deep]
+            .iter()
+            .flat_map(|&params| TransferMode::ALL.map(|mode| TransferParams { mode, ..params }))
+            .map(|params| TransferPlanner::new(&topology, model, params).expect("a model"))
+            .collect();
+        let mut clock = TransferClock::new(&topology, model).expect("a model");
+        let mut tables = BoundTables::new(&topology, model).expect("a model");
+        let mut scheduled = TransferPlan::new(&topology);
+        for seed in 0..12 {
+            let ratio = (1.0 + 0.6 * (seed % 6) as f64).min(0.7 * ranks as f64);
+            let counts = skewed(&mut Rng(seed), &topology, Skew::HotRank, ratio, 4096);
+            policy.solve(&Problem::new(&topology, &counts).expect("valid"), &mut plan).expect("a plan");
+            transfers.list(&topology, &plan);
+            for planner in &mut planners {
+                let info = allocation_counter::measure(|| {
+                    let choice = planner.plan(&transfers, &mut scheduled);
+                    std::hint::black_box((choice, clock.run(&scheduled), tables.bound(&transfers)));
+                });
+                assert_eq!(info.count_total, 0, "{:?} on {ranks} ranks, seed {seed}", planner.params());
             }
         }
     }

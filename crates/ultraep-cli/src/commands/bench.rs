@@ -1,4 +1,5 @@
 //! `ultraep bench`: how long planning, splitting and rerouting take, with the physical floor measured in the same run.
+//! (`bench weight-sync` is a file of its own.)
 
 use std::hint::black_box;
 use std::io::Write;
@@ -12,7 +13,7 @@ use ultraep_plan::{
     split_all, split_source,
 };
 
-use super::write_json;
+use super::{weight_sync, write_json};
 use crate::error::CliError;
 use crate::input::{GroupArgs, PolicyArgs, WorkloadArgs};
 use crate::timing::{Times, measure, pretty};
@@ -29,6 +30,9 @@ pub(crate) enum Bench {
     /// From logical to physical routing of one rank's tokens; floor: copying inputs and outputs once
     #[command(after_help = EXAMPLES)]
     Reroute(Args),
+    /// Weight sync per initial imbalance and mode of transfer: what a model of the fabric predicts, and the bound
+    #[command(after_help = weight_sync::EXAMPLES)]
+    WeightSync(weight_sync::Args),
 }
 
 const EXAMPLES: &str = "Examples:
@@ -116,6 +120,7 @@ impl Bench {
             Self::Plan(args) => ("plan", args, plan),
             Self::Split(args) => ("split", args, split),
             Self::Reroute(args) => ("reroute", args, reroute),
+            Self::WeightSync(args) => return weight_sync::run(args, out),
         };
         let group = GroupArgs::uniform(args.slots, args.domain);
         let topology = group.topology(args.workload.ranks, args.workload.experts)?;

@@ -5,6 +5,7 @@ mod compare;
 mod load;
 mod plan;
 mod train;
+mod weight_sync;
 
 use std::io::Write;
 
@@ -24,7 +25,7 @@ pub(crate) enum Command {
     Compare(compare::Args),
     /// Write a synthetic load to a file
     Load(load::Args),
-    /// Measure how long planning, splitting and rerouting take
+    /// Measure how long planning, splitting and rerouting take; predict how long weight sync takes
     #[command(subcommand, arg_required_else_help = false)]
     Bench(bench::Bench),
     /// One rank of a training run, started by `train --fabric processes`

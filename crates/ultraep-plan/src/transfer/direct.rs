@@ -1,5 +1,5 @@
 //! The direct transfers of a plan: which master goes to which slot. (Relays shorten the critical fan-out; they are
-//! planned on top of this list.)
+//! planned on top of this list, see [`TransferPlanner`](crate::TransferPlanner).)
 
 use alloc::vec;
 use alloc::vec::Vec;
