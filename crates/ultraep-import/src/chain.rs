@@ -98,6 +98,17 @@ impl Recording for Chain {
     }
 
     fn ending(&self) -> Option<String> {
-        if self.endings.is_empty() { None } else { Some(self.endings.join("; ")) }
+        let mut told: Vec<(&str, usize)> = Vec::new();
+        for ending in &self.endings {
+            match told.iter_mut().find(|(words, _)| words == ending) {
+                Some((_, files)) => *files += 1,
+                None => told.push((ending, 1)),
+            }
+        }
+        let words = |(words, files): (&str, usize)| match files {
+            1 => words.to_owned(),
+            _ => format!("{words} (in each of {files} files)"),
+        };
+        if told.is_empty() { None } else { Some(told.into_iter().map(words).collect::<Vec<_>>().join("; ")) }
     }
 }

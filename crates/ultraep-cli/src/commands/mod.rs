@@ -3,6 +3,9 @@
 mod bench;
 mod compare;
 mod plan;
+mod recordings;
+mod replay;
+mod trace;
 mod train;
 
 use std::io::Write;
@@ -18,6 +21,11 @@ pub(crate) enum Command {
     Plan(plan::Args),
     /// Compare all policies on the same loads
     Compare(compare::Args),
+    /// Replay a recording: what every policy would have made of its load
+    Replay(Box<replay::Args>),
+    /// Look into recordings and convert them
+    #[command(subcommand, arg_required_else_help = false)]
+    Trace(trace::Trace),
     /// Measure how long planning, splitting and rerouting take
     #[command(subcommand, arg_required_else_help = false)]
     Bench(bench::Bench),
@@ -33,6 +41,8 @@ impl Command {
             Self::Rank(args) => train::run_as_rank(args, out),
             Self::Plan(args) => plan::run(args, out),
             Self::Compare(args) => compare::run(args, out),
+            Self::Replay(args) => replay::run(args, out),
+            Self::Trace(trace) => trace.run(out),
             Self::Bench(bench) => bench.run(out),
         }
     }

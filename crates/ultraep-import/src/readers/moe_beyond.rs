@@ -55,9 +55,13 @@ impl Recording for MoeBeyond {
 
     fn next(&mut self, piece: &mut Piece) -> Result<bool, ImportError> {
         self.reader.get_mut().left = MAX_LINE_BYTES;
-        let line = self.reader.position().line();
+        let read = self.reader.read_byte_record(&mut self.row);
+        let line = match &read {
+            Ok(_) => self.row.position().map_or(0, csv::Position::line),
+            Err(_) => self.reader.position().line(),
+        };
         let refuse = |problem: Problem| problem.at(&self.path, Place::Line(line));
-        match self.reader.read_byte_record(&mut self.row) {
+        match read {
             Ok(true) => {}
             Ok(false) => return Ok(false),
             Err(error) => return Err(refuse(Problem::syntax(format_args!("not CSV: {error}")))),
