@@ -106,6 +106,14 @@ fn converting_to_our_format_changes_nothing() {
     for policy in ["none", "eplb", "llep", "ultraep"] {
         assert!((imbalance(&direct, 8, 0, policy) - imbalance(&through, 8, 0, policy)).abs() < 1e-12, "{policy}");
     }
+    // Through UltraEP v1's layout the totals survive, the sources do not.
+    let v1 = out.path().join("epg0");
+    ultraep(&["trace", "convert", trace, "--to", "v1", "-o", v1.to_str().unwrap()])
+        .assert()
+        .success()
+        .stdout(contains("16 records in 1 chunk"));
+    let through = json(&["replay", v1.with_extension("manifest.json").to_str().unwrap(), "--min-quota", "1", "--json"]);
+    assert!((imbalance(&direct, 8, 0, "none") - imbalance(&through, 8, 0, "none")).abs() < 1e-12);
     // What exists is never overwritten.
     ultraep(&[&["trace", "convert", path, "-o", trace][..], &grouping].concat()).assert().code(2).stdout(is_empty());
     let info = json(&["trace", "info", trace, "--json"]);

@@ -7,7 +7,7 @@ use crate::{Format, ImportError, OpenOptions, Piece, Place, Problem, Recording, 
 /// Opens one file.
 pub(crate) type OpenOne = fn(&std::path::Path, &OpenOptions) -> Result<Box<dyn Recording>, ImportError>;
 
-/// Files read one after another. Steps of a file begin behind those of the file before.
+/// Files read one after another. Steps of a file begin behind those of the file before, but for chunks of one recording.
 pub(crate) struct Chain {
     info: RecordingInfo,
     paths: Vec<PathBuf>,
@@ -89,7 +89,10 @@ impl Recording for Chain {
                 }
                 self.endings.extend(current.ending());
                 self.current = None;
-                self.first_step = self.end_step;
+                // UltraEP v1 numbers microbatches through all of its chunks.
+                if self.info.format != Format::UltraEpV1 {
+                    self.first_step = self.end_step;
+                }
             }
             let Some(path) = self.paths.get(self.next_path) else { return Ok(false) };
             self.next_path += 1;

@@ -3,9 +3,10 @@
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
+use crate::archive::Archive;
 use crate::chain::{Chain, OpenOne};
 use crate::input::read_head;
-use crate::readers::{expert_counts, matrices, moe_beyond, uet, vllm};
+use crate::readers::{expert_counts, matrices, megatron, moe_beyond, tensorrt, uet, ultraep_v1, vllm};
 use crate::{ImportError, OpenOptions, Recording};
 
 /// Bytes at a file's beginning that are looked at.
@@ -36,12 +37,19 @@ pub fn open_with(paths: &[PathBuf], options: &OpenOptions) -> Result<Box<dyn Rec
         return Err(ImportError::Unknown { path, reason: "no files".to_owned() });
     };
     let open_one = reader_of(first)?;
+    let is_same = |open_one: OpenOne, other: OpenOne| std::ptr::fn_addr_eq(open_one, other);
+    if is_same(open_one, ultraep_v1::open_manifest) && files.len() > 1 {
+        return Err(unknown(first, "a manifest names its chunks: give it alone, or the chunks"));
+    }
     if let Some(other) = files.iter().skip(1).find_map(|path| match reader_of(path) {
-        Ok(reader) if std::ptr::fn_addr_eq(reader, open_one) => None,
+        Ok(reader) if is_same(reader, open_one) => None,
         Ok(_) => Some(unknown(path, format!("of another format than {}", first.display()))),
         Err(error) => Some(error),
     }) {
         return Err(other);
+    }
+    if is_same(open_one, megatron::open) {
+        return megatron::open_ranks(&files, options);
     }
     Chain::open(files, open_one, options)
 }
@@ -51,7 +59,19 @@ fn open_folder(folder: &Path, options: &OpenOptions) -> Result<Option<Box<dyn Re
     if folder.join("run.json").is_file() {
         return uet::open_run(folder, options).map(Some);
     }
-    Ok(None)
+    if tensorrt::is_folder(folder) {
+        return tensorrt::open_folder(folder, options).map(Some);
+    }
+    let ranks = megatron::files_in(folder)?;
+    if !ranks.is_empty() {
+        return megatron::open_ranks(&ranks, options).map(Some);
+    }
+    let manifests: Vec<PathBuf> = files_in(folder)?.into_iter().filter(|path| is_manifest(path)).collect();
+    match manifests.as_slice() {
+        [] => Ok(None),
+        [manifest] => ultraep_v1::open_manifest(manifest, options).map(Some),
+        [_, ..] => Err(unknown(folder, format!("{} manifests: give one of them", manifests.len()))),
+    }
 }
 
 /// The plain files of a folder, hidden ones left out, in the order of the numbers in their names.
@@ -85,6 +105,10 @@ pub(crate) fn natural_key(name: &OsStr) -> Vec<(Vec<u8>, u128)> {
     key
 }
 
+fn is_manifest(path: &Path) -> bool {
+    path.file_name().and_then(OsStr::to_str).is_some_and(|name| name.ends_with(".manifest.json"))
+}
+
 fn unknown(path: &Path, reason: impl Into<String>) -> ImportError {
     ImportError::Unknown { path: path.to_owned(), reason: reason.into() }
 }
@@ -102,6 +126,9 @@ fn reader_of(path: &Path) -> Result<OpenOne, ImportError> {
     if head.starts_with(b"\x93NUMPY") {
         return Ok(matrices::open_npy);
     }
+    if head.starts_with(b"PK") {
+        return archive_reader(path);
+    }
     if head.starts_with(&[0x28, 0xb5, 0x2f, 0xfd]) {
         return Err(unknown(path, "compressed with zstd, which is not read here: unpack it first (zstd -d)"));
     }
@@ -110,6 +137,17 @@ fn reader_of(path: &Path) -> Result<OpenOne, ImportError> {
         Some(b'[') => Ok(matrices::open_json_list),
         _ => csv_reader(path, &head),
     }
+}
+
+/// Archives are told apart by their entries.
+fn archive_reader(path: &Path) -> Result<OpenOne, ImportError> {
+    let archive = Archive::open(path, &OpenOptions::default())?;
+    let has = |entry: &str| archive.names().any(|name| name == entry);
+    if has("metadata.npy") && has("pre_logical_loads.npy") {
+        return Ok(ultraep_v1::open_chunk);
+    }
+    let names: Vec<&str> = archive.names().take(6).collect();
+    Err(unknown(path, format!("an archive of no known kind; it holds {}", names.join(", "))))
 }
 
 /// JSON and JSON lines, told apart by their first keys.
@@ -125,6 +163,12 @@ fn json_reader(path: &Path, text: &[u8]) -> Result<OpenOne, ImportError> {
     }
     if has_key("topk_ids") || has_key("layers_logged") {
         return Ok(vllm::open);
+    }
+    if has_key("top_indices") {
+        return Ok(megatron::open);
+    }
+    if is_manifest(path) || text.windows(ultraep_v1::SCHEMA.len()).any(|w| w == ultraep_v1::SCHEMA.as_bytes()) {
+        return Ok(ultraep_v1::open_manifest);
     }
     if text.windows(7).any(|w| w == b"\"loads\"") {
         return Ok(matrices::open_json_object);

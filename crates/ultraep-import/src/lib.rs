@@ -13,6 +13,7 @@
 //! Memory: one piece, and in [`Microbatches`] one window of tokens a layer, at most [`MAX_WINDOW_BYTES`] in all.
 #![forbid(unsafe_code)]
 
+mod archive;
 mod chain;
 mod detect;
 mod error;
@@ -22,6 +23,7 @@ mod readers;
 mod recording;
 mod regroup;
 mod survey;
+mod write_v1;
 
 pub use detect::{open, open_with};
 pub use error::{ImportError, Place, Problem};
@@ -29,3 +31,4 @@ pub use input::{MAX_LINE_BYTES, MAX_WHOLE_FILE_BYTES};
 pub use recording::{Format, Load, OpenOptions, Piece, Recording, RecordingInfo, Sources};
 pub use regroup::{Grouping, GroupingError, Leftover, MAX_WINDOW_BYTES, Microbatch, Microbatches, SourceRule, spread};
 pub use survey::{LayerSurvey, Survey, survey};
+pub use write_v1::{V1Options, V1Written, v1_manifest_path, write_ultra_ep_v1};

@@ -37,6 +37,13 @@ pub(crate) struct Header {
     pub(crate) shape: Vec<u64>,
 }
 
+impl Header {
+    /// Number of elements; `None` over what a file can hold.
+    pub(crate) fn elements(&self) -> Option<u64> {
+        self.shape.iter().try_fold(1_u64, |product, &d| product.checked_mul(d)).filter(|&n| n <= MAX_DIMENSION)
+    }
+}
+
 /// Reads magic, version and header; the input then stands at the data.
 pub(crate) fn read_header(input: &mut impl Read) -> Result<Header, Problem> {
     let bad = |what: &str| Problem::Syntax(format!("not a NumPy array: {what}"));
@@ -127,6 +134,24 @@ pub(crate) fn integer(bytes: &[u8], element: Element) -> i128 {
     let value = if is_big_endian { bytes.iter().fold(0, digit) } else { bytes.iter().rev().fold(0, digit) };
     let unused = 64 - 8 * bytes.len().clamp(1, 8) as u32;
     if is_signed { i128::from((value << unused) as i64 >> unused) } else { i128::from(value) }
+}
+
+/// Text of a 0-dimensional array of text, up to `max_chars`.
+pub(crate) fn read_text(input: &mut impl Read, header: &Header, max_chars: usize) -> Result<String, Problem> {
+    let Element::Text { chars, is_big_endian } = header.element else {
+        return Err(Problem::differs("elements", format!("{:?}", header.element), "text"));
+    };
+    if chars > max_chars || header.elements() != Some(1) {
+        return Err(Problem::Limit { what: "characters of text", got: chars as u64, max: max_chars as u64 });
+    }
+    let mut bytes = vec![0; chars * 4];
+    input.read_exact(&mut bytes).map_err(short)?;
+    let unit = |b: &[u8]| {
+        let bytes = [b[0], b[1], b[2], b[3]];
+        char::from_u32(if is_big_endian { u32::from_be_bytes(bytes) } else { u32::from_le_bytes(bytes) })
+    };
+    let text: Option<String> = bytes.chunks_exact(4).map(unit).collect();
+    text.map(|t| t.trim_end_matches('\0').to_owned()).ok_or_else(|| Problem::Syntax("text that is no Unicode".into()))
 }
 
 /// The array ends before its shape says.

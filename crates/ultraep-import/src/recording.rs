@@ -31,6 +31,8 @@ pub struct RecordingInfo {
     pub top_k: Option<usize>,
     /// What is known about where tokens came from.
     pub sources: Sources,
+    /// Ranks of the EP group, where the format says; also where it does not keep the source axis.
+    pub ranks: Option<usize>,
     /// Ranks in a domain and slots on a rank when it was recorded, where the format says.
     pub domain_ranks: Option<usize>,
     /// Slots on each rank, where the format says and all are equal.
@@ -48,6 +50,10 @@ impl RecordingInfo {
             experts: None,
             top_k: None,
             sources,
+            ranks: match sources {
+                Sources::Ranks(ranks) => Some(ranks),
+                Sources::Tokens | Sources::Totals => None,
+            },
             domain_ranks: None,
             slots_per_rank: None,
             notes: Vec::new(),

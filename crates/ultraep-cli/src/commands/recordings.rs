@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 
 use ultraep_import::{
-    Grouping, GroupingError, OpenOptions, Recording, RecordingInfo, SourceRule, Sources, Survey, open_with, survey,
+    Format, Grouping, GroupingError, OpenOptions, Recording, RecordingInfo, SourceRule, Sources, Survey, open_with,
+    survey,
 };
 
 use crate::error::CliError;
@@ -46,6 +47,19 @@ impl RecordingArgs {
     pub(crate) fn open(&self, options: &OpenOptions) -> Result<Box<dyn Recording>, CliError> {
         let options = OpenOptions { drop_dummy_run: self.drop_dummy_run, ..options.clone() };
         open_with(&self.paths, &options).map_err(CliError::input)
+    }
+
+    /// The one trace of ours that is named, also by its run folder.
+    pub(crate) fn our_trace(&self) -> Result<PathBuf, CliError> {
+        let info = self.open(&OpenOptions::default())?.info().clone();
+        match (self.paths.as_slice(), info.format) {
+            ([path], Format::Uet) => Ok(path.clone()),
+            ([path], Format::RunFolder) => Ok(path.join("loads.uet")),
+            _ => Err(CliError::Input(format!(
+                "{}: allowed is one trace of ours: convert it to .uet first",
+                self.title()
+            ))),
+        }
     }
 
     /// Bytes of all files, for a progress bar; 0 where that cannot be told.

@@ -7,7 +7,10 @@ use std::path::{Path, PathBuf};
 use comfy_table::{CellAlignment, Table, presets};
 use serde::Serialize;
 use serde_json::json;
-use ultraep_import::{ImportError, Load, Microbatch, Microbatches, OpenOptions, Piece, RecordingInfo, Sources, Survey};
+use ultraep_import::{
+    ImportError, Load, Microbatch, Microbatches, OpenOptions, Piece, RecordingInfo, Sources, Survey, V1Options,
+    v1_manifest_path, write_ultra_ep_v1,
+};
 use ultraep_plan::{Topology, TopologySpec};
 use ultraep_trace::{Record, TraceMeta, TraceWriter};
 
@@ -56,12 +59,22 @@ pub(crate) struct ConvertArgs {
     recording: RecordingArgs,
     #[command(flatten)]
     sources: SourceArgs,
-    /// The file to write; it must not exist
-    #[arg(short, long, value_name = "FILE.uet")]
+    /// The file to write, which must not exist; with --to v1 the folder and the name of the recording in it
+    #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
+    /// Format to write: our own, or UltraEP v1's, which is written from traces of ours and has no sources
+    #[arg(long, value_enum, default_value = "uet")]
+    to: Target,
     /// Ranks in the EP group [default: as recorded]
     #[arg(long, value_name = "N")]
     ranks: Option<usize>,
+}
+
+/// Formats that are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Target {
+    Uet,
+    V1,
 }
 
 impl Trace {
@@ -69,6 +82,7 @@ impl Trace {
         match self {
             Self::Info(args) => info(args, out),
             Self::Head(args) => head(args, out),
+            Self::Convert(args) if args.to == Target::V1 => convert_to_v1(args, out),
             Self::Convert(args) => convert(args, out),
         }
     }
@@ -259,9 +273,9 @@ const MAX_SORT_BYTES: usize = 1 << 30;
 fn convert(args: &ConvertArgs, out: &mut dyn Write) -> Result<(), CliError> {
     let (info, survey, _) = args.recording.survey()?;
     let (_, experts) = args.recording.describe()?;
-    let ranks = match (args.ranks, info.sources) {
-        (Some(ranks), _) | (None, Sources::Ranks(ranks)) => ranks,
-        (None, _) => return Err(CliError::Input("--ranks: the recording does not know its ranks".to_owned())),
+    let ranks = match args.ranks.or(info.ranks) {
+        Some(ranks) => ranks,
+        None => return Err(CliError::Input("--ranks: the recording does not know its ranks".to_owned())),
     };
     let layers = survey.layers.keys().next_back().map_or(1, |&layer| layer as usize + 1);
     let mut meta = TraceMeta::of_topology(&topology(&info, ranks, experts)?, layers);
@@ -282,7 +296,7 @@ fn convert(args: &ConvertArgs, out: &mut dyn Write) -> Result<(), CliError> {
         let Microbatch { step, microbatch, layer, counts } = microbatch;
         writer.append(&Record { step, microbatch, layer, before: counts, ..Record::default() }).map_err(refuse)
     };
-    if info.sources == Sources::Tokens {
+    if !matches!(info.sources, Sources::Ranks(_)) {
         in_order(&mut microbatches)?.into_iter().try_for_each(&mut append)?;
     } else {
         let mut microbatch = Microbatch::default();
@@ -300,6 +314,34 @@ fn convert(args: &ConvertArgs, out: &mut dyn Write) -> Result<(), CliError> {
         note(ending);
     }
     writeln!(out, "{}: {}", args.output.display(), plural(records as usize, "record"))?;
+    Ok(())
+}
+
+/// Writes a trace of ours, or of a run, in UltraEP v1's layout.
+fn convert_to_v1(args: &ConvertArgs, out: &mut dyn Write) -> Result<(), CliError> {
+    if args.ranks.is_some() {
+        return Err(CliError::Input(
+            "--ranks: v1 is written for the ranks of the trace: convert to .uet first".to_owned(),
+        ));
+    }
+    let trace = args.recording.our_trace()?;
+    let folder = args.output.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let trace_id = args.output.file_name().and_then(|name| name.to_str()).unwrap_or_default().to_owned();
+    let since_1970 = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    let options = V1Options { trace_id, created_unix: since_1970.as_secs_f64(), records_per_chunk: 4096 };
+    let written = write_ultra_ep_v1(&trace, folder, &options).map_err(CliError::input)?;
+    note(
+        "the v1 layout has no place for sources, policies, digests, top-k ids and what a slot held: they are left out",
+    );
+    if written.without_plan > 0 {
+        note(format!(
+            "{} records have no plan: their loads after balancing are those of masters only",
+            written.without_plan
+        ));
+    }
+    let manifest = v1_manifest_path(folder, &options.trace_id);
+    let (records, chunks) = (written.records as usize, written.chunks as usize);
+    writeln!(out, "{}: {} in {}", manifest.display(), plural(records, "record"), plural(chunks, "chunk"))?;
     Ok(())
 }
 

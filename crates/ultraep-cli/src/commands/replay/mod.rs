@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use ultraep_baselines::{HistoryParams, PolicyKind, PolicyParams};
-use ultraep_import::{Leftover, Microbatches, OpenOptions, RecordingInfo, Sources};
+use ultraep_import::{Leftover, Microbatches, OpenOptions, RecordingInfo};
 use ultraep_plan::{HardwareModel, Ratio, Topology, TopologySpec};
 
 use self::engine::{Scenario, replay};
@@ -112,9 +112,9 @@ pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<(), CliError> {
 
 impl Args {
     fn ranks_for(&self, info: &RecordingInfo, experts: usize) -> Vec<usize> {
-        match info.sources {
+        match info.ranks {
             _ if !self.ranks.is_empty() => self.ranks.clone(),
-            Sources::Ranks(recorded) if recorded > 1 => vec![recorded],
+            Some(recorded) if recorded > 1 => vec![recorded],
             _ if experts < DEFAULT_RANKS[0] => vec![experts],
             _ => DEFAULT_RANKS.into_iter().filter(|&ranks| ranks <= experts).collect(),
         }
