@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use crate::archive::Archive;
 use crate::chain::{Chain, OpenOne};
 use crate::input::read_head;
-use crate::readers::{expert_counts, matrices, megatron, moe_beyond, tensorrt, uet, ultraep_v1, vllm};
+use crate::readers::{expert_counts, matrices, megatron, moe_beyond, sglang, tensorrt, uet, ultraep_v1, vllm};
 use crate::{ImportError, OpenOptions, Recording};
 
 /// Bytes at a file's beginning that are looked at.
@@ -132,6 +132,12 @@ fn reader_of(path: &Path) -> Result<OpenOne, ImportError> {
     if head.starts_with(&[0x28, 0xb5, 0x2f, 0xfd]) {
         return Err(unknown(path, "compressed with zstd, which is not read here: unpack it first (zstd -d)"));
     }
+    if head.starts_with(b"PAR1") {
+        return Err(unknown(path, "parquet, which is not read yet"));
+    }
+    if matches!(head.as_slice(), [0x80, 2..=5, ..]) {
+        return Err(unknown(path, "a bare pickle: torch.save of PyTorch 1.6 and later writes an archive"));
+    }
     match text.first() {
         Some(b'{') => json_reader(path, text),
         Some(b'[') => Ok(matrices::open_json_list),
@@ -145,6 +151,9 @@ fn archive_reader(path: &Path) -> Result<OpenOne, ImportError> {
     let has = |entry: &str| archive.names().any(|name| name == entry);
     if has("metadata.npy") && has("pre_logical_loads.npy") {
         return Ok(ultraep_v1::open_chunk);
+    }
+    if archive.names().any(|name| name.ends_with("/data.pkl")) {
+        return Ok(sglang::open);
     }
     let names: Vec<&str> = archive.names().take(6).collect();
     Err(unknown(path, format!("an archive of no known kind; it holds {}", names.join(", "))))

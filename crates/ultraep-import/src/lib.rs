@@ -19,6 +19,7 @@ mod detect;
 mod error;
 mod input;
 mod npy;
+mod pickle;
 mod readers;
 mod recording;
 mod regroup;
