@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use crate::archive::Archive;
 use crate::chain::{Chain, OpenOne};
 use crate::input::read_head;
-use crate::readers::{expert_counts, matrices, megatron, moe_beyond, sglang, tensorrt, uet, ultraep_v1, vllm};
+use crate::readers::{expert_counts, flame, matrices, megatron, moe_beyond, sglang, tensorrt, uet, ultraep_v1, vllm};
 use crate::{ImportError, OpenOptions, Recording};
 
 /// Bytes at a file's beginning that are looked at.
@@ -65,6 +65,10 @@ fn open_folder(folder: &Path, options: &OpenOptions) -> Result<Option<Box<dyn Re
     let ranks = megatron::files_in(folder)?;
     if !ranks.is_empty() {
         return megatron::open_ranks(&ranks, options).map(Some);
+    }
+    let layers = flame::files_in(folder)?;
+    if !layers.is_empty() {
+        return Chain::open(layers, flame::open, options).map(Some);
     }
     let manifests: Vec<PathBuf> = files_in(folder)?.into_iter().filter(|path| is_manifest(path)).collect();
     match manifests.as_slice() {
@@ -133,7 +137,7 @@ fn reader_of(path: &Path) -> Result<OpenOne, ImportError> {
         return Err(unknown(path, "compressed with zstd, which is not read here: unpack it first (zstd -d)"));
     }
     if head.starts_with(b"PAR1") {
-        return Err(unknown(path, "parquet, which is not read yet"));
+        return Ok(flame::open);
     }
     if matches!(head.as_slice(), [0x80, 2..=5, ..]) {
         return Err(unknown(path, "a bare pickle: torch.save of PyTorch 1.6 and later writes an archive"));

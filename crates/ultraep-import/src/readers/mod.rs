@@ -1,6 +1,7 @@
 //! One reader a format.
 
 pub(crate) mod expert_counts;
+pub(crate) mod flame;
 pub(crate) mod matrices;
 pub(crate) mod megatron;
 pub(crate) mod moe_beyond;
