@@ -159,6 +159,9 @@ fn archive_reader(path: &Path) -> Result<OpenOne, ImportError> {
     if archive.names().any(|name| name.ends_with("/data.pkl")) {
         return Ok(sglang::open);
     }
+    if archive.names().any(|name| name.ends_with(".npy")) {
+        return Ok(matrices::open_npz);
+    }
     let names: Vec<&str> = archive.names().take(6).collect();
     Err(unknown(path, format!("an archive of no known kind; it holds {}", names.join(", "))))
 }

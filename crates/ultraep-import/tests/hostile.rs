@@ -130,6 +130,22 @@ fn lying_shapes_are_refused() {
 }
 
 #[test]
+fn archives_of_plain_matrices() {
+    let folder = Folder::new();
+    let loads = npy("<u2", "(1, 2, 3)", &[1, 0, 2, 0, 3, 0, 4, 0, 5, 0, 6, 0]);
+    let other = npy("<i4", "(1,)", &[0; 4]);
+    let path = folder.with("a.npz", archive(&[("other.npy", &other), ("loads.npy", &loads)]));
+    let mut piece = Piece::default();
+    let mut recording = open(&[path]).expect("opened");
+    assert!(recording.next(&mut piece).expect("a piece"));
+    assert_eq!(piece.load, Load::Counts { sources: 2, counts: vec![1, 2, 3, 4, 5, 6] });
+    let several = archive(&[("other.npy", &other), ("more.npy", &loads)]);
+    refused(&folder.with("a.npz", several), "one named loads");
+    let lying = npy("<u2", "(1000, 2, 3)", &[0; 12]);
+    refused(&folder.with("a.npz", archive(&[("a.npy", &lying)])), "bytes of data");
+}
+
+#[test]
 fn a_pickle_that_calls_something_is_named_and_not_called() {
     let folder = Folder::new();
     let witness = folder.0.path().join("called");

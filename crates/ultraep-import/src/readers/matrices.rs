@@ -1,5 +1,5 @@
 //! Plain matrices of counts: `[ranks, experts]`, `[layers, ranks, experts]` or `[steps, layers, ranks, experts]`, as
-//! `.npy`, `.csv` (two dimensions) or `.json` (nested lists, or `{"loads": [[..]]}`).
+//! `.npy`, `.npz` (one array, or one named `loads`), `.csv` (two dimensions) or `.json` (nested lists, or `{"loads": [[..]]}`).
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 use ultraep_load::{Format as FileFormat, LoadMatrix, parse};
 use ultraep_plan::{MAX_EXPERTS, MAX_RANKS};
 
+use crate::archive::Archive;
 use crate::error::{count, layer_id};
-use crate::input::{BoxedInput, open_input, read_whole};
+use crate::input::{BoxedInput, MAX_WHOLE_FILE_BYTES, open_input, read_whole};
 use crate::npy::{self, Element};
 use crate::{Format, ImportError, OpenOptions, Piece, Place, Problem, Recording, RecordingInfo, Sources};
 
@@ -124,6 +125,35 @@ pub(crate) fn open_npy(path: &Path, options: &OpenOptions) -> Result<Box<dyn Rec
     let buffer = vec![0; shape.cells() * header.element.bytes()];
     let (info, path) = (shape.info(), path.to_owned());
     Ok(Box::new(Streamed { info, path, input, element: header.element, shape, buffer, next: 0 }))
+}
+
+/// `.npz`: its one array, or the one named `loads`.
+pub(crate) fn open_npz(path: &Path, options: &OpenOptions) -> Result<Box<dyn Recording>, ImportError> {
+    let mut archive = Archive::open(path, options)?;
+    let arrays: Vec<&str> = archive.names().filter(|name| name.ends_with(".npy")).collect();
+    let name = match arrays.as_slice() {
+        [one] => (*one).to_owned(),
+        several if several.contains(&"loads.npy") => "loads.npy".to_owned(),
+        several => {
+            let got = several.iter().take(6).copied().collect::<Vec<_>>().join(", ");
+            return Err(Problem::differs("arrays", got, "one array, or one named loads").at(path, Place::File));
+        }
+    };
+    let bytes = archive.read(&name, MAX_WHOLE_FILE_BYTES)?;
+    let refuse = |problem: Problem| archive.refuse(&name, problem);
+    let mut data = bytes.as_slice();
+    let header = npy::read_header(&mut data).map_err(refuse)?;
+    if header.is_fortran || !matches!(header.element, Element::Integer { .. }) {
+        return Err(refuse(Problem::Unsupported("other than integers in C order".to_owned())));
+    }
+    let shape = Shape::of(&header.shape).map_err(refuse)?;
+    let expected = header.elements().and_then(|n| n.checked_mul(header.element.bytes() as u64)).unwrap_or(u64::MAX);
+    if expected != data.len() as u64 {
+        return Err(refuse(Problem::differs("bytes of data:", data.len(), expected)));
+    }
+    let counts = data.chunks_exact(header.element.bytes()).map(|bytes| count(npy::integer(bytes, header.element)));
+    let counts = counts.collect::<Result<Vec<u32>, Problem>>().map_err(refuse)?;
+    Ok(Box::new(Whole { info: shape.info(), shape, counts, next: 0 }))
 }
 
 impl Recording for Whole {
