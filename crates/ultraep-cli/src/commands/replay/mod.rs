@@ -82,6 +82,9 @@ const EXAMPLES: &str = "Examples:
 /// Sizes of the group tried where the recording does not know its own.
 const DEFAULT_RANKS: [usize; 4] = [8, 16, 32, 64];
 
+/// Microbatches between two looks at the progress bar.
+const SHOW_EVERY: u64 = 64;
+
 /// Most scenarios in one replay.
 const MAX_SCENARIOS: usize = 4096;
 
@@ -89,9 +92,11 @@ pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<(), CliError> {
     let start = Instant::now();
     let (info, experts) = args.recording.describe()?;
     let hardware = args.hardware.as_deref().map(Hardware::find).transpose()?;
-    let bar = progress_bar(args, args.recording.bytes());
+    let sizes = args.ranks_for(&info, experts);
+    // Every size of the group reads the recording once.
+    let bar = progress_bar(args.recording.bytes().saturating_mul(sizes.len() as u64));
     let mut replay = Replay::new(args.recording.title(), &info, experts, hardware.as_ref());
-    for ranks in args.ranks_for(&info, experts) {
+    for ranks in sizes {
         let scenarios = args.scenarios(ranks, experts, hardware.as_ref(), &mut replay.notes);
         if scenarios.is_empty() {
             continue;
@@ -182,13 +187,16 @@ impl Args {
             Microbatches::new(&mut *recording, self.sources.grouping(ranks, experts)).map_err(grouping_error)?;
         let threads = self.threads.map(usize::from);
         let threads = threads.or_else(|| std::thread::available_parallelism().ok().map(usize::from)).unwrap_or(1);
-        let mut planned = 0_u64;
+        let mut microbatches_read = 0_u64;
         let outcomes = replay(scenarios, threads, |microbatch| {
-            planned += scenarios.len() as u64;
-            bar.set_position(before + options.bytes_read.load(Ordering::Relaxed));
-            bar.set_message(format!("EP{ranks}, {planned} plans"));
+            if microbatches_read.is_multiple_of(SHOW_EVERY) {
+                bar.set_position(before + options.bytes_read.load(Ordering::Relaxed));
+                bar.set_message(format!("EP{ranks}, {} plans", microbatches_read * scenarios.len() as u64));
+            }
+            microbatches_read += 1;
             microbatches.next(microbatch).map_err(grouping_error)
         })?;
+        bar.set_position(before + options.bytes_read.load(Ordering::Relaxed));
         let leftover = microbatches.leftover();
         Ok((outcomes, leftover, recording.ending()))
     }
@@ -211,9 +219,9 @@ fn leftover_note(leftover: Leftover) -> Option<String> {
     })
 }
 
-/// Shown on a terminal only. Every size of the group reads the recording once.
-fn progress_bar(args: &Args, bytes: u64) -> ProgressBar {
-    let bar = ProgressBar::new(bytes * args.ranks.len().max(1) as u64);
+/// Shown on a terminal only.
+fn progress_bar(bytes: u64) -> ProgressBar {
+    let bar = ProgressBar::new(bytes);
     match ProgressStyle::with_template("{bar:30} {bytes}/{total_bytes} {msg} {eta}") {
         Ok(style) => bar.set_style(style),
         Err(error) => note(error),
