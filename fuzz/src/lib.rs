@@ -50,3 +50,27 @@ impl<'a> Arbitrary<'a> for Case {
 fn list(u: &mut Unstructured<'_>, length: usize, most: usize) -> Result<Vec<usize>> {
     (0..length).map(|_| u.int_in_range(0..=most)).collect()
 }
+
+/// Writes `bytes` to a file of that name, opens it as a recording and makes microbatches of it to its end; they must be
+/// within the planner's limits.
+pub fn read_recording(name: &std::path::Path, bytes: &[u8]) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join(name);
+    std::fs::write(&path, bytes).expect("written");
+    let Ok(mut recording) = ultraep_import::open(&[path]) else { return };
+    let experts = recording.info().experts.unwrap_or(64);
+    let grouping = ultraep_import::Grouping {
+        ranks: 8,
+        experts,
+        microbatch_tokens: 16,
+        rule: ultraep_import::SourceRule::Blocks,
+        scale: 1,
+    };
+    let Ok(mut microbatches) = ultraep_import::Microbatches::new(&mut *recording, grouping) else { return };
+    let mut microbatch = ultraep_import::Microbatch::default();
+    while let Ok(true) = microbatches.next(&mut microbatch) {
+        assert_eq!(microbatch.counts.len(), 8 * experts);
+        let total: u64 = microbatch.counts.iter().map(|&count| u64::from(count)).sum();
+        assert!(total <= u64::from(MAX_TOKENS));
+    }
+}

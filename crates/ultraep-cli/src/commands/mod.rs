@@ -4,6 +4,9 @@ mod bench;
 mod compare;
 mod load;
 mod plan;
+mod recordings;
+mod replay;
+mod trace;
 mod train;
 mod weight_sync;
 
@@ -25,6 +28,11 @@ pub(crate) enum Command {
     Compare(compare::Args),
     /// Write a synthetic load to a file
     Load(load::Args),
+    /// Replay a recording: what every policy would have made of its load
+    Replay(Box<replay::Args>),
+    /// Look into recordings and convert them
+    #[command(subcommand, arg_required_else_help = false)]
+    Trace(trace::Trace),
     /// Measure how long planning, splitting and rerouting take; predict how long weight sync takes
     #[command(subcommand, arg_required_else_help = false)]
     Bench(bench::Bench),
@@ -41,6 +49,8 @@ impl Command {
             Self::Plan(args) => plan::run(args, out),
             Self::Compare(args) => compare::run(args, out),
             Self::Load(args) => load::run(args),
+            Self::Replay(args) => replay::run(args, out),
+            Self::Trace(trace) => trace.run(out),
             Self::Bench(bench) => bench.run(out),
         }
     }

@@ -1,0 +1,138 @@
+//! Runs every scenario on every microbatch, layers in parallel.
+//!
+//! The reader deals microbatches to workers by layer, so that a layer's microbatches stay in order and historical policies
+//! see what came before and nothing else. Channels are short: memory does not grow with the recording. What comes out does
+//! not depend on the number of workers, but for times.
+
+use std::collections::HashMap;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread;
+
+use ultraep_baselines::{PolicyKind, PolicyParams, ideal};
+use ultraep_import::Microbatch;
+use ultraep_plan::Topology;
+
+use super::outcome::{Outcomes, Worst};
+use crate::error::CliError;
+use crate::evaluate::Evaluator;
+
+/// One policy in one group.
+#[derive(Clone, Debug)]
+pub(super) struct Scenario {
+    pub(super) kind: PolicyKind,
+    pub(super) slots: usize,
+    pub(super) topology: Topology,
+    pub(super) params: PolicyParams,
+}
+
+/// Microbatches that may wait for a worker.
+const WAITING: usize = 64;
+
+/// Replays what `next` gives. All scenarios have the same ranks and experts. `threads` is at least 1.
+pub(super) fn replay(
+    scenarios: &[Scenario],
+    threads: usize,
+    mut next: impl FnMut(&mut Microbatch) -> Result<bool, CliError>,
+) -> Result<Vec<Outcomes>, CliError> {
+    thread::scope(|scope| {
+        let mut workers = Vec::new();
+        for _ in 0..threads.max(1) {
+            let (sender, receiver) = sync_channel(WAITING);
+            workers.push((sender, scope.spawn(move || work(scenarios, &receiver))));
+        }
+        let read = deal(&workers.iter().map(|(sender, _)| sender.clone()).collect::<Vec<_>>(), &mut next);
+        let mut total = vec![Outcomes::default(); scenarios.len()];
+        let mut failed = None;
+        for (sender, worker) in workers {
+            drop(sender);
+            match worker.join() {
+                Ok(Ok(outcomes)) => total.iter_mut().zip(outcomes).for_each(|(sum, part)| sum.merge(part)),
+                Ok(Err(error)) => failed = failed.or(Some(error)),
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
+        }
+        // What a worker found is the reason why dealing ended.
+        failed.map_or(read, Err)?;
+        Ok(total)
+    })
+}
+
+fn deal(
+    workers: &[SyncSender<Microbatch>],
+    next: &mut impl FnMut(&mut Microbatch) -> Result<bool, CliError>,
+) -> Result<(), CliError> {
+    let mut worker_of_layer = HashMap::new();
+    let mut microbatch = Microbatch::default();
+    while next(&mut microbatch)? {
+        let free = worker_of_layer.len() % workers.len();
+        let worker = *worker_of_layer.entry(microbatch.layer).or_insert(free);
+        if workers[worker].send(std::mem::take(&mut microbatch)).is_err() {
+            break; // it failed, and says why when it is joined
+        }
+    }
+    Ok(())
+}
+
+/// Policies at work for some layers.
+struct Worker<'a> {
+    scenarios: &'a [Scenario],
+    /// Exact policies serve all layers.
+    exact: Vec<Option<Evaluator>>,
+    /// Historical ones have one instance a layer.
+    historical: HashMap<(usize, u32), Evaluator>,
+    outcomes: Vec<Outcomes>,
+    balanced: Option<Vec<u32>>,
+}
+
+fn work(scenarios: &[Scenario], microbatches: &Receiver<Microbatch>) -> Result<Vec<Outcomes>, CliError> {
+    let mut worker = Worker {
+        scenarios,
+        exact: scenarios.iter().map(|_| None).collect(),
+        historical: HashMap::new(),
+        outcomes: vec![Outcomes::default(); scenarios.len()],
+        balanced: None,
+    };
+    for microbatch in microbatches {
+        worker.balanced = None;
+        for index in 0..scenarios.len() {
+            worker.run(index, &microbatch)?;
+        }
+    }
+    Ok(worker.outcomes)
+}
+
+impl Worker<'_> {
+    fn run(&mut self, index: usize, microbatch: &Microbatch) -> Result<(), CliError> {
+        let scenario = &self.scenarios[index];
+        let new = || Evaluator::new(scenario.kind, &scenario.topology, &scenario.params);
+        let evaluator = match scenario.kind.is_historical() {
+            true => match self.historical.entry((index, microbatch.layer)) {
+                std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
+                std::collections::hash_map::Entry::Vacant(entry) => entry.insert(new()?),
+            },
+            false => match &mut self.exact[index] {
+                Some(evaluator) => evaluator,
+                empty => empty.insert(new()?),
+            },
+        };
+        let counts = match scenario.kind.forces_routing() {
+            true => self.balanced.get_or_insert_with(|| balanced(&scenario.topology, &microbatch.counts)),
+            false => &microbatch.counts,
+        };
+        match evaluator.microbatch(counts, 1) {
+            Ok(outcome) => {
+                let Microbatch { step, microbatch, layer, .. } = *microbatch;
+                let place = Worst { step, microbatch, layer, imbalance: 0.0 };
+                self.outcomes[index].add(place, &outcome, &evaluator.plan);
+            }
+            Err(CliError::Input(reason)) => self.outcomes[index].refuse(reason),
+            Err(other) => return Err(other),
+        }
+        Ok(())
+    }
+}
+
+fn balanced(topology: &Topology, counts: &[u32]) -> Vec<u32> {
+    let sums: Vec<u32> = counts.chunks(topology.experts()).map(|row| row.iter().sum()).collect();
+    ideal::balanced_counts(topology, &sums)
+}

@@ -1,0 +1,231 @@
+//! `ultraep replay`: every policy on every layer and microbatch of a recording.
+
+mod engine;
+mod hardware;
+mod outcome;
+mod report;
+
+use std::io::Write;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressStyle};
+use ultraep_baselines::{HistoryParams, PolicyKind, PolicyParams};
+use ultraep_import::{Leftover, Microbatches, OpenOptions, RecordingInfo};
+use ultraep_plan::{HardwareModel, Ratio, Topology, TopologySpec};
+
+use self::engine::{Scenario, replay};
+use self::hardware::{BUILT_IN, ExpertShape, Hardware};
+use self::outcome::Outcomes;
+use self::report::Replay;
+use super::recordings::{RecordingArgs, SourceArgs, grouping_error};
+use super::write_json;
+use crate::error::{CliError, note};
+use crate::input::policy_list;
+
+/// Arguments of `ultraep replay`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = format!("Policies:\n{}\n{EXAMPLES}", policy_list()))]
+pub(crate) struct Args {
+    #[command(flatten)]
+    recording: RecordingArgs,
+    #[command(flatten)]
+    sources: SourceArgs,
+    /// Ranks in the EP group [default: as recorded, else those of 8,16,32,64 that the experts cover]
+    #[arg(long, value_delimiter = ',', value_name = "N")]
+    ranks: Vec<usize>,
+    /// Slots for replicas on each rank
+    #[arg(long, value_delimiter = ',', default_value = "1,2", value_name = "R")]
+    slots: Vec<usize>,
+    /// Ranks in a domain; replicas stay in their master's domain [default: all ranks]
+    #[arg(long, value_delimiter = ',', value_name = "G")]
+    domain: Vec<usize>,
+    /// Policies to replay
+    #[arg(long, value_name = "NAME", value_delimiter = ',', default_value = DEFAULT_POLICIES)]
+    policies: Vec<PolicyKind>,
+    /// Tolerated imbalance (largest rank load over the mean), as 1.01 or 101/100
+    #[arg(long, default_value = "1.01", value_name = "RATIO")]
+    beta: Ratio,
+    /// Least tokens worth a replica
+    #[arg(long, value_delimiter = ',', default_value = "1024", value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
+    min_quota: Vec<u32>,
+    /// Microbatches whose loads historical policies plan from
+    #[arg(long, default_value_t = 1, value_name = "MICROBATCHES", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    window: u32,
+    /// Microbatches between two placements of historical policies
+    #[arg(long, default_value_t = 1, value_name = "MICROBATCHES", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    interval: u32,
+    /// Hardware to predict times for: a file, or one that comes with the program
+    #[arg(long, value_name = "NAME|FILE", help = format!("Hardware to predict times for: a file or one of {} [default: 900 GB/s links, 800 TFLOPS]", BUILT_IN.map(|b| b.0).join(", ")))]
+    hardware: Option<String>,
+    /// Hidden size of the model, for predicted times
+    #[arg(long, default_value_t = 4096, value_name = "SIZE", value_parser = clap::value_parser!(u32).range(1..=1 << 20), requires = "hardware")]
+    hidden: u32,
+    /// Width of an expert, for predicted times
+    #[arg(long, default_value_t = 1536, value_name = "SIZE", value_parser = clap::value_parser!(u32).range(1..=1 << 20), requires = "hardware")]
+    expert_width: u32,
+    /// Threads that plan [default: all cores]
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+    /// JSON (schema ultraep.replay/1) instead of tables
+    #[arg(long)]
+    json: bool,
+}
+
+const DEFAULT_POLICIES: &str = "none,eplb,eplb-exact,llep,greedy,ultraep-v1,ultraep,ideal";
+
+const EXAMPLES: &str = "Examples:
+  ultraep replay runs/2026-11-24T14-39-16Z
+  ultraep replay log.jsonl.gz --drop-dummy-run --ranks 8,16,32 --slots 1,2,4 --min-quota 1
+  ultraep replay prompts/ --ranks 32 --microbatch-tokens 512 --scale 16 --hardware h100x8 --domain 8";
+
+/// Sizes of the group tried where the recording does not know its own.
+const DEFAULT_RANKS: [usize; 4] = [8, 16, 32, 64];
+
+/// Microbatches between two looks at the progress bar.
+const SHOW_EVERY: u64 = 64;
+
+/// Most scenarios in one replay.
+const MAX_SCENARIOS: usize = 4096;
+
+pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<(), CliError> {
+    let start = Instant::now();
+    let (info, experts) = args.recording.describe()?;
+    let hardware = args.hardware.as_deref().map(Hardware::find).transpose()?;
+    let sizes = args.ranks_for(&info, experts);
+    // Every size of the group reads the recording once.
+    let bar = progress_bar(args.recording.bytes().saturating_mul(sizes.len() as u64));
+    let mut replay = Replay::new(args.recording.title(), &info, experts, hardware.as_ref());
+    for ranks in sizes {
+        let scenarios = args.scenarios(ranks, experts, hardware.as_ref(), &mut replay.notes);
+        if scenarios.is_empty() {
+            continue;
+        }
+        replay.notes.extend(args.sources.source_note(info.sources, ranks));
+        let (outcomes, leftover, ending) = args.replay_for(ranks, experts, &scenarios, &bar)?;
+        replay.notes.extend(leftover_note(leftover));
+        replay.notes.extend(ending);
+        replay.add(&scenarios, outcomes);
+    }
+    bar.finish_and_clear();
+    if replay.is_empty() {
+        return Err(CliError::Input(replay.notes.join("; ")));
+    }
+    replay.finish(start.elapsed());
+    if args.json { write_json(out, &replay) } else { replay.print(out) }
+}
+
+impl Args {
+    fn ranks_for(&self, info: &RecordingInfo, experts: usize) -> Vec<usize> {
+        match info.ranks {
+            _ if !self.ranks.is_empty() => self.ranks.clone(),
+            Some(recorded) if recorded > 1 => vec![recorded],
+            _ if experts < DEFAULT_RANKS[0] => vec![experts],
+            _ => DEFAULT_RANKS.into_iter().filter(|&ranks| ranks <= experts).collect(),
+        }
+    }
+
+    /// Every combination that the group allows; the others become notes.
+    fn scenarios(
+        &self,
+        ranks: usize,
+        experts: usize,
+        hardware: Option<&Hardware>,
+        notes: &mut Vec<String>,
+    ) -> Vec<Scenario> {
+        let shape = ExpertShape { hidden: self.hidden, width: self.expert_width };
+        let model = hardware.map_or_else(HardwareModel::default, |h| h.model(shape));
+        let domains = if self.domain.is_empty() { vec![ranks] } else { self.domain.clone() };
+        let mut scenarios = Vec::new();
+        for domain_ranks in domains {
+            for (slots_index, &slots) in self.slots.iter().enumerate() {
+                let spec = TopologySpec { ranks, experts, domain_ranks, slots_per_rank: slots };
+                let topology = match Topology::new(spec) {
+                    Ok(topology) => topology,
+                    Err(error) => {
+                        notes.push(format!("{ranks} ranks left out: {error}"));
+                        continue;
+                    }
+                };
+                for (quota_index, &min_quota) in self.min_quota.iter().enumerate() {
+                    let kinds = self.policies.iter().filter(|kind| {
+                        (slots_index == 0 || has_slots(**kind)) && (quota_index == 0 || has_min_quota(**kind))
+                    });
+                    let params = self.params(min_quota, model);
+                    scenarios.extend(kinds.map(|&kind| Scenario { kind, slots, topology: topology.clone(), params }));
+                }
+            }
+        }
+        notes.dedup();
+        if scenarios.len() > MAX_SCENARIOS {
+            notes.push(format!("{} scenarios: the first {MAX_SCENARIOS} are replayed", scenarios.len()));
+            scenarios.truncate(MAX_SCENARIOS);
+        }
+        scenarios
+    }
+
+    fn params(&self, min_quota: u32, hardware: HardwareModel) -> PolicyParams {
+        let history = HistoryParams { window: self.window as usize, interval: self.interval as usize };
+        let mut params = PolicyParams { beta: self.beta, min_quota, hardware, ..PolicyParams::default() };
+        params.eplb.history = history;
+        params.lplb.history = history;
+        params
+    }
+
+    /// One pass over the recording for one size of the group.
+    fn replay_for(
+        &self,
+        ranks: usize,
+        experts: usize,
+        scenarios: &[Scenario],
+        bar: &ProgressBar,
+    ) -> Result<(Vec<Outcomes>, Leftover, Option<String>), CliError> {
+        let options = OpenOptions::default();
+        let before = bar.position();
+        let mut recording = self.recording.open(&options)?;
+        let mut microbatches =
+            Microbatches::new(&mut *recording, self.sources.grouping(ranks, experts)).map_err(grouping_error)?;
+        let threads = self.threads.map(usize::from);
+        let threads = threads.or_else(|| std::thread::available_parallelism().ok().map(usize::from)).unwrap_or(1);
+        let mut microbatches_read = 0_u64;
+        let outcomes = replay(scenarios, threads, |microbatch| {
+            if microbatches_read.is_multiple_of(SHOW_EVERY) {
+                bar.set_position(before + options.bytes_read.load(Ordering::Relaxed));
+                bar.set_message(format!("EP{ranks}, {} plans", microbatches_read * scenarios.len() as u64));
+            }
+            microbatches_read += 1;
+            microbatches.next(microbatch).map_err(grouping_error)
+        })?;
+        bar.set_position(before + options.bytes_read.load(Ordering::Relaxed));
+        let leftover = microbatches.leftover();
+        Ok((outcomes, leftover, recording.ending()))
+    }
+}
+
+/// Whether slots make a difference to a policy.
+fn has_slots(kind: PolicyKind) -> bool {
+    !matches!(kind, PolicyKind::None | PolicyKind::Ideal | PolicyKind::Llep | PolicyKind::MoonEp)
+}
+
+/// Whether `--min-quota` makes a difference to a policy.
+fn has_min_quota(kind: PolicyKind) -> bool {
+    matches!(kind, PolicyKind::Greedy | PolicyKind::UltraepV1 | PolicyKind::Ultraep | PolicyKind::UltraepCost)
+}
+
+fn leftover_note(leftover: Leftover) -> Option<String> {
+    let Leftover { tokens, used_tokens } = leftover;
+    (tokens > 0).then(|| {
+        format!("{tokens} tokens at the ends of layers fill no microbatch and are left out; {used_tokens} are used")
+    })
+}
+
+/// Shown on a terminal only.
+fn progress_bar(bytes: u64) -> ProgressBar {
+    let bar = ProgressBar::new(bytes);
+    match ProgressStyle::with_template("{bar:30} {bytes}/{total_bytes} {msg} {eta}") {
+        Ok(style) => bar.set_style(style),
+        Err(error) => note(error),
+    }
+    bar.enable_steady_tick(Duration::from_millis(200));
+    bar
+}

@@ -1,0 +1,198 @@
+//! What a policy came to over a whole recording, in memory that does not grow with it.
+
+use std::collections::BTreeMap;
+
+use ultraep_plan::StopReason;
+
+use crate::evaluate::{Outcome, quotient};
+
+/// Worst cases that are kept.
+const WORST_KEPT: usize = 5;
+
+/// Values from 1 up, by bins of a thousandth: quantiles are at most that much too low; sum and largest are exact.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Distribution {
+    bins: BTreeMap<u16, u64>,
+    pub(super) count: u64,
+    sum: f64,
+    pub(super) largest: f64,
+}
+
+/// Ratio of a bin's bounds.
+const BIN: f64 = 1.001;
+
+impl Distribution {
+    pub(super) fn add(&mut self, value: f64) {
+        let bin = (value.max(1.0).ln() / BIN.ln() + 1e-6) as u16; // saturates
+        *self.bins.entry(bin).or_default() += 1;
+        self.count += 1;
+        self.sum += value;
+        self.largest = self.largest.max(value);
+    }
+
+    pub(super) fn merge(&mut self, other: &Self) {
+        for (&bin, &count) in &other.bins {
+            *self.bins.entry(bin).or_default() += count;
+        }
+        self.count += other.count;
+        self.sum += other.sum;
+        self.largest = self.largest.max(other.largest);
+    }
+
+    pub(super) fn mean(&self) -> f64 {
+        if self.count == 0 { 0.0 } else { self.sum / self.count as f64 }
+    }
+
+    /// The least value that at least `percent` of all do not exceed.
+    pub(super) fn quantile(&self, percent: u64) -> f64 {
+        let needed = (self.count * percent).div_ceil(100).max(1);
+        let mut below = 0;
+        for (&bin, &count) in &self.bins {
+            below += count;
+            if below >= needed {
+                return BIN.powi(i32::from(bin)).min(self.largest);
+            }
+        }
+        0.0
+    }
+}
+
+/// A microbatch that stands out.
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
+pub(super) struct Worst {
+    pub(super) step: u64,
+    pub(super) microbatch: u32,
+    pub(super) layer: u32,
+    pub(super) imbalance: f64,
+}
+
+/// One scenario's plans.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Outcomes {
+    pub(super) imbalance: Distribution,
+    pub(super) solve_ns: Distribution,
+    pub(super) layers: BTreeMap<u32, Distribution>,
+    pub(super) replicas: u64,
+    pub(super) max_fanout: usize,
+    pub(super) max_sends: usize,
+    pub(super) max_copies: usize,
+    pub(super) wasted_copies: u64,
+    pub(super) remote_tokens: u64,
+    pub(super) total_tokens: u64,
+    pub(super) predicted_ps: u128,
+    /// Plans that reach the target or a proven lower bound in every domain.
+    pub(super) proven: u64,
+    /// Microbatches that the policy cannot serve, and why the first.
+    pub(super) refused: u64,
+    pub(super) refusal: Option<String>,
+    pub(super) worst: Vec<Worst>,
+}
+
+impl Outcomes {
+    pub(super) fn add(&mut self, place: Worst, outcome: &Outcome, plan: &ultraep_plan::Plan) {
+        let report = &outcome.report;
+        let imbalance = quotient(report.imbalance_after());
+        self.imbalance.add(imbalance);
+        self.solve_ns.add(outcome.solve_ns as f64);
+        self.layers.entry(place.layer).or_default().add(imbalance);
+        self.replicas += report.replicas as u64;
+        self.max_fanout = self.max_fanout.max(report.max_fanout);
+        self.max_sends = self.max_sends.max(report.max_sends);
+        self.max_copies = self.max_copies.max(report.max_copies);
+        self.wasted_copies += plan.wasted_copies() as u64;
+        self.remote_tokens += report.remote_tokens;
+        self.total_tokens += report.total_tokens;
+        self.predicted_ps += u128::from(outcome.predicted_ps);
+        let is_proven =
+            |stop| matches!(stop, StopReason::AlreadyBalanced | StopReason::TargetReached | StopReason::LowerBound);
+        self.proven += u64::from(plan.domains().iter().all(|d| is_proven(d.stop)));
+        self.keep_worst(Worst { imbalance, ..place });
+    }
+
+    pub(super) fn refuse(&mut self, reason: String) {
+        self.refused += 1;
+        self.refusal.get_or_insert(reason);
+    }
+
+    pub(super) fn merge(&mut self, other: Self) {
+        self.imbalance.merge(&other.imbalance);
+        self.solve_ns.merge(&other.solve_ns);
+        for (layer, of_layer) in &other.layers {
+            self.layers.entry(*layer).or_default().merge(of_layer);
+        }
+        self.replicas += other.replicas;
+        self.max_fanout = self.max_fanout.max(other.max_fanout);
+        self.max_sends = self.max_sends.max(other.max_sends);
+        self.max_copies = self.max_copies.max(other.max_copies);
+        self.wasted_copies += other.wasted_copies;
+        self.remote_tokens += other.remote_tokens;
+        self.total_tokens += other.total_tokens;
+        self.predicted_ps += other.predicted_ps;
+        self.proven += other.proven;
+        self.refused += other.refused;
+        self.refusal = self.refusal.take().or(other.refusal);
+        other.worst.into_iter().for_each(|worst| self.keep_worst(worst));
+    }
+
+    /// Largest imbalance first, ties by step, microbatch and layer: the same list whatever thread saw a case.
+    fn keep_worst(&mut self, case: Worst) {
+        let order = |w: &Worst| (w.step, w.microbatch, w.layer);
+        let before =
+            |a: &Worst| a.imbalance > case.imbalance || a.imbalance == case.imbalance && order(a) < order(&case);
+        let at = self.worst.iter().take_while(|w| before(w)).count();
+        if at < WORST_KEPT {
+            self.worst.insert(at, case);
+            self.worst.truncate(WORST_KEPT);
+        }
+    }
+
+    /// Plans made.
+    pub(super) fn plans(&self) -> u64 {
+        self.imbalance.count
+    }
+
+    pub(super) fn replicas_mean(&self) -> f64 {
+        quotient((self.replicas, self.plans()))
+    }
+
+    pub(super) fn remote_share(&self) -> f64 {
+        quotient((self.remote_tokens, self.total_tokens))
+    }
+
+    pub(super) fn predicted_ns_mean(&self) -> f64 {
+        if self.plans() == 0 { 0.0 } else { self.predicted_ps as f64 / self.plans() as f64 / 1e3 }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn quantiles_are_within_a_thousandth_and_merging_changes_nothing() {
+        let (mut all, mut halves) = (Distribution::default(), [Distribution::default(), Distribution::default()]);
+        for i in 0..1000 {
+            let value = 1.0 + f64::from(i * 7 % 1000) / 100.0;
+            all.add(value);
+            halves[i as usize % 2].add(value);
+        }
+        for (percent, exact) in [(50, 5.99), (95, 10.49), (100, 10.99)] {
+            let got = all.quantile(percent);
+            assert!(got <= exact * 1.0001 && got * 1.0011 >= exact, "{percent}: {got} {exact}");
+        }
+        let [mut merged, other] = halves;
+        merged.merge(&other);
+        assert_eq!((merged.quantile(95), merged.count, merged.largest), (all.quantile(95), 1000, all.largest));
+        assert!((merged.mean() - all.mean()).abs() < 1e-9);
+    }
+
+    #[test]
+    fn the_worst_come_first_whatever_their_order() {
+        let case = |step, imbalance| Worst { step, microbatch: 0, layer: 0, imbalance };
+        let mut outcomes = Outcomes::default();
+        for (step, imbalance) in [(0, 1.5), (1, 3.0), (2, 1.1), (3, 3.0), (4, 2.0), (5, 1.2), (6, 9.0)] {
+            outcomes.keep_worst(case(step, imbalance));
+        }
+        assert_eq!(outcomes.worst.iter().map(|w| w.step).collect::<Vec<_>>(), [6, 1, 3, 4, 0]);
+    }
+}

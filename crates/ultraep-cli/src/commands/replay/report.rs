@@ -1,0 +1,337 @@
+//! The report of a replay: frontier, distributions, what-if, worst cases; as tables or JSON.
+
+use std::io::Write;
+use std::time::Duration;
+
+use comfy_table::{CellAlignment, Table, presets};
+use serde::Serialize;
+use ultraep_baselines::PolicyKind;
+use ultraep_import::RecordingInfo;
+
+use super::engine::Scenario;
+use super::hardware::Hardware;
+use super::outcome::{Outcomes, Worst};
+use crate::error::CliError;
+use crate::evaluate::quotient;
+use crate::timing::pretty;
+
+/// `ultraep.replay/1`.
+#[derive(Debug, Serialize)]
+pub(super) struct Replay {
+    schema: &'static str,
+    recording: String,
+    format: String,
+    experts: usize,
+    hardware: Option<String>,
+    hardware_sources: Vec<String>,
+    pub(super) notes: Vec<String>,
+    plans: u64,
+    elapsed_ns: u64,
+    plans_per_s: f64,
+    scenarios: Vec<Line>,
+}
+
+/// One policy in one group over the whole recording.
+#[derive(Debug, Serialize)]
+struct Line {
+    ranks: usize,
+    domain: usize,
+    slots_per_rank: usize,
+    min_quota: u32,
+    policy: &'static str,
+    historical: bool,
+    /// No other scenario of these ranks is at least as good in imbalance, replicas and remote tokens, and better in one.
+    on_frontier: bool,
+    plans: u64,
+    refused: u64,
+    refusal: Option<String>,
+    imbalance_mean: f64,
+    imbalance_p50: f64,
+    imbalance_p95: f64,
+    imbalance_worst: f64,
+    replicas_mean: f64,
+    remote_share: f64,
+    max_fanout: usize,
+    max_sends: usize,
+    max_copies: usize,
+    wasted_copies: u64,
+    /// Share of plans that reach the target or a proven lower bound; `None` for policies that do not search.
+    proven_share: Option<f64>,
+    solve_ns_p50: f64,
+    solve_ns_p95: f64,
+    predicted_ns_mean: f64,
+    /// Predicted time of `none` in the same group over this one's.
+    predicted_speedup: Option<f64>,
+    worst: Vec<Worst>,
+    layers: Vec<LayerLine>,
+}
+
+#[derive(Debug, Serialize)]
+struct LayerLine {
+    layer: u32,
+    plans: u64,
+    imbalance_mean: f64,
+    imbalance_worst: f64,
+}
+
+impl Replay {
+    pub(super) fn new(recording: String, info: &RecordingInfo, experts: usize, hardware: Option<&Hardware>) -> Self {
+        Self {
+            schema: "ultraep.replay/1",
+            recording,
+            format: info.format.to_string(),
+            experts,
+            hardware: hardware.map(|h| h.name.clone()),
+            hardware_sources: hardware.map(|h| h.sources.clone()).unwrap_or_default(),
+            notes: info.notes.clone(),
+            plans: 0,
+            elapsed_ns: 0,
+            plans_per_s: 0.0,
+            scenarios: Vec::new(),
+        }
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.scenarios.is_empty()
+    }
+
+    pub(super) fn add(&mut self, scenarios: &[Scenario], outcomes: Vec<Outcomes>) {
+        let first = self.scenarios.len();
+        let lines = scenarios.iter().zip(outcomes).map(|(scenario, outcomes)| Line::of(scenario, outcomes));
+        self.scenarios.extend(lines);
+        let lines = &mut self.scenarios[first..];
+        self.plans += lines.iter().map(|line| line.plans).sum::<u64>();
+        mark_frontier(lines);
+        for index in 0..lines.len() {
+            let none = lines.iter().find(|l| l.policy == PolicyKind::None.name() && l.domain == lines[index].domain);
+            let speedup = none.map(|none| none.predicted_ns_mean / lines[index].predicted_ns_mean);
+            lines[index].predicted_speedup = speedup.filter(|s| s.is_finite());
+        }
+        self.notes.extend(small_load_note(lines, scenarios));
+        let mut seen = std::collections::HashSet::new();
+        self.notes.retain(|note| seen.insert(note.clone()));
+    }
+
+    pub(super) fn finish(&mut self, elapsed: Duration) {
+        self.elapsed_ns = elapsed.as_nanos() as u64;
+        self.plans_per_s = self.plans as f64 / elapsed.as_secs_f64().max(1e-9);
+    }
+
+    pub(super) fn print(&self, out: &mut dyn Write) -> Result<(), CliError> {
+        writeln!(out, "{} ({}), {} experts", self.recording, self.format, self.experts)?;
+        if let Some(hardware) = &self.hardware {
+            writeln!(out, "predicted for {hardware}")?;
+        }
+        writeln!(out, "{}", self.frontier())?;
+        writeln!(
+            out,
+            "imbalance: mean, median, 95th percentile, worst over layers and microbatches; predicted: forward of a layer, \
+             mean; + on the frontier of imbalance, replicas and remote tokens; * plans from earlier microbatches, a layer's \
+             first without any"
+        )?;
+        if let Some(table) = self.what_if() {
+            writeln!(out, "what if: mean imbalance (predicted speedup over none) of {}", self.what_if_policy())?;
+            writeln!(out, "{table}")?;
+        }
+        self.print_worst(out)?;
+        for line in self.scenarios.iter().filter(|line| line.refused > 0) {
+            let reason = line.refusal.as_deref().unwrap_or_default();
+            writeln!(out, "{} at EP{} skipped {} microbatches: {reason}", line.policy, line.ranks, line.refused)?;
+        }
+        for note in &self.notes {
+            writeln!(out, "note: {note}")?;
+        }
+        writeln!(
+            out,
+            "{} plans in {}, reading and checking included: {:.0} plans/s",
+            self.plans,
+            pretty(self.elapsed_ns),
+            self.plans_per_s
+        )?;
+        Ok(())
+    }
+
+    fn frontier(&self) -> Table {
+        let has_domains = self.scenarios.iter().any(|line| line.domain != line.ranks);
+        let has_quotas = self.scenarios.iter().any(|line| line.min_quota != self.scenarios[0].min_quota);
+        let mut table = new_table();
+        let mut header = vec!["ranks", "slots", "policy", "imbalance", "p50", "p95", "worst", "replicas", "remote"];
+        header.extend(["sends", "fullest", "solve p50", "predicted", "speedup"]);
+        if has_quotas {
+            header.insert(2, "min quota");
+        }
+        if has_domains {
+            header.insert(1, "domain");
+        }
+        table.set_header(header);
+        for line in self.scenarios.iter().filter(|line| line.plans > 0) {
+            let marks = [(line.historical, " *"), (line.on_frontier, " +")];
+            let marks: String = marks.into_iter().filter(|(is_set, _)| *is_set).map(|(_, mark)| mark).collect();
+            let mut row = vec![
+                line.ranks.to_string(),
+                line.slots_per_rank.to_string(),
+                format!("{}{marks}", line.policy),
+                format!("{:.4}", line.imbalance_mean),
+                format!("{:.3}", line.imbalance_p50),
+                format!("{:.3}", line.imbalance_p95),
+                format!("{:.3}", line.imbalance_worst),
+                format!("{:.1}", line.replicas_mean),
+                format!("{:.1}%", 100.0 * line.remote_share),
+                line.max_sends.to_string(),
+                line.max_copies.to_string(),
+                pretty(line.solve_ns_p50 as u64),
+                pretty(line.predicted_ns_mean as u64),
+                line.predicted_speedup.map_or_else(String::new, |s| format!("{s:.2}x")),
+            ];
+            if has_quotas {
+                row.insert(2, line.min_quota.to_string());
+            }
+            if has_domains {
+                row.insert(1, line.domain.to_string());
+            }
+            table.add_row(row);
+        }
+        align_numbers(&mut table);
+        table
+    }
+
+    /// The last policy that uses slots: ours, unless the user chose others.
+    fn what_if_policy(&self) -> &'static str {
+        let names = || self.scenarios.iter().map(|line| line.policy);
+        let ours = names().find(|name| *name == PolicyKind::Ultraep.name());
+        ours.or_else(|| names().next_back()).unwrap_or_default()
+    }
+
+    /// One policy by size of the group and slots, where there is more than one of either.
+    fn what_if(&self) -> Option<Table> {
+        let policy = self.what_if_policy();
+        let of_policy: Vec<&Line> = self.scenarios.iter().filter(|l| l.policy == policy && l.plans > 0).collect();
+        let mut slots: Vec<usize> = of_policy.iter().map(|line| line.slots_per_rank).collect();
+        slots.sort_unstable();
+        slots.dedup();
+        let mut groups: Vec<(usize, usize, u32)> = of_policy.iter().map(|l| (l.ranks, l.domain, l.min_quota)).collect();
+        groups.dedup();
+        groups.sort_unstable();
+        groups.dedup();
+        if of_policy.len() < 2 {
+            return None;
+        }
+        let mut table = new_table();
+        let mut header = vec!["ranks".to_owned(), "domain".to_owned(), "min quota".to_owned()];
+        header.extend(slots.iter().map(|slots| format!("{slots} slots")));
+        table.set_header(header);
+        for group in groups {
+            let mut row = vec![group.0.to_string(), group.1.to_string(), group.2.to_string()];
+            for &slots in &slots {
+                let of_group = |l: &&&Line| (l.ranks, l.domain, l.min_quota) == group && l.slots_per_rank == slots;
+                row.push(of_policy.iter().find(of_group).map_or_else(String::new, |line| {
+                    let speedup = line.predicted_speedup.map_or_else(String::new, |s| format!(" ({s:.2}x)"));
+                    format!("{:.4}{speedup}", line.imbalance_mean)
+                }));
+            }
+            table.add_row(row);
+        }
+        align_numbers(&mut table);
+        Some(table)
+    }
+
+    fn print_worst(&self, out: &mut dyn Write) -> Result<(), CliError> {
+        for policy in [PolicyKind::None.name(), self.what_if_policy()] {
+            let lines = self.scenarios.iter().filter(|line| line.policy == policy && line.plans > 0);
+            let worst = |line: &Line| line.worst.first().map_or(0.0, |w| w.imbalance);
+            let Some(line) = lines.max_by(|a, b| worst(a).total_cmp(&worst(b))) else { continue };
+            let cases = line.worst.iter().take(3);
+            let cases: Vec<String> = cases
+                .map(|w| {
+                    format!("{:.3} (step {}, microbatch {}, layer {})", w.imbalance, w.step, w.microbatch, w.layer)
+                })
+                .collect();
+            let group = format!("EP{}, {} slots", line.ranks, line.slots_per_rank);
+            writeln!(out, "worst of {policy} ({group}): {}", cases.join(", "))?;
+        }
+        Ok(())
+    }
+}
+
+impl Line {
+    fn of(scenario: &Scenario, outcomes: Outcomes) -> Self {
+        let is_search = matches!(scenario.kind, PolicyKind::Greedy | PolicyKind::Ultraep);
+        let plans = outcomes.plans();
+        Self {
+            ranks: scenario.topology.ranks(),
+            domain: scenario.topology.domain_ranks(),
+            slots_per_rank: scenario.slots,
+            min_quota: scenario.params.min_quota,
+            policy: scenario.kind.name(),
+            historical: scenario.kind.is_historical(),
+            on_frontier: false,
+            plans,
+            refused: outcomes.refused,
+            imbalance_mean: outcomes.imbalance.mean(),
+            imbalance_p50: outcomes.imbalance.quantile(50),
+            imbalance_p95: outcomes.imbalance.quantile(95),
+            imbalance_worst: outcomes.imbalance.largest,
+            replicas_mean: outcomes.replicas_mean(),
+            remote_share: outcomes.remote_share(),
+            max_fanout: outcomes.max_fanout,
+            max_sends: outcomes.max_sends,
+            max_copies: outcomes.max_copies,
+            wasted_copies: outcomes.wasted_copies,
+            proven_share: is_search.then(|| quotient((outcomes.proven, plans))),
+            solve_ns_p50: outcomes.solve_ns.quantile(50),
+            solve_ns_p95: outcomes.solve_ns.quantile(95),
+            predicted_ns_mean: outcomes.predicted_ns_mean(),
+            predicted_speedup: None,
+            layers: outcomes
+                .layers
+                .iter()
+                .map(|(&layer, of_layer)| LayerLine {
+                    layer,
+                    plans: of_layer.count,
+                    imbalance_mean: of_layer.mean(),
+                    imbalance_worst: of_layer.largest,
+                })
+                .collect(),
+            refusal: outcomes.refusal,
+            worst: outcomes.worst,
+        }
+    }
+}
+
+/// Marks the scenarios that no other of them beats. `ideal` changes routing and is no competitor.
+fn mark_frontier(lines: &mut [Line]) {
+    let competes = |line: &Line| line.plans > 0 && line.policy != PolicyKind::Ideal.name();
+    let scores = |line: &Line| [line.imbalance_mean, line.replicas_mean, line.remote_share];
+    for index in 0..lines.len() {
+        let own = scores(&lines[index]);
+        let is_beaten = lines.iter().filter(|other| competes(other)).any(|other| {
+            let pairs = || scores(other).into_iter().zip(own);
+            pairs().all(|(other, own)| other <= own) && pairs().any(|(other, own)| other < own)
+        });
+        lines[index].on_frontier = competes(&lines[index]) && !is_beaten;
+    }
+}
+
+/// Where the least quota is over what a rank has in all, no replica can be made: say so.
+fn small_load_note(lines: &[Line], scenarios: &[Scenario]) -> Option<String> {
+    let line =
+        lines.iter().find(|l| l.policy == PolicyKind::Ultraep.name() && l.replicas_mean == 0.0 && l.plans > 0)?;
+    let beta = scenarios.first()?.params.beta;
+    let is_needed = line.imbalance_mean > f64::from(beta.num()) / f64::from(beta.den());
+    is_needed.then(|| {
+        format!(
+            "no replica of at least {} tokens pays at this load: try --min-quota 1, larger microbatches or --scale",
+            line.min_quota
+        )
+    })
+}
+
+fn new_table() -> Table {
+    let mut table = Table::new();
+    table.load_style(presets::UTF8_FULL_CONDENSED);
+    table
+}
+
+fn align_numbers(table: &mut Table) {
+    table.column_iter_mut().for_each(|column| column.set_cell_alignment(CellAlignment::Right));
+}

@@ -1,0 +1,377 @@
+//! `ultraep trace`: what is in a recording, its first records, and converting it.
+
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use comfy_table::{CellAlignment, Table, presets};
+use serde::Serialize;
+use serde_json::json;
+use ultraep_import::{
+    ImportError, Load, Microbatch, Microbatches, OpenOptions, Piece, RecordingInfo, Sources, Survey, V1Options,
+    v1_manifest_path, write_ultra_ep_v1,
+};
+use ultraep_plan::{Topology, TopologySpec};
+use ultraep_trace::{Record, TraceMeta, TraceWriter};
+
+use super::recordings::{RecordingArgs, SourceArgs, grouping_error};
+use super::write_json;
+use crate::error::{CliError, note};
+
+/// The subcommands.
+#[derive(Debug, clap::Subcommand)]
+pub(crate) enum Trace {
+    /// What a recording is and what it holds, layer by layer; reads all of it
+    Info(InfoArgs),
+    /// The first pieces of a recording
+    Head(HeadArgs),
+    /// Convert a recording for a group of a given size
+    Convert(ConvertArgs),
+}
+
+/// Arguments of `ultraep trace info`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct InfoArgs {
+    #[command(flatten)]
+    recording: RecordingArgs,
+    /// JSON (schema ultraep.trace-info/1) instead of a table
+    #[arg(long)]
+    json: bool,
+}
+
+/// Arguments of `ultraep trace head`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct HeadArgs {
+    #[command(flatten)]
+    recording: RecordingArgs,
+    /// Pieces to show
+    #[arg(short = 'n', long, default_value_t = 10, value_name = "COUNT")]
+    count: usize,
+    /// A line of JSON for each piece, with all its counts or choices
+    #[arg(long)]
+    json: bool,
+}
+
+/// Arguments of `ultraep trace convert`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct ConvertArgs {
+    #[command(flatten)]
+    recording: RecordingArgs,
+    #[command(flatten)]
+    sources: SourceArgs,
+    /// The file to write, which must not exist; with --to v1 the folder and the name of the recording in it
+    #[arg(short, long, value_name = "FILE")]
+    output: PathBuf,
+    /// Format to write: our own, or UltraEP v1's, which is written from traces of ours and has no sources
+    #[arg(long, value_enum, default_value = "uet")]
+    to: Target,
+    /// Ranks in the EP group [default: as recorded]
+    #[arg(long, value_name = "N")]
+    ranks: Option<usize>,
+}
+
+/// Formats that are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Target {
+    Uet,
+    V1,
+}
+
+impl Trace {
+    pub(crate) fn run(&self, out: &mut dyn Write) -> Result<(), CliError> {
+        match self {
+            Self::Info(args) => info(args, out),
+            Self::Head(args) => head(args, out),
+            Self::Convert(args) if args.to == Target::V1 => convert_to_v1(args, out),
+            Self::Convert(args) => convert(args, out),
+        }
+    }
+}
+
+/// `ultraep.trace-info/1`.
+#[derive(Debug, Serialize)]
+struct Info {
+    schema: &'static str,
+    format: String,
+    sources: &'static str,
+    source_ranks: Option<usize>,
+    experts: usize,
+    top_k: Option<usize>,
+    domain_ranks: Option<usize>,
+    slots_per_rank: Option<usize>,
+    steps: Option<(u64, u64)>,
+    pieces: u64,
+    ending: Option<String>,
+    notes: Vec<String>,
+    metadata: Vec<(String, String)>,
+    layers: Vec<LayerInfo>,
+}
+
+#[derive(Debug, Serialize)]
+struct LayerInfo {
+    layer: u32,
+    tokens: u64,
+    microbatches: u64,
+    choices: u64,
+    /// Largest over mean load of the experts, over the whole recording.
+    expert_imbalance: f64,
+    busiest_expert: usize,
+    idle_experts: usize,
+}
+
+fn info(args: &InfoArgs, out: &mut dyn Write) -> Result<(), CliError> {
+    let (info, survey, ending) = args.recording.survey()?;
+    let info = Info::of(info, &survey, ending);
+    if args.json { write_json(out, &info) } else { info.print(&args.recording.title(), out) }
+}
+
+impl Info {
+    fn of(info: RecordingInfo, survey: &Survey, ending: Option<String>) -> Self {
+        let experts = info.experts.unwrap_or(survey.experts);
+        let layer = |(&layer, of_layer): (&u32, &ultraep_import::LayerSurvey)| {
+            let busiest =
+                of_layer.expert_loads.iter().enumerate().max_by_key(|&(e, &load)| (load, std::cmp::Reverse(e)));
+            let used = of_layer.expert_loads.iter().filter(|&&load| load > 0).count();
+            LayerInfo {
+                layer,
+                tokens: of_layer.tokens,
+                microbatches: of_layer.microbatches,
+                choices: of_layer.choices,
+                expert_imbalance: of_layer.expert_imbalance(experts),
+                busiest_expert: busiest.map_or(0, |(expert, _)| expert),
+                idle_experts: experts.saturating_sub(used),
+            }
+        };
+        let (sources, source_ranks) = match info.sources {
+            Sources::Ranks(ranks) => ("ranks", Some(ranks)),
+            Sources::Tokens => ("tokens", None),
+            Sources::Totals => ("totals", None),
+        };
+        Self {
+            schema: "ultraep.trace-info/1",
+            format: info.format.to_string(),
+            sources,
+            source_ranks,
+            experts,
+            top_k: info.top_k,
+            domain_ranks: info.domain_ranks,
+            slots_per_rank: info.slots_per_rank,
+            steps: survey.steps,
+            pieces: survey.pieces,
+            ending,
+            notes: info.notes,
+            metadata: info.metadata,
+            layers: survey.layers.iter().map(layer).collect(),
+        }
+    }
+
+    fn print(&self, title: &str, out: &mut dyn Write) -> Result<(), CliError> {
+        writeln!(out, "{title}: {}", self.format)?;
+        let sources = match (self.sources, self.source_ranks) {
+            (_, Some(ranks)) => format!("counts by source rank, {ranks} ranks"),
+            ("tokens", _) => "single tokens; which rank they were on is not recorded".to_owned(),
+            _ => "totals of experts only; no sources".to_owned(),
+        };
+        writeln!(out, "{} experts, {}; {sources}", self.experts, plural(self.layers.len(), "layer"))?;
+        if let Some(top_k) = self.top_k {
+            writeln!(out, "top-{top_k}")?;
+        }
+        if let (Some((first, last)), "ranks" | "totals") = (self.steps, self.sources) {
+            writeln!(out, "steps {first} to {last}, {}", plural(self.pieces as usize, "record"))?;
+        }
+        for (key, value) in &self.metadata {
+            writeln!(out, "{key}: {}", value.chars().take(200).collect::<String>())?;
+        }
+        for note in self.notes.iter().chain(&self.ending) {
+            writeln!(out, "note: {note}")?;
+        }
+        let mut table = Table::new();
+        table.load_style(presets::UTF8_FULL_CONDENSED);
+        let amount = if self.sources == "tokens" { "tokens" } else { "microbatches" };
+        table.set_header(["layer", amount, "choices", "expert imbalance", "busiest expert", "idle experts"]);
+        for layer in &self.layers {
+            table.add_row([
+                layer.layer.to_string(),
+                if self.sources == "tokens" { layer.tokens } else { layer.microbatches }.to_string(),
+                layer.choices.to_string(),
+                format!("{:.3}", layer.expert_imbalance),
+                layer.busiest_expert.to_string(),
+                layer.idle_experts.to_string(),
+            ]);
+        }
+        table.column_iter_mut().for_each(|column| column.set_cell_alignment(CellAlignment::Right));
+        writeln!(out, "{table}")?;
+        writeln!(out, "expert imbalance: largest over mean load of the experts, over the whole recording")?;
+        Ok(())
+    }
+}
+
+fn plural(count: usize, word: &str) -> String {
+    format!("{count} {word}{}", if count == 1 { "" } else { "s" })
+}
+
+fn head(args: &HeadArgs, out: &mut dyn Write) -> Result<(), CliError> {
+    let mut recording = args.recording.open(&OpenOptions::default())?;
+    let mut piece = Piece::default();
+    for _ in 0..args.count {
+        if !recording.next(&mut piece).map_err(CliError::input)? {
+            break;
+        }
+        if args.json { write_json(out, &piece_json(&piece))? } else { print_piece(&piece, out)? }
+    }
+    Ok(())
+}
+
+fn piece_json(piece: &Piece) -> serde_json::Value {
+    let Piece { step, microbatch, layer, load } = piece;
+    match load {
+        Load::Choices { per_token, ids } => {
+            json!({ "layer": layer, "choices": ids.chunks(*per_token).collect::<Vec<_>>() })
+        }
+        Load::Counts { sources, counts } => {
+            let rows: Vec<&[u32]> = counts.chunks((counts.len() / sources.max(&1)).max(1)).collect();
+            json!({ "step": step, "microbatch": microbatch, "layer": layer, "counts": rows })
+        }
+    }
+}
+
+fn print_piece(piece: &Piece, out: &mut dyn Write) -> Result<(), CliError> {
+    match &piece.load {
+        Load::Choices { per_token, ids } => {
+            let shown = ids.chunks(*per_token).take(4).map(|ids| format!("{ids:?}")).collect::<Vec<_>>().join(" ");
+            let more = (ids.len() / per_token).saturating_sub(4);
+            let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+            writeln!(out, "layer {}: {shown}{more}", piece.layer)?;
+        }
+        Load::Counts { sources, counts } => {
+            let experts = counts.len() / sources.max(&1);
+            let mut loads = vec![0_u64; experts];
+            for row in counts.chunks(experts.max(1)) {
+                loads.iter_mut().zip(row).for_each(|(load, &count)| *load += u64::from(count));
+            }
+            let mut order: Vec<usize> = (0..experts).collect();
+            order.sort_by_key(|&expert| (std::cmp::Reverse(loads[expert]), expert));
+            let busiest: Vec<String> = order.iter().take(5).map(|&e| format!("{e}: {}", loads[e])).collect();
+            writeln!(
+                out,
+                "step {}, microbatch {}, layer {}: {} tokens from {}; busiest experts {}",
+                piece.step,
+                piece.microbatch,
+                piece.layer,
+                loads.iter().sum::<u64>(),
+                plural(*sources, "source"),
+                busiest.join(", ")
+            )?;
+        }
+    }
+    Ok(())
+}
+
+/// Most memory for microbatches that have to be put in order, in bytes.
+const MAX_SORT_BYTES: usize = 1 << 30;
+
+fn convert(args: &ConvertArgs, out: &mut dyn Write) -> Result<(), CliError> {
+    let (info, survey, _) = args.recording.survey()?;
+    let (_, experts) = args.recording.describe()?;
+    let ranks = match args.ranks.or(info.ranks) {
+        Some(ranks) => ranks,
+        None => return Err(CliError::Input("--ranks: the recording does not know its ranks".to_owned())),
+    };
+    let layers = survey.layers.keys().next_back().map_or(1, |&layer| layer as usize + 1);
+    let mut meta = TraceMeta::of_topology(&topology(&info, ranks, experts)?, layers);
+    meta.top_k = info.top_k;
+    meta.metadata.extend(info.metadata.iter().map(|(key, value)| (key.clone(), json!(value))));
+    meta.metadata.insert("imported_from".to_owned(), json!(info.format.to_string()));
+    if let Some(note) = args.sources.source_note(info.sources, ranks) {
+        meta.metadata.insert("sources".to_owned(), json!(note));
+        crate::error::note(note);
+    }
+    let mut recording = args.recording.open(&OpenOptions::default())?;
+    let grouping = args.sources.grouping(ranks, experts);
+    let mut microbatches = Microbatches::new(&mut *recording, grouping).map_err(grouping_error)?;
+    let file = File::create_new(&args.output).map_err(write_error(&args.output))?;
+    let refuse = |error: ultraep_trace::TraceError| CliError::Failure(format!("{}: {error}", args.output.display()));
+    let mut writer = TraceWriter::new(BufWriter::new(file), meta).map_err(refuse)?;
+    let mut append = |microbatch: Microbatch| {
+        let Microbatch { step, microbatch, layer, counts } = microbatch;
+        writer.append(&Record { step, microbatch, layer, before: counts, ..Record::default() }).map_err(refuse)
+    };
+    if !matches!(info.sources, Sources::Ranks(_)) {
+        in_order(&mut microbatches)?.into_iter().try_for_each(&mut append)?;
+    } else {
+        let mut microbatch = Microbatch::default();
+        while microbatches.next(&mut microbatch).map_err(grouping_error)? {
+            append(std::mem::take(&mut microbatch))?;
+        }
+    }
+    let leftover = microbatches.leftover().tokens;
+    let records = writer.records();
+    writer.finish().map_err(refuse)?;
+    if leftover > 0 {
+        note(format!("{leftover} tokens at the ends of layers fill no microbatch and are left out"));
+    }
+    if let Some(ending) = recording.ending() {
+        note(ending);
+    }
+    writeln!(out, "{}: {}", args.output.display(), plural(records as usize, "record"))?;
+    Ok(())
+}
+
+/// Writes a trace of ours, or of a run, in UltraEP v1's layout.
+fn convert_to_v1(args: &ConvertArgs, out: &mut dyn Write) -> Result<(), CliError> {
+    if args.ranks.is_some() {
+        return Err(CliError::Input(
+            "--ranks: v1 is written for the ranks of the trace: convert to .uet first".to_owned(),
+        ));
+    }
+    let trace = args.recording.our_trace()?;
+    let folder = args.output.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let trace_id = args.output.file_name().and_then(|name| name.to_str()).unwrap_or_default().to_owned();
+    let since_1970 = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    let options = V1Options { trace_id, created_unix: since_1970.as_secs_f64(), records_per_chunk: 4096 };
+    let written = write_ultra_ep_v1(&trace, folder, &options).map_err(CliError::input)?;
+    note(
+        "the v1 layout has no place for sources, policies, digests, top-k ids and what a slot held: they are left out",
+    );
+    if written.without_plan > 0 {
+        note(format!(
+            "{} records have no plan: their loads after balancing are those of masters only",
+            written.without_plan
+        ));
+    }
+    let manifest = v1_manifest_path(folder, &options.trace_id);
+    let (records, chunks) = (written.records as usize, written.chunks as usize);
+    writeln!(out, "{}: {} in {}", manifest.display(), plural(records, "record"), plural(chunks, "chunk"))?;
+    Ok(())
+}
+
+/// Windows of tokens come layer by layer in most logs; a trace wants them step by step.
+fn in_order(microbatches: &mut Microbatches<'_>) -> Result<Vec<Microbatch>, CliError> {
+    let (mut all, mut bytes) = (Vec::new(), 0);
+    let mut microbatch = Microbatch::default();
+    while microbatches.next(&mut microbatch).map_err(grouping_error)? {
+        bytes += microbatch.counts.len() * size_of::<u32>() + size_of::<Microbatch>();
+        if bytes > MAX_SORT_BYTES {
+            return Err(CliError::Input(format!(
+                "microbatches of over {MAX_SORT_BYTES} bytes would have to be put in order: take larger ones, or fewer files"
+            )));
+        }
+        all.push(std::mem::take(&mut microbatch));
+    }
+    all.sort_by_key(|m| (m.step, m.microbatch, m.layer));
+    Ok(all)
+}
+
+/// The recorded group where it fits, else one domain without slots.
+fn topology(info: &RecordingInfo, ranks: usize, experts: usize) -> Result<Topology, CliError> {
+    let is_same = info.sources == Sources::Ranks(ranks);
+    let domain_ranks = info.domain_ranks.filter(|_| is_same).unwrap_or(ranks);
+    let slots_per_rank = info.slots_per_rank.filter(|_| is_same).unwrap_or(0);
+    let topology = Topology::new(TopologySpec { ranks, experts, domain_ranks, slots_per_rank });
+    topology.map_err(CliError::input)
+}
+
+fn write_error(path: &Path) -> impl FnOnce(std::io::Error) -> CliError {
+    let path = path.to_owned();
+    move |error| CliError::input(ImportError::Io { path, source: error })
+}

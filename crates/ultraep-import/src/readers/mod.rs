@@ -1,0 +1,12 @@
+//! One reader a format.
+
+pub(crate) mod expert_counts;
+pub(crate) mod flame;
+pub(crate) mod matrices;
+pub(crate) mod megatron;
+pub(crate) mod moe_beyond;
+pub(crate) mod sglang;
+pub(crate) mod tensorrt;
+pub(crate) mod uet;
+pub(crate) mod ultraep_v1;
+pub(crate) mod vllm;
