@@ -10,17 +10,17 @@ mod rules;
 use common::{Rng, Skew, random_problem, skewed, topology};
 use optimum::Family;
 use ultraep_plan::{
-    BoundTables, Choice, Instance, PhysicalIndex, Plan, Policy, Problem, Rank, SplitRule, Topology, TransferClock,
-    TransferMode, TransferModel, TransferParams, TransferPlan, TransferPlanner, Transfers, TreeRule, Ultraep,
-    UltraepParams,
+    BoundTables, Choice, Greedy, GreedyParams, Instance, PhysicalIndex, Plan, Policy, Problem, Rank, SplitRule,
+    Topology, TransferClock, TransferMode, TransferModel, TransferParams, TransferPlan, TransferPlanner, Transfers,
+    TreeRule,
 };
 
-/// The direct list of the default policy's plan.
+/// The direct list of the plan that the paper's planner makes.
 fn solved(topology: &Topology, counts: &[u32], min_quota: u32) -> Transfers {
     let mut plan = Plan::for_slots(topology);
     let problem = Problem::new(topology, counts).expect("valid");
-    let params = UltraepParams { min_quota, ..UltraepParams::default() };
-    Ultraep::new(topology, params).solve(&problem, &mut plan).expect("a plan");
+    let params = GreedyParams { min_quota, ..GreedyParams::default() };
+    Greedy::new(topology, params).solve(&problem, &mut plan).expect("a plan");
     let mut transfers = Transfers::new(topology);
     transfers.list(topology, &plan);
     transfers
