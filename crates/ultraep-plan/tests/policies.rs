@@ -261,12 +261,14 @@ fn a_rank_of_idle_experts_is_used_as_far_as_its_slots_allow() {
         let row: Vec<u32> =
             (0..experts).map(|e| if e < experts / ranks { 0 } else { 32_768 / experts as u32 }).collect();
         let counts = row.repeat(ranks);
-        let params = UltraepParams { min_quota: 1, ..UltraepParams::default() };
-        let (plan, ..) = run(&mut Ultraep::new(&topology, params), &topology, &counts);
-        let outcome = plan.domains()[0];
-        assert!(
-            matches!(outcome.stop, StopReason::TargetReached | StopReason::LowerBound),
-            "{ranks} ranks: {outcome:?}"
-        );
+        for min_quota in [1, 1024] {
+            let params = UltraepParams { min_quota, ..UltraepParams::default() };
+            let (plan, ..) = run(&mut Ultraep::new(&topology, params), &topology, &counts);
+            let outcome = plan.domains()[0];
+            assert!(
+                matches!(outcome.stop, StopReason::TargetReached | StopReason::LowerBound),
+                "{ranks} ranks, least quota {min_quota}: {outcome:?}"
+            );
+        }
     }
 }

@@ -23,7 +23,8 @@
 //! * [`Waste::Hand`]: the last piece fills a receiver whose slots are used up; the donor falls below its capacity and
 //!   becomes a receiver itself, so no slack is lost. This reaches exact balance with a single slot a rank.
 //! * [`Order::Fill`]: large experts go whole to the emptiest rank, for receivers whose few slots must each bring much.
-//! * [`Order::Merge`]: donors pass their excess to other donors while receivers have too few slots for all of them.
+//! * [`Order::Merge`], [`Order::Chain`]: donors pass their excess to other donors while receivers have too few slots for
+//!   all of them.
 //! * [`Small::Ring`]: a transfer below `u_min` is the difference of two replicas above it, and a chain of such transfers
 //!   closes to a ring: every link carries at least `u_min`, every rank on it keeps what it has room for.
 //!
@@ -75,6 +76,9 @@ pub(crate) enum Order {
     Alternate,
     /// As `Smallest`, but while receivers have fewer slots than there are donors, a donor hands its excess to another.
     Merge,
+    /// As `Merge`, but whoever took the excess over is served next, so that it grows along a chain; where it is below
+    /// `u_min`, that much more goes over and comes back, so that nobody falls below its capacity.
+    Chain,
     /// The one with the largest expert: it fills the receiver with most slack, and may fall below its capacity.
     Fill,
 }
@@ -166,7 +170,7 @@ impl Builder {
         self.free.copy_from_slice(&field.slots);
         self.left.extend_from_slice(&field.experts);
         match style.order {
-            Order::Smallest | Order::Merge => self.donors.reverse(),
+            Order::Smallest | Order::Merge | Order::Chain => self.donors.reverse(),
             Order::HottestThenSmallest => {
                 let rest = self.donors.len().saturating_sub(1);
                 self.donors[..rest].reverse();
@@ -177,7 +181,8 @@ impl Builder {
             return self.fill(field);
         }
         while let Some(donor) = self.donors.pop() {
-            if style.order == Order::Merge && self.scarce() && self.merge(field, rank(donor), amount(donor)) {
+            let merges = matches!(style.order, Order::Merge | Order::Chain) && self.scarce();
+            if merges && self.merge(field, rank(donor), amount(donor), style.order) {
                 continue;
             }
             match self.relieve(field, rank(donor), amount(donor), style) {
@@ -201,23 +206,32 @@ impl Builder {
 
     /// Hands all `need` of `donor` to the donor still waiting that has a free slot and the largest expert to pass on
     /// (ties: lower rank). `false` when there is none, or no expert for it.
-    fn merge(&mut self, field: &Field, donor: usize, need: u32) -> bool {
-        let (expert, piece) = (self.largest_of(field, donor), need.max(field.min_quota));
+    fn merge(&mut self, field: &Field, donor: usize, need: u32, order: Order) -> bool {
+        let expert = self.largest_of(field, donor);
+        let returns = order == Order::Chain && need < field.min_quota;
+        let piece = if returns { need + field.min_quota } else { need.max(field.min_quota) };
         let waiting = (0..self.donors.len()).filter(|&d| self.free[rank(self.donors[d])] > 0);
         let size = |d: usize| {
             (self.left[self.largest_of(field, rank(self.donors[d]))], u16::MAX - rank(self.donors[d]) as u16)
         };
         let Some(at) = waiting.max_by_key(|&d| size(d)).filter(|_| self.left[expert] >= piece) else { return false };
-        let other = self.donors.remove(at);
-        self.free[rank(other)] -= 1;
-        self.push(field, expert, rank(other), piece);
-        // The least waits last.
-        let other = key(amount(other) + piece, 0, rank(other));
-        let at = self.donors.partition_point(|&k| k > other);
-        self.donors.insert(at, other);
-        if piece > need && self.free[donor] > 0 {
+        let to = rank(self.donors[at]);
+        let returned = self.absent_expert(field, to, donor, field.min_quota).filter(|_| self.free[donor] > 0);
+        if returns && returned.is_none() {
+            return false;
+        }
+        let other = key(amount(self.donors.remove(at)) + if returns { need } else { piece }, 0, to);
+        self.free[to] -= 1;
+        self.push(field, expert, to, piece);
+        if let Some(expert) = returned.filter(|_| returns) {
+            self.free[donor] -= 1;
+            self.push(field, expert, donor, field.min_quota);
+        } else if piece > need && self.free[donor] > 0 {
             self.insert(piece - need, donor);
         }
+        // The least waits last; the end of a chain does.
+        let at = if order == Order::Chain { self.donors.len() } else { self.donors.partition_point(|&k| k > other) };
+        self.donors.insert(at, other);
         true
     }
 

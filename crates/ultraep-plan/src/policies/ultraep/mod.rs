@@ -35,7 +35,7 @@
 //! # Cost
 //!
 //! `O(N * E)` once for the column sums, then for each construction `O(G log G + replicas * (G + M))`: one where the plain way
-//! fits, twelve at most at the goal, and as many for each of the about `2 * log2(gap)` steps of the search when the goal is
+//! fits, thirteen at most at the goal, and as many for each of the about `2 * log2(gap)` steps of the search when the goal is
 //! missed. A missed goal also costs what `greedy` and `ultraep-v1` do: no plan is worse than theirs.
 
 mod construct;
@@ -91,12 +91,13 @@ const TIGHT: [Style; 6] = [
 ];
 
 /// Ways for cases that `u_min` makes tight.
-const RINGS: [Style; 5] = [
+const RINGS: [Style; 6] = [
     Style { small: Small::Ring, ..way(Order::Largest, Waste::Leave) },
     Style { small: Small::Ring, ..way(Order::Largest, Waste::Hand) },
     Style { small: Small::Ring, ..way(Order::Smallest, Waste::Hand) },
     Style { small: Small::Ring, ..way(Order::Alternate, Waste::Hand) },
     Style { small: Small::Ring, ..way(Order::Merge, Waste::Hand) },
+    Style { small: Small::Ring, ..way(Order::Chain, Waste::Hand) },
 ];
 
 const fn way(order: Order, waste: Waste) -> Style {
