@@ -25,6 +25,9 @@ enum Task {
         /// Targets; all of them by default
         targets: Vec<String>,
     },
+    /// Plans, splits and assignments have the recorded digests: debug and release, with and without vector instructions,
+    /// one thread and two
+    Digests,
     /// The planner over the grid of loads: imbalance and replicas against the published planners
     Grid,
     /// The planner's speed: plan and own split, medians and worst cases
@@ -41,6 +44,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().task {
         Task::Purity => cargo(["build", "--locked", "-p", "ultraep-plan", "--no-default-features"]),
         Task::Fuzz { seconds, targets } => fuzz(seconds, &targets),
+        Task::Digests => digests(),
         Task::Grid => cargo(["bench", "--locked", "-p", "ultraep-plan", "--bench", "grid"]),
         Task::Speed => cargo(["bench", "--locked", "-p", "ultraep-plan", "--bench", "speed"]),
         Task::Soak { rounds } => soak(rounds),
@@ -100,6 +104,18 @@ fn fuzz(seconds: u32, targets: &[String]) -> Result<(), String> {
         let mut command = Command::new(&program);
         command.args(["run", target, "--", &limit]).current_dir(root().join("fuzz")).env("RUSTC_BOOTSTRAP", "1");
         run(&mut command)?;
+    }
+    Ok(())
+}
+
+/// The golden test in every build; the test itself solves on one thread and on two.
+fn digests() -> Result<(), String> {
+    for profile in ["dev", "release"] {
+        for features in [&["--features", "std"][..], &["--no-default-features"]] {
+            eprintln!("golden digests: profile {profile}, {}", features.join(" "));
+            let test = ["test", "--quiet", "--locked", "-p", "ultraep-plan", "--test", "golden", "--profile", profile];
+            cargo(test.iter().chain(features))?;
+        }
     }
     Ok(())
 }

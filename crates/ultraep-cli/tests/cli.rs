@@ -165,6 +165,28 @@ fn plan_prints_a_table_and_bars() {
     ultraep(&args).assert().success().stdout(all.and(contains("split of replicated experts"))).stderr("");
 }
 
+/// Fixed costs make small batches not worth balancing: `plan` says from which size on it is, and `ultraep-cost` leaves the
+/// smaller ones alone.
+#[test]
+fn plan_shows_the_break_even_size() {
+    let files = Files::new();
+    let line = |extra: &[&str]| {
+        let args = ["plan", &files.path("loads.csv"), "--slots", "2", "--min-quota", "1"];
+        let output = ultraep(&[&args[..], extra].concat()).assert().success().get_output().stdout.clone();
+        String::from_utf8(output).unwrap().lines().find(|l| l.contains("balancing pays")).unwrap().to_owned()
+    };
+    let tokens = |line: &str| {
+        let number = line.split("from about ").nth(1).and_then(|rest| rest.split(' ').next());
+        number.unwrap_or_else(|| panic!("{line}")).parse::<u64>().unwrap()
+    };
+    let (cheap, dear) = (tokens(&line(&[])), tokens(&line(&["--replica-ps", "2000000000"])));
+    assert!(0 < cheap && cheap < dear, "{cheap}, {dear}");
+    assert!(line(&["--policy", "none"]).contains("at no size"));
+    let args = ["plan", &files.path("loads.csv"), "--slots", "2", "--min-quota", "1", "--policy", "ultraep-cost"];
+    let left = json(&[&args[..], &["--replica-ps", "60000000000", "--json"]].concat());
+    assert_eq!((left["replicas"].as_u64(), left["stop_reason"].as_str()), (Some(0), Some("least-cost")));
+}
+
 #[test]
 fn policies_say_what_their_numbers_stand_for() {
     let files = Files::new();
@@ -236,7 +258,7 @@ fn bench_measures_against_a_floor() {
     for (what, names) in [
         ("plan", vec!["plan", "plan + own split"]),
         ("split", vec!["own split", "splits of all sources"]),
-        ("reroute", vec!["sparse forward", "dense forward", "dense backward"]),
+        ("reroute", vec!["sparse prepare", "sparse forward", "dense forward", "dense backward"]),
     ] {
         let (first, second) = (lines(what), lines(what));
         assert_eq!(first.iter().map(|l| l["name"].as_str().unwrap()).collect::<Vec<_>>(), names);
@@ -245,6 +267,9 @@ fn bench_measures_against_a_floor() {
                 ["p50_ns", "p99_ns", "max_ns", "floor_p50_ns"].map(|k| line[k].as_u64().unwrap());
             assert!(0 < p50 && p50 <= p99 && p99 <= max && floor > 0);
             assert_eq!(line["digest"], again["digest"], "{what}: equal runs, equal results");
+            let sparse = line["name"] == "sparse forward";
+            assert_eq!(line["closer_floor"].as_str(), sparse.then_some("count ids"));
+            assert_eq!(line["closer_floor_p50_ns"].as_u64() > Some(0), sparse);
         }
     }
     ultraep(&["bench", "plan", "--iterations", "2"]).assert().success().stdout(contains("floor p50"));

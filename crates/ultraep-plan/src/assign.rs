@@ -10,10 +10,10 @@
 //! came before. So a batch can be cut into token ranges that threads work on alone: each range starts its cursor after
 //! the counts of the ranges before it.
 //!
-//! The table is written out: for every expert with replicas, the physical id at each position. So a token costs one look-up
-//! and one addition, with no branch that depends on the data.
+//! The table is written out: for every expert the physical id of its first token, of its second, and so on, and a mark
+//! behind the last. So a token costs one look-up and one increment, and the mark is the check.
 //!
-//! Cost: `O(E + instances + tokens)` to prepare, nearly all of it filling runs; `O(1)` for each token and choice.
+//! Cost: `O(E + instances + tokens)` to prepare, nearly all of it filling; `O(1)` for each token and choice.
 
 use alloc::vec;
 use alloc::vec::Vec;
@@ -71,70 +71,40 @@ pub enum AssignError {
     },
 }
 
+/// What follows an expert's last token in a table.
+const EXHAUSTED: i32 = NOWHERE;
+
 /// One expert's part of a table.
 #[derive(Clone, Copy, Debug, Default)]
 struct Route {
     /// Tokens of this source.
     tokens: u32,
-    /// Step from one token's position to the next one's.
-    stride: u32,
-    /// Position of the first token.
-    start: u32,
     /// Where its physical ids begin.
     first: u32,
 }
 
-impl Route {
-    /// The track behind `j` tokens.
-    fn track(&self, j: u32) -> Track {
-        let steps = u64::from(j) * u64::from(self.stride) + u64::from(self.start);
-        let position = steps.checked_rem(u64::from(self.tokens)).unwrap_or(0) as u32;
-        // Without replicas all tokens share one id: the track stands still on it.
-        let (position, span) = if self.stride == 0 { (0, u32::MAX - self.first) } else { (position, self.tokens) };
-        Track {
-            next: self.first + position,
-            end: self.first + span,
-            stride: self.stride,
-            tokens: self.tokens,
-            left: self.tokens.saturating_sub(j),
-        }
-    }
-}
-
-/// Routes of one source rank: for every expert the physical id of each of its tokens' positions.
+/// Routes of one source rank: for every expert the physical ids of its tokens in the order of the batch.
 #[derive(Clone, Debug)]
 pub struct RouteTable {
     physical_per_rank: usize,
     ranks: usize,
     routes: Vec<Route>,
-    /// Physical ids, `rank * physical_per_rank + physical index`: one for an expert without replicas, one for each
-    /// position for the others.
+    /// Physical ids, `rank * physical_per_rank + physical index`: one for each token of an expert, then [`EXHAUSTED`].
     targets: Vec<i32>,
+    /// Physical ids of one expert by position: each instance as often as its share.
+    line: Vec<i32>,
 }
 
-/// How far each expert's tokens of a source have been assigned.
+/// How far each expert's tokens of a source have been assigned: where the next one's physical id stands, `[E]`.
 #[derive(Clone, Debug, Default)]
 pub struct Cursor {
-    at: Vec<Track>,
-}
-
-/// One expert's tokens still to come: all that assigning one of them reads and writes, side by side.
-#[derive(Clone, Copy, Debug, Default)]
-struct Track {
-    /// Index of the next token's physical id in the table.
-    next: u32,
-    /// End of the expert's physical ids.
-    end: u32,
-    stride: u32,
-    tokens: u32,
-    /// Tokens left.
-    left: u32,
+    at: Vec<u32>,
 }
 
 impl Cursor {
-    /// Room for the experts of `topology`.
+    /// Room for the experts of `topology`. No token can be assigned before the cursor is started.
     pub fn new(topology: &Topology) -> Self {
-        Self { at: vec![Track::default(); topology.experts()] }
+        Self { at: vec![u32::MAX; topology.experts()] }
     }
 }
 
@@ -150,6 +120,7 @@ impl RouteTable {
             ranks: topology.ranks(),
             routes: vec![Route::default(); topology.experts()],
             targets: Vec::new(),
+            line: Vec::new(),
         }
     }
 
@@ -157,6 +128,8 @@ impl RouteTable {
     pub fn reserve(&mut self, tokens: usize) {
         self.targets.clear();
         self.targets.reserve(self.routes.len() + tokens);
+        self.line.clear();
+        self.line.reserve(tokens);
     }
 
     /// Physical experts in all, `N * physical_per_rank`: the width of dense physical rows.
@@ -179,7 +152,7 @@ impl RouteTable {
             let (instances, shares) = (plan.of(expert), &shares[plan.range(expert)]);
             let first = self.targets.len() as u32;
             let tokens = shares.iter().sum();
-            let single = instances.len() == 1;
+            self.line.clear();
             for (instance, &share) in instances.iter().zip(shares) {
                 let (rank, physical) = (instance.rank, instance.physical);
                 if physical.index() >= self.physical_per_rank || rank.index() >= self.ranks {
@@ -187,12 +160,16 @@ impl RouteTable {
                     return Err(AssignError::Physical { expert, rank, physical, expected });
                 }
                 let target = (rank.index() * self.physical_per_rank + physical.index()) as i32;
-                let positions = if single { 1 } else { share as usize };
-                self.targets.resize(self.targets.len() + positions, target);
+                // Without replicas the order is all the same.
+                let positions = if instances.len() == 1 { &mut self.targets } else { &mut self.line };
+                positions.resize(positions.len() + share as usize, target);
             }
-            let stride = if single { 0 } else { permutation_stride(tokens) };
-            let start = if single { 0 } else { (expert.index() as u32).checked_rem(tokens).unwrap_or(0) };
-            self.routes[expert.index()] = Route { tokens, stride, start, first };
+            if !self.line.is_empty() {
+                self.targets.resize(first as usize + self.line.len(), EXHAUSTED);
+                permute(&self.line, expert.index(), &mut self.targets[first as usize..]);
+            }
+            self.targets.push(EXHAUSTED);
+            self.routes[expert.index()] = Route { tokens, first };
         }
         Ok(())
     }
@@ -200,14 +177,14 @@ impl RouteTable {
     /// Sets `cursor` to the beginning of the batch.
     pub fn start(&self, cursor: &mut Cursor) {
         cursor.at.clear();
-        cursor.at.extend(self.routes.iter().map(|route| route.track(0)));
+        cursor.at.extend(self.routes.iter().map(|route| route.first));
     }
 
     /// Sets `cursor` behind `before[e]` tokens of every expert, `[E]`: where a later token range of the batch begins.
     pub fn start_after(&self, cursor: &mut Cursor, before: &[u32]) -> Result<(), AssignError> {
         length("tokens before", before.len(), self.routes.len())?;
         cursor.at.clear();
-        cursor.at.extend(self.routes.iter().zip(before).map(|(route, &j)| route.track(j)));
+        cursor.at.extend(self.routes.iter().zip(before).map(|(route, &j)| route.first + j.min(route.tokens)));
         Ok(())
     }
 
@@ -219,28 +196,40 @@ impl RouteTable {
     pub fn assign(&self, cursor: &mut Cursor, ids: &[i32], physical: &mut [i32]) -> Result<(), AssignError> {
         length("physical ids", physical.len(), ids.len())?;
         length("cursor", cursor.at.len(), self.routes.len())?;
-        for (at, (&id, out)) in ids.iter().zip(physical).enumerate() {
-            let expert = id as u32 as usize; // padding and other negative ids become huge
-            *out = if expert < self.routes.len() {
-                self.next(cursor, expert).ok_or_else(|| self.more_than_counted(at, expert))?
-            } else if id == NOWHERE {
-                NOWHERE
-            } else {
-                return Err(AssignError::NoSuchExpert { at, got: id, experts: self.routes.len() });
+        let cursor = &mut cursor.at[..];
+        let (eights, rest) = ids.as_chunks::<8>();
+        let (eights_out, rest_out) = physical.as_chunks_mut::<8>();
+        for (chunk, (ids, out)) in eights.iter().zip(eights_out).enumerate() {
+            for ((i, &id), out) in ids.iter().enumerate().zip(out) {
+                *out = match place(&self.targets, cursor, id) {
+                    Some(target) => target,
+                    None => self.unplaced(8 * chunk + i, id)?,
+                };
+            }
+        }
+        for ((i, &id), out) in rest.iter().enumerate().zip(rest_out) {
+            *out = match place(&self.targets, cursor, id) {
+                Some(target) => target,
+                None => self.unplaced(8 * eights.len() + i, id)?,
             };
         }
         Ok(())
     }
 
+    /// Padding, or why the id at `at` has no physical expert.
+    #[cold]
+    fn unplaced(&self, at: usize, id: i32) -> Result<i32, AssignError> {
+        match id as u32 as usize {
+            _ if id == NOWHERE => Ok(NOWHERE),
+            expert if expert < self.routes.len() => Err(self.more_than_counted(at, expert)),
+            _ => Err(AssignError::NoSuchExpert { at, got: id, experts: self.routes.len() }),
+        }
+    }
+
     /// Physical id of the next token of `expert`; `None` when all counted tokens are assigned.
     #[inline]
     pub(crate) fn next(&self, cursor: &mut Cursor, expert: usize) -> Option<i32> {
-        let track = &mut cursor.at[expert];
-        track.left = track.left.checked_sub(1)?;
-        let target = self.targets[track.next as usize];
-        let next = track.next + track.stride;
-        track.next = if next >= track.end { next - track.tokens } else { next };
-        Some(target)
+        place(&self.targets, &mut cursor.at, expert as i32)
     }
 
     pub(crate) fn more_than_counted(&self, at: usize, expert: usize) -> AssignError {
@@ -254,6 +243,54 @@ impl RouteTable {
 
 pub(crate) fn length(what: &'static str, got: usize, expected: usize) -> Result<(), AssignError> {
     if got == expected { Ok(()) } else { Err(AssignError::Length { what, got, expected }) }
+}
+
+/// Physical id of the next token of `expert`; `None` for padding, other ids that are no expert, and tokens beyond those
+/// counted.
+#[inline(always)]
+fn place(targets: &[i32], cursor: &mut [u32], expert: i32) -> Option<i32> {
+    let next = cursor.get_mut(expert as u32 as usize)?; // negative ids become huge
+    let target = *targets.get(*next as usize)?;
+    if target == EXHAUSTED {
+        return None;
+    }
+    *next += 1;
+    Some(target)
+}
+
+/// `out[j] = line[(expert + j * stride) mod n]` for all `n` positions.
+///
+/// The stride is near `n / 2`, so every other token is a short step on: even and odd tokens each walk along the line, and
+/// are written in turn up to where one of the two begins anew.
+fn permute(line: &[i32], expert: usize, out: &mut [i32]) {
+    let n = line.len();
+    let stride = permutation_stride(n as u32) as usize;
+    let step = (2 * stride % n).max(1); // 0 for one token and two, which make a single turn
+    let (mut even, mut odd) = (expert % n, (expert + stride) % n);
+    let (mut pairs, last) = out.as_chunks_mut::<2>();
+    while !pairs.is_empty() {
+        let turns = (n - even.max(odd)).div_ceil(step).min(pairs.len());
+        let (now, later) = pairs.split_at_mut(turns);
+        let (from_even, from_odd) = (line[even..].iter(), line[odd..].iter());
+        match step {
+            1 => in_turn(now, from_even, from_odd),
+            2 => in_turn(now, from_even.step_by(2), from_odd.step_by(2)),
+            4 => in_turn(now, from_even.step_by(4), from_odd.step_by(4)),
+            _ => in_turn(now, from_even.step_by(step), from_odd.step_by(step)),
+        }
+        (even, odd) = ((even + turns * step) % n, (odd + turns * step) % n);
+        pairs = later;
+    }
+    if let [last] = last {
+        *last = line[even];
+    }
+}
+
+#[inline(always)]
+fn in_turn<'a>(out: &mut [[i32; 2]], even: impl Iterator<Item = &'a i32>, odd: impl Iterator<Item = &'a i32>) {
+    for (pair, (&even, &odd)) in out.iter_mut().zip(even.zip(odd)) {
+        *pair = [even, odd];
+    }
 }
 
 /// A stride coprime to `n`, near `n / 2`; 1 for `n <= 1`.

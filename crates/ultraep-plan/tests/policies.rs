@@ -47,6 +47,58 @@ fn random_problems_keep_every_rule() {
     }
 }
 
+/// Above its goal, `ultraep` ends at most where the published planners do, whatever slots and speeds.
+#[test]
+fn never_worse_than_the_published_planners() {
+    for seed in 0..3000 {
+        let mut rng = Rng(seed);
+        let (mut topology, counts) = random_problem(&mut rng);
+        if rng.below(2) == 0 {
+            let slots: Vec<usize> = (0..topology.ranks()).map(|_| rng.below(2) * rng.below(5)).collect();
+            topology = topology.with_slots(&slots).expect("valid");
+        }
+        let min_quota = [1, 1, 7, 64][rng.below(4)];
+        let params = UltraepParams { min_quota, ..UltraepParams::default() };
+        let (plan, ..) = run(&mut Ultraep::new(&topology, params), &topology, &counts);
+        for mut other in [policies(&topology, min_quota).remove(1), policies(&topology, min_quota).remove(2)] {
+            let (theirs, report, _) = run(other.as_mut(), &topology, &counts);
+            let small = |d: Domain| {
+                let mut experts = topology.domain_experts(d).map(ultraep_plan::Expert::new);
+                experts.any(|e| theirs.of(e)[1..].iter().any(|i| i.quota < min_quota))
+            };
+            for (domain, ours) in (0..topology.domains()).map(Domain::new).zip(plan.domains()) {
+                let reached = weighed(&topology, domain, &report.rank_load_after);
+                let goal = u64::from(params.beta.scale_ceil(ours.lower_bound));
+                let worse = u64::from(ours.threshold) > reached.max(goal);
+                assert!(!worse || small(domain), "seed {seed}: {ours:?}, {} {reached}", other.name());
+            }
+        }
+    }
+}
+
+/// Largest rank load of a domain at the ranks' speeds; a rank of weight 0 counts at full speed.
+fn weighed(topology: &Topology, domain: Domain, loads: &[u32]) -> u64 {
+    let of = |r: usize| {
+        let speed = topology.speed(Rank::new(r));
+        let speed = u64::from(if speed == 0 { FULL_SPEED } else { speed });
+        (u64::from(loads[r]) * u64::from(FULL_SPEED)).div_ceil(speed)
+    };
+    topology.domain_range(domain).map(of).max().unwrap_or(0)
+}
+
+/// Two donors for three receivers, one of them with four slots: those with one slot must be filled, the one with four
+/// must take both remainders.
+#[test]
+fn receivers_with_one_slot_are_filled_first() {
+    let topology = topology(8, 8, 8, 0).with_slots(&[0, 0, 0, 1, 0, 4, 1, 0]).expect("valid");
+    let mut counts = vec![0; 64];
+    (counts[0], counts[1]) = (91, 81);
+    let params = UltraepParams { min_quota: 1, ..UltraepParams::default() };
+    let (plan, ..) = run(&mut Ultraep::new(&topology, params), &topology, &counts);
+    let outcome = plan.domains()[0];
+    assert_eq!((outcome.threshold, outcome.lower_bound, plan.replicas()), (35, 35, 4), "{outcome:?}");
+}
+
 #[test]
 fn a_tally_changes_nothing() {
     for seed in 0..300 {
@@ -209,12 +261,14 @@ fn a_rank_of_idle_experts_is_used_as_far_as_its_slots_allow() {
         let row: Vec<u32> =
             (0..experts).map(|e| if e < experts / ranks { 0 } else { 32_768 / experts as u32 }).collect();
         let counts = row.repeat(ranks);
-        let params = UltraepParams { min_quota: 1, ..UltraepParams::default() };
-        let (plan, ..) = run(&mut Ultraep::new(&topology, params), &topology, &counts);
-        let outcome = plan.domains()[0];
-        assert!(
-            matches!(outcome.stop, StopReason::TargetReached | StopReason::LowerBound),
-            "{ranks} ranks: {outcome:?}"
-        );
+        for min_quota in [1, 1024] {
+            let params = UltraepParams { min_quota, ..UltraepParams::default() };
+            let (plan, ..) = run(&mut Ultraep::new(&topology, params), &topology, &counts);
+            let outcome = plan.domains()[0];
+            assert!(
+                matches!(outcome.stop, StopReason::TargetReached | StopReason::LowerBound),
+                "{ranks} ranks, least quota {min_quota}: {outcome:?}"
+            );
+        }
     }
 }

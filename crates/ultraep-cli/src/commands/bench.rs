@@ -27,7 +27,7 @@ pub(crate) enum Bench {
     /// From a plan to the shares of a source; floor: copying the source's row or the matrix once
     #[command(after_help = EXAMPLES)]
     Split(Args),
-    /// From logical to physical routing of one rank's tokens; floor: copying inputs and outputs once
+    /// From logical to physical routing of one rank's tokens; floor: copying inputs and outputs once, counting the ids once
     #[command(after_help = EXAMPLES)]
     Reroute(Args),
     /// Weight sync per initial imbalance and mode of transfer: what a model of the fabric predicts, and the bound
@@ -100,14 +100,30 @@ struct Line {
     floor_p50_ns: u64,
     /// `p50_ns` over `floor_p50_ns`.
     ratio: f64,
+    #[serde(flatten)]
+    closer: Option<CloserFloor>,
     digest: String,
+}
+
+/// A second floor, nearer to what the work must do.
+#[derive(Debug, Serialize)]
+struct CloserFloor {
+    closer_floor: &'static str,
+    closer_floor_p50_ns: u64,
+    closer_ratio: f64,
 }
 
 impl Line {
     fn new(name: &'static str, times: Times, (floor, least): (&'static str, Times), digest: u64) -> Self {
         let floor_p50_ns = least.p50_ns.max(1);
         let ratio = times.p50_ns as f64 / floor_p50_ns as f64;
-        Self { name, times, floor, floor_p50_ns, ratio, digest: format!("{digest:016x}") }
+        Self { name, times, floor, floor_p50_ns, ratio, closer: None, digest: format!("{digest:016x}") }
+    }
+
+    fn with_closer_floor(self, (closer_floor, least): (&'static str, Times)) -> Self {
+        let closer_floor_p50_ns = least.p50_ns.max(1);
+        let closer_ratio = self.times.p50_ns as f64 / closer_floor_p50_ns as f64;
+        Self { closer: Some(CloserFloor { closer_floor, closer_floor_p50_ns, closer_ratio }), ..self }
     }
 }
 
@@ -275,11 +291,15 @@ fn reroute(subject: &Subject<'_>) -> Result<Vec<Line>, CliError> {
         .map_err(|e| internal(&e))?;
     let physical_per_rank = plan.instances().iter().map(|i| i.physical.index() + 1).max().unwrap_or(1);
     let mut table = RouteTable::new(topology, physical_per_rank);
-    table.prepare(&plan, &shares).map_err(|e| internal(&e))?;
     let ids = choices(subject.load.row(OWN.index()), subject.args.workload.top_k as usize);
+    let mut written = vec![0; ids.len()];
+    let floor = ("write ids", subject.measure(|| black_box(&mut written[..]).fill(black_box(1))));
+    let times = subject.measure(|| table.prepare(&plan, black_box(&shares)));
+    table.prepare(&plan, &shares).map_err(|e| internal(&e))?;
+    let prepare = Line::new("sparse prepare", times, floor, digest_counts(&shares));
     let sparse = sparse(subject, &table, &ids).map_err(|e| internal(&e))?;
     let (forward, backward) = dense(subject, &table, &ids).map_err(|e| internal(&e))?;
-    Ok(vec![sparse, forward, backward])
+    Ok(vec![prepare, sparse, forward, backward])
 }
 
 fn sparse(subject: &Subject<'_>, table: &RouteTable, ids: &[i32]) -> Result<Line, ultraep_plan::AssignError> {
@@ -292,8 +312,20 @@ fn sparse(subject: &Subject<'_>, table: &RouteTable, ids: &[i32]) -> Result<Line
         table.start(&mut cursor);
         table.assign(&mut cursor, black_box(ids), &mut physical)
     });
+    // A token's instance depends on how many of its expert came before: nothing does with less than counting.
+    let mut counted = vec![0_u32; subject.topology.experts()];
+    let counting = subject.measure(|| {
+        counted.fill(0);
+        for &id in black_box(ids) {
+            if let Some(count) = counted.get_mut(id as u32 as usize) {
+                *count += 1;
+            }
+        }
+        black_box(&counted);
+    });
     let words: Vec<u32> = physical.iter().map(|&p| p as u32).collect();
-    Ok(Line::new("sparse forward", times, ("copy ids", floor), digest_counts(&words)))
+    let line = Line::new("sparse forward", times, ("copy ids", floor), digest_counts(&words));
+    Ok(line.with_closer_floor(("count ids", counting)))
 }
 
 fn dense(subject: &Subject<'_>, table: &RouteTable, ids: &[i32]) -> Result<(Line, Line), ultraep_plan::AssignError> {
@@ -372,6 +404,10 @@ fn print(record: &Record, out: &mut dyn Write) -> Result<(), CliError> {
             format!("{:.2}", line.ratio),
             line.digest.clone(),
         ]);
+        if let Some(closer) = &line.closer {
+            let (floor, ratio) = (pretty(closer.closer_floor_p50_ns), format!("{:.2}", closer.closer_ratio));
+            table.add_row(["", "", "", "", closer.closer_floor, &floor, &ratio, ""]);
+        }
     }
     for column in [1, 2, 3, 5, 6] {
         if let Some(column) = table.column_mut(column) {

@@ -7,7 +7,7 @@ use comfy_table::{Table, presets};
 use serde::Serialize;
 use ultraep_baselines::{PolicyKind, PolicyParams};
 use ultraep_plan::{
-    Expert, FULL_SPEED, Plan, PlanReport, Problem, Rank, SplitWorkspace, StopReason, Topology, split_source,
+    Expert, FULL_SPEED, MAX_TOKENS, Plan, PlanReport, Problem, Rank, SplitWorkspace, StopReason, Topology, split_source,
 };
 
 use super::{PerRank, write_json};
@@ -58,8 +58,45 @@ pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<(), CliError> {
     if args.policy.forces_routing() {
         note(format_args!("{} changes the routing: the load it meets is balanced, not the file's", args.policy));
     }
-    let answer = Answer { args, topology: &topology, counts: &counts, plan: &evaluator.plan, outcome: &outcome };
+    let pays_from = if args.json { None } else { break_even(args.policy, &topology, &params, &counts)? };
+    let plan = &evaluator.plan;
+    let answer = Answer { args, topology: &topology, counts: &counts, plan, outcome: &outcome, pays_from };
     if args.json { write_json(out, &answer.json()?) } else { answer.print(out) }
+}
+
+/// Routed tokens a rank from which on the policy's plan is predicted to take less time than masters only, for a load of this
+/// form: the size is halved or doubled until the answer changes. `None` when no size up to the limits pays.
+fn break_even(
+    policy: PolicyKind,
+    topology: &Topology,
+    params: &PolicyParams,
+    counts: &[u32],
+) -> Result<Option<u64>, CliError> {
+    let mut ours = Evaluator::new(policy, topology, params)?;
+    let mut none = Evaluator::new(PolicyKind::None, topology, params)?;
+    let total: u64 = counts.iter().map(|&c| u64::from(c)).sum();
+    // Sizes are powers of two over and under this one.
+    let tokens = |size: i32| if size < 0 { total >> -size } else { total << size };
+    let mut pays = |size: i32| -> Result<bool, CliError> {
+        let scaled = |&c: &u32| if size < 0 { c >> -size } else { c << size };
+        let counts: Vec<u32> = counts.iter().map(scaled).collect();
+        let (ours, none) = (ours.microbatch(&counts, 1)?, none.microbatch(&counts, 1)?);
+        Ok(ours.predicted_ps < none.predicted_ps)
+    };
+    let mut size = 0;
+    if pays(size)? {
+        while tokens(size - 1) > 0 && pays(size - 1)? {
+            size -= 1;
+        }
+    } else {
+        while !pays(size)? {
+            size += 1;
+            if total == 0 || tokens(size) > u64::from(MAX_TOKENS) {
+                return Ok(None);
+            }
+        }
+    }
+    Ok(Some(tokens(size) / topology.ranks() as u64))
 }
 
 /// A plan and what it was made for.
@@ -69,6 +106,8 @@ struct Answer<'a> {
     counts: &'a [u32],
     plan: &'a Plan,
     outcome: &'a Outcome,
+    /// The break-even size, in routed tokens a rank.
+    pays_from: Option<u64>,
 }
 
 /// `ultraep.plan/1`.
@@ -125,6 +164,7 @@ impl<'a> Answer<'a> {
     fn stop(&self) -> StopReason {
         let order = [
             StopReason::SearchExhausted,
+            StopReason::LeastCost,
             StopReason::LowerBound,
             StopReason::TargetReached,
             StopReason::AlreadyBalanced,
@@ -221,6 +261,11 @@ impl<'a> Answer<'a> {
             all.join(" ")
         };
         let remote = 100.0 * quotient((report.remote_tokens, report.total_tokens));
+        let here = report.total_tokens / self.topology.ranks() as u64;
+        let pays = match self.pays_from {
+            Some(tokens) => format!("from about {tokens} routed tokens a rank ({here} here)"),
+            None => "at no size".to_owned(),
+        };
         let mut table = Table::new();
         table.load_style(presets::UTF8_FULL_CONDENSED);
         table.set_header(["", "before", "after"]);
@@ -243,6 +288,7 @@ impl<'a> Answer<'a> {
             ("most sends of a rank", report.max_sends.to_string()),
             ("remote tokens", format!("{} of {} ({remote:.1}%)", report.remote_tokens, report.total_tokens)),
             ("predicted time", pretty(self.outcome.predicted_ps / 1000)),
+            ("balancing pays", pays),
             ("digest", format!("{:016x}", self.outcome.digest)),
         ] {
             table.add_row([name.to_owned(), String::new(), value]);
@@ -311,6 +357,7 @@ fn stop_name(reason: StopReason) -> &'static str {
         StopReason::AlreadyBalanced => "already-balanced",
         StopReason::TargetReached => "target-reached",
         StopReason::LowerBound => "lower-bound",
+        StopReason::LeastCost => "least-cost",
         StopReason::SearchExhausted => "search-exhausted",
         _ => "not-a-search",
     }

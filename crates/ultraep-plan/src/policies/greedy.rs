@@ -5,7 +5,7 @@
 //! search finds *a* threshold, as published. At the largest rank load there is no excess, so a plan always exists.
 //! Rounding: `beta * ceil(mean)` rounds up. Cost: `O(log(largest load) * pieces * G)`.
 
-use crate::draft::Emitter;
+use crate::draft::{Emitter, Move};
 use crate::policies::probe::{Floor, Prober};
 use crate::{
     Domain, DomainOutcome, Plan, PlanRules, Policy, Problem, Ratio, SlotRule, SolveError, SplitRule, StopReason,
@@ -45,6 +45,13 @@ impl Greedy {
             prober: Prober::new(topology, 0),
             emitter: Emitter::new(topology),
         }
+    }
+
+    /// Replicas for one domain, by the loads of all experts (`[E]`), in order of creation.
+    pub(crate) fn moves(&mut self, domain: Domain, loads: &[u32]) -> &[Move] {
+        self.prober.loads.copy_from_slice(loads);
+        self.solve_domain(domain);
+        &self.prober.moves
     }
 
     fn solve_domain(&mut self, domain: Domain) -> DomainOutcome {

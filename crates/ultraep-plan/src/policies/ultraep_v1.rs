@@ -14,7 +14,7 @@
 use alloc::vec;
 use alloc::vec::Vec;
 
-use crate::draft::Emitter;
+use crate::draft::{Emitter, Move};
 use crate::policies::probe::{Floor, Prober};
 use crate::{
     Domain, DomainOutcome, Plan, PlanRules, Policy, Problem, Rank, SlotRule, SolveError, SplitRule, StopReason,
@@ -83,6 +83,13 @@ impl UltraepV1 {
     /// The stage that gave each domain's plan in the last solve.
     pub fn paths(&self) -> &[V1Path] {
         &self.paths
+    }
+
+    /// Replicas for one domain, by the loads of all experts (`[E]`), in order of creation.
+    pub(crate) fn moves(&mut self, domain: Domain, loads: &[u32]) -> &[Move] {
+        self.prober.loads.copy_from_slice(loads);
+        self.solve_domain(domain);
+        &self.prober.moves
     }
 
     fn solve_domain(&mut self, domain: Domain) -> (u32, V1Path) {

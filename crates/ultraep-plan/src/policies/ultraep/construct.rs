@@ -23,7 +23,8 @@
 //! * [`Waste::Hand`]: the last piece fills a receiver whose slots are used up; the donor falls below its capacity and
 //!   becomes a receiver itself, so no slack is lost. This reaches exact balance with a single slot a rank.
 //! * [`Order::Fill`]: large experts go whole to the emptiest rank, for receivers whose few slots must each bring much.
-//! * [`Order::Merge`]: donors pass their excess to other donors while receivers have too few slots for all of them.
+//! * [`Order::Merge`], [`Order::Chain`]: donors pass their excess to other donors while receivers have too few slots for
+//!   all of them.
 //! * [`Small::Ring`]: a transfer below `u_min` is the difference of two replicas above it, and a chain of such transfers
 //!   closes to a ring: every link carries at least `u_min`, every rank on it keeps what it has room for.
 //!
@@ -75,6 +76,9 @@ pub(crate) enum Order {
     Alternate,
     /// As `Smallest`, but while receivers have fewer slots than there are donors, a donor hands its excess to another.
     Merge,
+    /// As `Merge`, but whoever took the excess over is served next, so that it grows along a chain; where it is below
+    /// `u_min`, that much more goes over and comes back, so that nobody falls below its capacity.
+    Chain,
     /// The one with the largest expert: it fills the receiver with most slack, and may fall below its capacity.
     Fill,
 }
@@ -90,10 +94,10 @@ pub(crate) struct Style {
 /// Memory of the construction.
 #[derive(Clone, Debug)]
 pub(crate) struct Builder {
-    /// Ranks with excess, `(excess << 16) | (MAX - rank)`, as served: last first.
+    /// Ranks with excess (by [`key`], no slots), as served: last first.
     donors: Vec<u64>,
     donors_at_first: Vec<u64>,
-    /// Ranks with slack and slots, `(slack << 16) | (MAX - rank)`, most slack last.
+    /// Ranks with slack and free slots (by [`key`]), most slack last.
     receivers: Vec<u64>,
     receivers_at_first: Vec<u64>,
     free: Vec<u16>,
@@ -109,12 +113,14 @@ const PAIRS: usize = 32;
 
 const LOW: u64 = 0xffff;
 
-fn key(amount: u32, rank: usize) -> u64 {
-    u64::from(amount) << 16 | (LOW - rank as u64)
+/// Sorts ranks by amount; of equal ones the rank with most free slots comes first, then the higher rank. So a piece that
+/// leaves slack goes where another slot can use it, and a piece that fills its receiver wastes few slots.
+fn key(amount: u32, slots: u16, rank: usize) -> u64 {
+    u64::from(amount) << 32 | (LOW - u64::from(slots)) << 16 | (LOW - rank as u64)
 }
 
 fn amount(key: u64) -> u32 {
-    (key >> 16) as u32
+    (key >> 32) as u32
 }
 
 fn rank(key: u64) -> usize {
@@ -143,9 +149,9 @@ impl Builder {
         for (r, (&load, &slots)) in field.load.iter().zip(&field.slots).enumerate() {
             let capacity = field.capacity(r, tau);
             if load > capacity {
-                self.donors_at_first.push(key(load - capacity, r));
+                self.donors_at_first.push(key(load - capacity, 0, r));
             } else if load < capacity && slots > 0 {
-                self.receivers_at_first.push(key(capacity - load, r));
+                self.receivers_at_first.push(key(capacity - load, slots, r));
             }
         }
         self.donors_at_first.sort_unstable();
@@ -164,7 +170,7 @@ impl Builder {
         self.free.copy_from_slice(&field.slots);
         self.left.extend_from_slice(&field.experts);
         match style.order {
-            Order::Smallest | Order::Merge => self.donors.reverse(),
+            Order::Smallest | Order::Merge | Order::Chain => self.donors.reverse(),
             Order::HottestThenSmallest => {
                 let rest = self.donors.len().saturating_sub(1);
                 self.donors[..rest].reverse();
@@ -175,13 +181,14 @@ impl Builder {
             return self.fill(field);
         }
         while let Some(donor) = self.donors.pop() {
-            if style.order == Order::Merge && self.scarce() && self.merge(field, rank(donor), amount(donor)) {
+            let merges = matches!(style.order, Order::Merge | Order::Chain) && self.scarce();
+            if merges && self.merge(field, rank(donor), amount(donor), style.order) {
                 continue;
             }
             match self.relieve(field, rank(donor), amount(donor), style) {
                 Some(0) => {}
                 Some(need) => {
-                    let donor = key(need, rank(donor));
+                    let donor = key(need, 0, rank(donor));
                     let at = self.donors.partition_point(|&k| k < donor);
                     self.donors.insert(at, donor);
                 }
@@ -199,23 +206,32 @@ impl Builder {
 
     /// Hands all `need` of `donor` to the donor still waiting that has a free slot and the largest expert to pass on
     /// (ties: lower rank). `false` when there is none, or no expert for it.
-    fn merge(&mut self, field: &Field, donor: usize, need: u32) -> bool {
-        let (expert, piece) = (self.largest_of(field, donor), need.max(field.min_quota));
+    fn merge(&mut self, field: &Field, donor: usize, need: u32, order: Order) -> bool {
+        let expert = self.largest_of(field, donor);
+        let returns = order == Order::Chain && need < field.min_quota;
+        let piece = if returns { need + field.min_quota } else { need.max(field.min_quota) };
         let waiting = (0..self.donors.len()).filter(|&d| self.free[rank(self.donors[d])] > 0);
         let size = |d: usize| {
             (self.left[self.largest_of(field, rank(self.donors[d]))], u16::MAX - rank(self.donors[d]) as u16)
         };
         let Some(at) = waiting.max_by_key(|&d| size(d)).filter(|_| self.left[expert] >= piece) else { return false };
-        let other = self.donors.remove(at);
-        self.free[rank(other)] -= 1;
-        self.push(field, expert, rank(other), piece);
-        // The least waits last.
-        let other = key(amount(other) + piece, rank(other));
-        let at = self.donors.partition_point(|&k| k > other);
-        self.donors.insert(at, other);
-        if piece > need && self.free[donor] > 0 {
-            self.insert(key(piece - need, donor));
+        let to = rank(self.donors[at]);
+        let returned = self.absent_expert(field, to, donor, field.min_quota).filter(|_| self.free[donor] > 0);
+        if returns && returned.is_none() {
+            return false;
         }
+        let other = key(amount(self.donors.remove(at)) + if returns { need } else { piece }, 0, to);
+        self.free[to] -= 1;
+        self.push(field, expert, to, piece);
+        if let Some(expert) = returned.filter(|_| returns) {
+            self.free[donor] -= 1;
+            self.push(field, expert, donor, field.min_quota);
+        } else if piece > need && self.free[donor] > 0 {
+            self.insert(piece - need, donor);
+        }
+        // The least waits last; the end of a chain does.
+        let at = if order == Order::Chain { self.donors.len() } else { self.donors.partition_point(|&k| k > other) };
+        self.donors.insert(at, other);
         true
     }
 
@@ -263,7 +279,7 @@ impl Builder {
     fn settle(&mut self, donor: usize, need: u32, give: impl FnOnce(&mut Self) -> u32, waste: Waste) -> u32 {
         let moved = give(self);
         if moved > need && waste == Waste::Hand {
-            self.insert(key(moved - need, donor));
+            self.insert(moved - need, donor);
         }
         need.saturating_sub(moved)
     }
@@ -299,7 +315,7 @@ impl Builder {
         }
         self.hand_on(field, from, donor, carried);
         if leftover > 0 && self.free[from] > 0 {
-            self.insert(key(leftover, from));
+            self.insert(leftover, from);
         }
         Some(moved)
     }
@@ -361,11 +377,11 @@ impl Builder {
             }
             let moved = self.give(field, expert, self.receivers.len() - 1, piece, Waste::Leave);
             if moved < need {
-                let donor = key(need - moved, from);
+                let donor = key(need - moved, 0, from);
                 let at = self.donors.partition_point(|&k| k < donor);
                 self.donors.insert(at, donor);
             } else if moved > need && self.free[from] > 0 {
-                self.insert(key(moved - need, from));
+                self.insert(moved - need, from);
             }
         }
         true
@@ -379,19 +395,19 @@ impl Builder {
             return None;
         }
         let need = u64::from(need);
-        let most = self.receivers.last()? >> 16;
+        let most = u64::from(amount(*self.receivers.last()?));
         // Too small for the largest partner; too large to leave the partner a replica's least quota.
-        let mut low = self.receivers.partition_point(|&k| (k >> 16) + most < need);
+        let mut low = self.receivers.partition_point(|&k| u64::from(amount(k)) + most < need);
         let mut high = match min_quota {
             1 => self.receivers.len(),
-            least => self.receivers.partition_point(|&k| (k >> 16) + u64::from(least) <= need),
+            least => self.receivers.partition_point(|&k| u64::from(amount(k)) + u64::from(least) <= need),
         };
         let mut best = u64::MAX;
         for _ in 0..PAIRS {
             if low + 1 >= high {
                 break;
             }
-            let sum = (self.receivers[low] >> 16) + (self.receivers[high - 1] >> 16);
+            let sum = u64::from(amount(self.receivers[low])) + u64::from(amount(self.receivers[high - 1]));
             let enough = sum >= need;
             // Sum, then positions, in one number.
             let candidate = sum << 32 | (low as u64) << 16 | (high - 1) as u64;
@@ -412,7 +428,7 @@ impl Builder {
         let mut moved = piece;
         if rest > 0 && self.free[to] > 0 {
             // It stays a receiver, further down.
-            let smaller = key(rest, to);
+            let smaller = key(rest, self.free[to], to);
             let place = self.receivers[..at].partition_point(|&k| k < smaller);
             self.receivers.copy_within(place..at, place + 1);
             self.receivers[place] = smaller;
@@ -433,7 +449,9 @@ impl Builder {
         self.moves.push(Move { expert: expert as u16, rank: rank as u16, quota });
     }
 
-    fn insert(&mut self, receiver: u64) {
+    /// Makes `rank` a receiver with `slack`.
+    fn insert(&mut self, slack: u32, rank: usize) {
+        let receiver = key(slack, self.free[rank], rank);
         let at = self.receivers.partition_point(|&k| k < receiver);
         self.receivers.insert(at, receiver);
     }

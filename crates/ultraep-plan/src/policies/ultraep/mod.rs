@@ -16,7 +16,8 @@
 //!   plain: one way, which nearly always fits
 //!   tight: ways for few slots
 //!   rings: ways for a least quota that most ranks' slack falls short of
-//!   none fits: search upwards for a threshold at which one does, in doubling steps, then by bisection
+//!   none fits: search upwards for a threshold at which one does, in doubling steps, then by bisection, up to where the
+//!              published planners get (published)
 //! of the first stage in which a way fits, keep the one with fewest replicas, then fewest sends of a rank, then the earlier
 //! rewrite pieces so that the busiest rank sends fewer copies       (level)
 //! ```
@@ -34,13 +35,14 @@
 //! # Cost
 //!
 //! `O(N * E)` once for the column sums, then for each construction `O(G log G + replicas * (G + M))`: one where the plain way
-//! fits, twelve at most at the goal, and as many for each of the about `2 * log2(gap)` steps of the search when the goal is
-//! missed.
+//! fits, thirteen at most at the goal, and as many for each of the about `2 * log2(gap)` steps of the search when the goal is
+//! missed. A missed goal also costs what `greedy` and `ultraep-v1` do: no plan is worse than theirs.
 
 mod construct;
 mod field;
 mod level;
 mod price;
+mod published;
 
 use alloc::vec;
 use alloc::vec::Vec;
@@ -54,6 +56,7 @@ use construct::{Builder, Order, Small, Style, Waste};
 use field::Field;
 use level::Leveller;
 use price::{PASSES, Pricer, evenly, squares};
+use published::Published;
 
 /// Parameters of policy `ultraep`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,12 +91,13 @@ const TIGHT: [Style; 6] = [
 ];
 
 /// Ways for cases that `u_min` makes tight.
-const RINGS: [Style; 5] = [
+const RINGS: [Style; 6] = [
     Style { small: Small::Ring, ..way(Order::Largest, Waste::Leave) },
     Style { small: Small::Ring, ..way(Order::Largest, Waste::Hand) },
     Style { small: Small::Ring, ..way(Order::Smallest, Waste::Hand) },
     Style { small: Small::Ring, ..way(Order::Alternate, Waste::Hand) },
     Style { small: Small::Ring, ..way(Order::Merge, Waste::Hand) },
+    Style { small: Small::Ring, ..way(Order::Chain, Waste::Hand) },
 ];
 
 const fn way(order: Order, waste: Waste) -> Style {
@@ -118,6 +122,7 @@ pub struct Ultraep {
     builder: Builder,
     best: Vec<Move>,
     leveller: Leveller,
+    published: Published,
     emitter: Emitter,
     /// Present when the predicted time decides instead of `beta`.
     pricer: Option<Pricer>,
@@ -135,6 +140,7 @@ impl Ultraep {
             builder: Builder::new(topology),
             best: Vec::with_capacity(total_slots(topology)),
             leveller: Leveller::new(topology),
+            published: Published::new(topology, params),
             emitter: Emitter::new(topology),
             pricer: None,
         }
@@ -171,18 +177,21 @@ impl Ultraep {
         if largest <= goal {
             return outcome(largest);
         }
-        let mut tau = goal;
-        if !self.keep_best_of_first(goal) {
-            tau = self.search(goal + 1, largest);
-            if tau < largest {
-                self.keep_best_of_first(tau);
-            }
+        if self.keep_best_of_first(goal) {
+            return outcome(goal);
+        }
+        let published = self.published.solve(&self.topology, &self.field, domain, &self.loads);
+        let tau = if published <= goal { goal } else { self.search(goal + 1, published) };
+        if !self.keep_best_of_first(tau) {
+            // No way of ours: `tau` is where the published plan got, or the goal that it met.
+            self.best.clone_from(&self.published.moves);
+            self.leveller.level(&self.topology, &self.field, tau, &mut self.best);
         }
         outcome(tau)
     }
 
     /// A threshold in `low..=high` at which a construction fits, one token below which none was seen to: steps from `low`
-    /// up that double, then bisection between the last two. At `high` no replica is needed. (Fitting is not monotone in
+    /// up that double, then bisection between the last two. At `high` the published plan fits. (Fitting is not monotone in
     /// the threshold; small steps first find a threshold near `low` where a bisection of the whole range may not.)
     fn search(&mut self, mut low: u32, mut high: u32) -> u32 {
         let mut step = (low / FIRST_STEP).max(1);
