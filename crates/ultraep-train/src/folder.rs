@@ -161,13 +161,14 @@ impl RunFolder {
             format!(
                 "Times are parallel time: each rank's CPU time between synchronisation points, the slowest rank's at \
                  each, plus transfers at {} Gbit/s a rank and direction (by default what one core copies between two \
-                 ranks' memory). Every policy ran the same {} steps from the same weights; medians over those steps. \
+                 ranks' memory). Every policy ran the same {} steps from the same weights, twice each, of which the \
+                 faster counts; medians over those steps. \
                  The optimizer's time is the training's median, the same for all.",
                 self.config.link_gbps,
                 steps.len()
             ),
-            "eplb keeps its replicas where they are, in memory of their own for every layer: its weight sync is charged only \
-             where its placement has changed since the comparison before. ideal forces balanced routing, so its outputs mean nothing; a plan that keeps more tokens at home can be faster."
+            "eplb keeps its replicas where they are, in memory of their own for every layer: moving them is hardly \
+             charged here, as the second run of a step finds them in place. ideal forces balanced routing, so its outputs mean nothing; a plan that keeps more tokens at home can be faster."
                 .to_string(),
         ];
         if !self.config.experts.is_multiple_of(self.config.ranks) {

@@ -135,27 +135,21 @@ fn save(
 }
 
 /// Rehearses the step under every policy compared, from the same weights on the same batch, and holds the outputs to be
-/// equal. The order rotates, so that no policy always runs first. The first time, gradients are compared too.
+/// equal. Each runs twice, the second time in reverse order, and the faster counts: other work on the machine only ever
+/// adds time. The order rotates from comparison to comparison. The first time, gradients are compared too.
 fn compare(worker: &mut Worker, step: u64, nth: usize, observer: &mut dyn Observer) -> Result<(), TrainError> {
     let mut kinds = worker.config.compared()?;
     let count = kinds.len();
     kinds.rotate_left(nth % count.max(1));
     let mut reference: Option<(PolicyKind, f32)> = None;
     let mut reference_gradients = None;
-    for kind in kinds {
+    let mut passes = Vec::with_capacity(count);
+    for &kind in &kinds {
         let pass = worker.rehearse(step, kind)?;
         let mut gradient_difference = None;
         if !kind.forces_routing() {
             let (first, expected) = *reference.get_or_insert((kind, pass.loss));
-            if pass.loss.to_bits() != expected.to_bits() {
-                return Err(TrainError::Differs {
-                    what: "loss",
-                    policy: kind.name(),
-                    got: pass.loss,
-                    reference: first.name(),
-                    expected,
-                });
-            }
+            check_loss(kind, pass.loss, first, expected)?;
             if nth == 0 {
                 let gradients = worker.gradients()?;
                 match &reference_gradients {
@@ -165,6 +159,17 @@ fn compare(worker: &mut Worker, step: u64, nth: usize, observer: &mut dyn Observ
             }
         }
         worker.clear_gradients()?;
+        passes.push((pass, gradient_difference));
+    }
+    for (&kind, (pass, _)) in kinds.iter().zip(&mut passes).rev() {
+        let again = worker.rehearse(step, kind)?;
+        worker.clear_gradients()?;
+        check_loss(kind, again.loss, kind, pass.loss)?;
+        if again.time.total_ns < pass.time.total_ns {
+            *pass = again;
+        }
+    }
+    for (kind, (pass, gradient_difference)) in kinds.into_iter().zip(passes) {
         observer.compared(&Comparison {
             step,
             policy: kind,
@@ -178,6 +183,15 @@ fn compare(worker: &mut Worker, step: u64, nth: usize, observer: &mut dyn Observ
         })?;
     }
     Ok(())
+}
+
+/// Outputs must not depend on the policy, bit for bit.
+fn check_loss(policy: PolicyKind, got: f32, reference: PolicyKind, expected: f32) -> Result<(), TrainError> {
+    if got.to_bits() == expected.to_bits() {
+        return Ok(());
+    }
+    let (policy, reference) = (policy.name(), reference.name());
+    Err(TrainError::Differs { what: "loss", policy, got, reference, expected })
 }
 
 /// `|a - b| / |b|` over the gradients of all ranks; dense ones, which all ranks share, count once.
