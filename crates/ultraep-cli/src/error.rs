@@ -23,6 +23,11 @@ impl CliError {
         Self::Input(error.to_string())
     }
 
+    /// A failure, described by a library's error.
+    pub(crate) fn failure(error: impl std::fmt::Display) -> Self {
+        Self::Failure(error.to_string())
+    }
+
     /// Help and version are printed; everything else becomes one line.
     pub(crate) fn from_clap(error: &clap::Error) -> Result<(), Self> {
         if !error.use_stderr() {

@@ -168,7 +168,8 @@ impl RunFolder {
                 steps.len()
             ),
             "eplb keeps its replicas where they are, in memory of their own for every layer: moving them is hardly \
-             charged here, as the second run of a step finds them in place. ideal forces balanced routing, so its outputs mean nothing; a plan that keeps more tokens at home can be faster."
+             charged here, as the second run of a step finds them in place. ideal forces balanced routing, so its outputs \
+             mean nothing; a plan that keeps more tokens at home can be faster."
                 .to_string(),
         ];
         if !self.config.experts.is_multiple_of(self.config.ranks) {

@@ -196,11 +196,10 @@ impl Worker {
             at = range.end;
             let decay = if parameter.decay { Decay::Yes } else { Decay::No };
             let moments = (&mut self.dense_moments.first[range.clone()], &mut self.dense_moments.second[range.clone()]);
-            schedule.apply(decay, &mut self.dense[range.clone()], &grads[range.clone()], moments);
-            parameter.var.set(&Tensor::from_slice(&self.dense[range], parameter.var.shape(), &Device::Cpu)?)?;
+            schedule.apply(decay, &mut self.dense[range.clone()], &grads[range], moments);
         }
         grads.fill(0.0);
-        Ok(())
+        self.publish_dense()
     }
 
     fn update_experts(&mut self, schedule: &Schedule) -> Result<(), TrainError> {

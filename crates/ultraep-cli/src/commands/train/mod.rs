@@ -11,11 +11,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use ultraep_fabric::{FabricKind, GroupError, processes, run_threads};
+use ultraep_fabric::{FabricKind, processes, run_threads};
 use ultraep_plan::Rank;
 use ultraep_run::{RunReader, UtcTime};
 use ultraep_train::{
-    CheckpointInfo, Outcome, RankJob, Silent, TENSOR_THREADS, TrainConfig, TrainError, find_checkpoint, run_rank,
+    CheckpointInfo, RankJob, Silent, TENSOR_THREADS, TrainConfig, TrainError, find_checkpoint, run_rank,
 };
 
 pub(crate) use args::Args;
@@ -51,11 +51,9 @@ fn own_program() -> Result<PathBuf, CliError> {
 /// Everything that can be wrong in the request is found here, before a rank starts.
 fn prepare(args: &Args) -> Result<Job, CliError> {
     let resume = args.resume.as_deref().map(find_checkpoint).transpose().map_err(CliError::input)?;
-    let config = match &resume {
-        Some(path) => {
-            let checkpoint = CheckpointInfo::read(path).map_err(CliError::input)?.config;
-            args.config_over(checkpoint, std::env::args_os().skip(1))
-        }
+    let info = resume.as_deref().map(CheckpointInfo::read).transpose().map_err(CliError::input)?;
+    let config = match &info {
+        Some(info) => args.config_over(info.config.clone(), std::env::args_os().skip(1)),
         None => args.config(),
     };
     config.validate().map_err(CliError::input)?;
@@ -67,8 +65,7 @@ fn prepare(args: &Args) -> Result<Job, CliError> {
         Some(path) if same_group(path, &config)? => path.clone(),
         _ => free_folder(&args.runs, started),
     };
-    if let Some(path) = &resume {
-        let info = CheckpointInfo::read(path).map_err(CliError::input)?;
+    if let (Some(path), Some(info)) = (&resume, &info) {
         info.check_against(&config, corpus.digest(), path).map_err(CliError::input)?;
         if info.step >= config.steps {
             let reason = "the checkpoint has as many steps as asked for; ask for more with --steps";
@@ -134,13 +131,8 @@ fn run_as_threads(job: Job, out: &mut dyn Write) -> Result<(), CliError> {
         _ => run_rank(fabric, &rank_job, &mut Silent),
     });
     let screen = screen.into_inner().unwrap_or_else(|e| e.into_inner());
-    let result = result.map(|mut outcomes| outcomes.swap_remove(0)).map_err(|error| describe(&error));
+    let result = result.map(|mut outcomes| outcomes.swap_remove(0)).map_err(CliError::failure);
     screen.finish(result, now(), out)
-}
-
-/// A group's failure in one line: who failed first, and how.
-fn describe<E: std::fmt::Display + std::error::Error + 'static>(error: &GroupError<E>) -> CliError {
-    CliError::Failure(error.to_string())
 }
 
 fn run_as_processes(job: Job) -> Result<(), CliError> {
@@ -165,17 +157,16 @@ fn run_as_processes(job: Job) -> Result<(), CliError> {
         return Err(error);
     }
     // A rank that ends by itself says why on stderr.
-    let failure = |error: &dyn std::fmt::Display| CliError::Failure(error.to_string());
-    let mut group = launched.map_err(|error| failure(&error))?;
+    let mut group = launched.map_err(CliError::failure)?;
     let mut told = false;
-    while !group.supervise(WATCH).map_err(|error| failure(&error))? {
+    while !group.supervise(WATCH).map_err(CliError::failure)? {
         // A terminal interrupts all processes, others only this one; being told twice is no second interrupt.
         if stop.load(Ordering::Relaxed) && !told {
             group.notify(Rank::new(0));
             told = true;
         }
     }
-    group.wait().map_err(|error| failure(&error))
+    group.wait().map_err(CliError::failure)
 }
 
 /// Longest time between two looks at the wish to stop.
@@ -197,16 +188,13 @@ pub(crate) fn run_as_rank(args: &RankArgs, out: &mut dyn Write) -> Result<(), Cl
     let job = Handover::read()?;
     let group = job.config.group().map_err(CliError::input)?;
     let rank = args.join.rank();
-    let fabric = processes::join(&group, args.join).map_err(|error| CliError::Failure(error.to_string()))?;
+    let fabric = processes::join(&group, args.join).map_err(CliError::failure)?;
     let rank_job = rank_job(&job, stop);
+    let named = |error: TrainError| CliError::Failure(format!("rank {rank}: {error}"));
     if rank.index() > 0 {
-        return run_rank(fabric, &rank_job, &mut Silent).map(drop).map_err(|error| quiet(rank.index(), &error));
+        return run_rank(fabric, &rank_job, &mut Silent).map(drop).map_err(named);
     }
     let mut screen = Screen::new(&job)?;
-    let result: Result<Outcome, TrainError> = run_rank(fabric, &rank_job, &mut screen);
-    screen.finish(result.map_err(|error| CliError::Failure(format!("rank 0: {error}"))), now(), out)
-}
-
-fn quiet(rank: usize, error: &TrainError) -> CliError {
-    CliError::Failure(format!("rank {rank}: {error}"))
+    let result = run_rank(fabric, &rank_job, &mut screen);
+    screen.finish(result.map_err(named), now(), out)
 }

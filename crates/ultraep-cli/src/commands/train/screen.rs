@@ -38,7 +38,6 @@ fn say(text: impl std::fmt::Display) {
 
 impl Screen {
     pub(super) fn new(job: &Job) -> Result<Self, CliError> {
-        let failed = |error: &dyn std::fmt::Display| CliError::Failure(error.to_string());
         say("text:");
         job.corpus.summary().iter().for_each(|line| say(format_args!("  {line}")));
         let resumed_step = match &job.resume {
@@ -49,9 +48,9 @@ impl Screen {
             Some(step) if job.folder.join("run.json").is_file() => RunWriter::resume(&job.folder, step),
             _ => RunWriter::create(&job.folder, info(job)?),
         };
-        let writer = writer.map_err(|error| failed(&error))?;
+        let writer = writer.map_err(CliError::failure)?;
         let taken_up = resumed_step.filter(|_| writer.info().resumed_from_steps.last() == resumed_step.as_ref());
-        let folder = RunFolder::new(writer, job.config.clone(), taken_up).map_err(|error| failed(&error))?;
+        let folder = RunFolder::new(writer, job.config.clone(), taken_up).map_err(CliError::failure)?;
         describe_run(job, resumed_step);
         Ok(Self {
             folder,
@@ -77,7 +76,7 @@ impl Screen {
             Ok(_) => RunStatus::Finished,
             Err(error) => RunStatus::Failed { reason: error.to_string() },
         };
-        let ending = self.folder.finish(status, ended).map_err(|error| CliError::Failure(error.to_string()));
+        let ending = self.folder.finish(status, ended).map_err(CliError::failure);
         let outcome = result?;
         let (summary, table) = ending?;
         if self.json {
