@@ -57,6 +57,7 @@ pub mod processes;
 mod region;
 mod shared;
 mod spec;
+pub mod stream;
 mod sync;
 #[cfg(test)]
 mod tests;

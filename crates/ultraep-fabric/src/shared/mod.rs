@@ -1,6 +1,7 @@
 //! The fabric of one machine: ranks over a shared memory segment, whether they are threads or processes.
 
 mod collective;
+mod direct;
 mod doorbell;
 mod endpoint;
 mod failure;
