@@ -3,12 +3,12 @@
 mod bench;
 mod compare;
 mod load;
+mod moved;
 mod plan;
 mod recordings;
 mod replay;
 mod trace;
 mod train;
-mod weight_sync;
 
 use std::io::Write;
 
@@ -33,7 +33,7 @@ pub(crate) enum Command {
     /// Look into recordings and convert them
     #[command(subcommand, arg_required_else_help = false)]
     Trace(trace::Trace),
-    /// Measure how long planning, splitting and rerouting take; predict how long weight sync takes
+    /// Measure how long planning, splitting, rerouting, weight sync and grad reduce take
     #[command(subcommand, arg_required_else_help = false)]
     Bench(bench::Bench),
     /// One rank of a training run, started by `train --fabric processes`

@@ -203,7 +203,7 @@ fn sync(fabric: &mut dyn Fabric, engine: &mut TileEngine, subject: &Subject) -> 
     slots.lower_flags(&part, topology, plan, rank).map_err(text)?;
     run(fabric, Operation::Open { window: WEIGHTS })?;
     let work = WeightSync { slots, topology, plan, masters: &masters };
-    engine.start_sync(fabric, &work).map_err(text)?;
+    engine.start_sync(fabric, &work, 2).map_err(text)?;
     engine.wait(fabric).map_err(text)?;
     run(fabric, Operation::Close { window: WEIGHTS })?;
     let bytes = part.read::<u8>().map_err(text)?;
@@ -280,20 +280,20 @@ fn refusals(mut fabric: Box<dyn Fabric>, seed: u64) -> Report {
     let masters = masters(slots, &subject.shards, &subject, rank, |_, _| 1)?;
     let work = WeightSync { slots, topology, plan, masters: &masters };
     let mut engine = TileEngine::new(EngineSpec { background: 1, ..subject.engine }).map_err(text)?;
-    let closed = engine.start_sync(&mut *fabric, &work);
+    let closed = engine.start_sync(&mut *fabric, &work, 2);
     ensure(matches!(closed, Err(FabricError::Access { .. })), || format!("a closed window: {closed:?}"))?;
     let part = own_part(&*fabric, slots)?;
     slots.lower_flags(&part, topology, plan, rank).map_err(text)?;
     run(&mut *fabric, Operation::Open { window: WEIGHTS })?;
     let few = Slots::new(WEIGHTS, slots.layout().clone(), TileSizes::WEIGHTS, 0);
-    let refused = engine.start_sync(&mut *fabric, &WeightSync { slots: &few, ..work });
+    let refused = engine.start_sync(&mut *fabric, &WeightSync { slots: &few, ..work }, 2);
     ensure(matches!(refused, Err(FabricError::OutOfRange { .. })), || format!("no slots: {refused:?}"))?;
     let half = Slots::new(GRADS, slots.layout().clone(), TileSizes::WEIGHTS, SLOTS);
-    let refused = engine.start_sync(&mut *fabric, &WeightSync { slots: &half, ..work });
+    let refused = engine.start_sync(&mut *fabric, &WeightSync { slots: &half, ..work }, 2);
     ensure(matches!(refused, Err(FabricError::Access { .. })), || format!("another window: {refused:?}"))?;
-    engine.start_sync(&mut *fabric, &work).map_err(text)?;
+    engine.start_sync(&mut *fabric, &work, 2).map_err(text)?;
     if fabric.direct().is_some() {
-        let twice = engine.start_sync(&mut *fabric, &work);
+        let twice = engine.start_sync(&mut *fabric, &work, 2);
         ensure(matches!(twice, Err(FabricError::InFlight { .. })), || format!("twice: {twice:?}"))?;
         let close = fabric.run(Operation::Close { window: WEIGHTS }, 0);
         let refused = matches!(close, Err(FabricError::InFlight { in_flight: OperationKind::Stream, .. }));
