@@ -1,7 +1,7 @@
 //! Ranks as threads that move the same experts again and again, beside the machine's own limit.
 
 use std::sync::Mutex;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use indicatif::ProgressBar;
 use ultraep_fabric::stream::{EngineSpec, GradReduce, Masters, Moved, Slots, TileEngine, WeightSync};
@@ -62,13 +62,21 @@ enum RankError {
     GivenUp,
 }
 
-/// Breaks the gate when a rank gives up.
-struct Opener<'a>(&'a Gate, bool);
+/// Where ranks meet, and where all threads do.
+#[derive(Clone, Copy)]
+struct Gates<'a> {
+    all: &'a Gate,
+    ranks: &'a Gate,
+}
+
+/// Breaks the gates when a rank gives up.
+struct Opener<'a>(Gates<'a>, bool);
 
 impl Drop for Opener<'_> {
     fn drop(&mut self) {
         if !self.1 {
-            self.0.break_open();
+            self.0.all.break_open();
+            self.0.ranks.break_open();
         }
     }
 }
@@ -95,6 +103,11 @@ impl Case<'_> {
         }
     }
 
+    /// Turns of an iteration: in each a plan, then a loop, so that both find the caches full of the other's memory.
+    fn turns(&self) -> usize {
+        self.plans().max(self.loops().len())
+    }
+
     /// Measures.
     pub(super) fn run(&self) -> Result<Outcome, CliError> {
         let ranks = self.topology.ranks();
@@ -106,8 +119,10 @@ impl Case<'_> {
         spec.add_window("slots", bytes);
         let threads = ranks * (1 + self.engine.background);
         let mut families = families(self.transfers, self.slots.layout().bytes().div_ceil(size_of::<f32>()));
-        let (shares, gate) = (shares(&mut families, threads), Gate::new(threads));
-        let results = run_threads(&spec, |fabric| self.rank(fabric, &shares, &gate)).map_err(CliError::failure)?;
+        let shares = shares(&mut families, threads);
+        let (gate, ranks_gate) = (Gate::new(threads), Gate::new(ranks));
+        let gates = Gates { all: &gate, ranks: &ranks_gate };
+        let results = run_threads(&spec, |fabric| self.rank(fabric, &shares, gates)).map_err(CliError::failure)?;
         let median = |times: &[Duration]| {
             let mut sorted = times.to_vec();
             sorted.sort_unstable();
@@ -133,22 +148,27 @@ impl Case<'_> {
         })
     }
 
-    fn rank(&self, mut fabric: Box<dyn Fabric>, all: &[Mutex<Share<'_>>], gate: &Gate) -> Result<Times, RankError> {
+    fn rank(
+        &self,
+        mut fabric: Box<dyn Fabric>,
+        all: &[Mutex<Share<'_>>],
+        gates: Gates<'_>,
+    ) -> Result<Times, RankError> {
         let (rank, workers) = (fabric.rank().index(), self.engine.background);
         let own = &all[rank * (1 + workers)..][..1 + workers];
-        let rounds = (WARM_UP + self.iterations) * self.loops().len();
+        let rounds = (WARM_UP + self.iterations) * self.turns();
         let times = std::thread::scope(|scope| {
-            let mut opener = Opener(gate, false);
+            let mut opener = Opener(gates, false);
             for share in &own[1..] {
                 scope.spawn(move || {
                     for round in 0..rounds {
-                        if timed(gate, share, self.loops()[round % self.loops().len()]).is_none() {
+                        if timed(gates.all, share, self.loops()[round % self.turns() % self.loops().len()]).is_none() {
                             return;
                         }
                     }
                 });
             }
-            let times = self.measure(&mut *fabric, gate, &own[0])?;
+            let times = self.measure(&mut *fabric, gates, &own[0])?;
             opener.1 = true;
             Ok::<_, RankError>(times)
         })?;
@@ -156,7 +176,7 @@ impl Case<'_> {
         Ok(times)
     }
 
-    fn measure(&self, fabric: &mut dyn Fabric, gate: &Gate, share: &Mutex<Share<'_>>) -> Result<Times, RankError> {
+    fn measure(&self, fabric: &mut dyn Fabric, gates: Gates<'_>, share: &Mutex<Share<'_>>) -> Result<Times, RankError> {
         let (rank, layout) = (fabric.rank(), self.slots.layout());
         let own = self.topology.masters(rank);
         // All pages are touched before anything is measured.
@@ -169,13 +189,13 @@ impl Case<'_> {
         let (plans, loops) = (vec![Vec::new(); self.plans()], vec![Vec::new(); self.loops().len()]);
         let mut times = Times { plans, loops, moved: vec![Moved::default(); self.plans()] };
         for iteration in 0..WARM_UP + self.iterations {
-            for plan in 0..self.plans() {
-                let (time, moved) = self.once(fabric, &mut engine, plan, &masters, &part)?;
+            for turn in 0..self.turns() {
+                let (plan, of_loop) = (turn % self.plans(), turn % self.loops().len());
+                let (time, moved) = self.once(fabric, gates.ranks, &mut engine, plan, &masters, &part)?;
                 times.plans[plan].push(time);
                 times.moved[plan] = moved;
-            }
-            for (how, of_loop) in self.loops().iter().zip(&mut times.loops) {
-                of_loop.push(timed(gate, share, *how).ok_or(RankError::GivenUp)?);
+                let time = timed(gates.all, share, self.loops()[of_loop]).ok_or(RankError::GivenUp)?;
+                times.loops[of_loop].push(time);
             }
             if iteration < WARM_UP {
                 times.plans.iter_mut().chain(&mut times.loops).for_each(Vec::clear);
@@ -190,10 +210,11 @@ impl Case<'_> {
         Ok(times)
     }
 
-    /// One sync or reduce from barrier to closed window.
+    /// One sync or reduce: from when all ranks are ready until the last has closed its window.
     fn once(
         &self,
         fabric: &mut dyn Fabric,
+        gate: &Gate,
         engine: &mut TileEngine,
         plan: usize,
         masters: &Masters,
@@ -201,8 +222,7 @@ impl Case<'_> {
     ) -> Result<(Duration, Moved), RankError> {
         let Self { topology, transfers, slots, .. } = *self;
         let (rank, window, workers) = (fabric.rank(), slots.window(), self.engine.background);
-        fabric.run(Operation::Barrier, 0)?;
-        let start = Instant::now();
+        let start = gate.pass().ok_or(RankError::GivenUp)?;
         let moved = match self.work {
             Work::Sync(plans) => {
                 let plan = &plans[plan];
@@ -217,7 +237,7 @@ impl Case<'_> {
         };
         engine.wait(fabric)?;
         fabric.run(Operation::Close { window }, 0)?;
-        Ok((start.elapsed(), moved))
+        Ok((gate.pass().ok_or(RankError::GivenUp)? - start, moved))
     }
 
     /// That every replica has its master's bytes.

@@ -116,51 +116,59 @@ fn fused(master: &mut [f32], replicas: &mut [&mut [f32]]) {
     }
 }
 
-/// Where the threads of a limit meet; broken when one of them gives up, so that none waits for it.
-#[derive(Default)]
+/// Where threads meet; broken when one of them gives up, so that none waits for it.
 pub(super) struct Gate {
-    state: Mutex<(usize, u64, bool)>,
+    state: Mutex<GateState>,
     turned: Condvar,
     threads: usize,
 }
 
+struct GateState {
+    arrived: usize,
+    turns: u64,
+    broken: bool,
+    /// When the last one arrived.
+    last: Instant,
+}
+
 impl Gate {
     pub(super) fn new(threads: usize) -> Self {
-        Self { threads, ..Self::default() }
+        let state = GateState { arrived: 0, turns: 0, broken: false, last: Instant::now() };
+        Self { state: Mutex::new(state), turned: Condvar::new(), threads }
     }
 
-    fn state(&self) -> MutexGuard<'_, (usize, u64, bool)> {
+    fn state(&self) -> MutexGuard<'_, GateState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits for all; `false` when the gate is broken.
-    pub(super) fn pass(&self) -> bool {
+    /// Waits for all; when the last one came, or `None` when the gate is broken. (Not when the caller woke up: on a machine
+    /// with fewer cores than threads others may be done by then.)
+    pub(super) fn pass(&self) -> Option<Instant> {
         let mut state = self.state();
-        state.0 += 1;
-        let turn = state.1;
-        if state.0 == self.threads {
-            *state = (0, turn + 1, state.2);
+        state.arrived += 1;
+        let turn = state.turns;
+        if state.arrived == self.threads {
+            (state.arrived, state.turns, state.last) = (0, turn + 1, Instant::now());
             self.turned.notify_all();
         }
-        while state.1 == turn && !state.2 {
+        while state.turns == turn && !state.broken {
             state = self.turned.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
-        !state.2
+        // The next turn needs this thread, so this is still the turn's.
+        (!state.broken).then_some(state.last)
     }
 
     pub(super) fn break_open(&self) {
-        self.state().2 = true;
+        self.state().broken = true;
         self.turned.notify_all();
     }
 }
 
-/// Runs one thread's share between two gates; how long it took until all were done, `None` when the gate is broken.
+/// Runs one thread's share between two gates: the time from when all were ready until all were done; `None` when the gate is
+/// broken.
 pub(super) fn timed(gate: &Gate, share: &Mutex<Share<'_>>, how: Loop) -> Option<Duration> {
     let mut share = share.lock().unwrap_or_else(PoisonError::into_inner);
-    if !gate.pass() {
-        return None;
-    }
-    let start = Instant::now();
+    let start = gate.pass()?;
     share.run(how);
-    gate.pass().then(|| start.elapsed())
+    Some(gate.pass()? - start)
 }

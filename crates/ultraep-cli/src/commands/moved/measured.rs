@@ -16,8 +16,9 @@ use crate::error::CliError;
 use crate::timing::pretty;
 
 /// Defaults of the group.
-const RANKS: usize = 8;
+const RANKS: usize = 4;
 const TOP_K: u32 = 2;
+const RATIOS: [&str; 3] = ["1.5", "2", "3"];
 const EXPERT_BYTES: [u64; 4] = [1 << 20, 4 << 20, 16 << 20, 64 << 20];
 /// Elements of a row of fc1: experts have this width, and as many rows as their bytes allow.
 const HIDDEN: usize = 1024;
@@ -170,14 +171,15 @@ impl<'a> Subject<'a> {
         measure: impl Fn(&Slots, &Planned, &ProgressBar) -> Result<Line, CliError>,
     ) -> Result<Vec<Line>, CliError> {
         let sizes = if expert_bytes.is_empty() { &EXPERT_BYTES[..] } else { expert_bytes };
-        let rounds = (self.measure.iterations + 3) * (sizes.len() * self.load.ratio.len()) as u64;
+        let ratios = self.load.ratios(&RATIOS)?;
+        let rounds = (self.measure.iterations + 3) * (sizes.len() * ratios.len()) as u64;
         let progress = ProgressBar::new(rounds);
         let style = ProgressStyle::with_template("measuring {bar:40} {pos}/{len} rounds, {eta} left");
         progress.set_style(style.map_err(CliError::failure)?);
         let mut lines = Vec::new();
         // All loads first: what cannot be generated is told before anything is measured.
-        let plan = |&ratio: &Ratio| self.load.planned(&self.topology, ratio, self.top_k());
-        for planned in self.load.ratio.iter().map(plan).collect::<Result<Vec<_>, _>>()? {
+        let plan = |ratio: Ratio| self.load.planned(&self.topology, ratio, self.top_k());
+        for planned in ratios.into_iter().map(plan).collect::<Result<Vec<_>, _>>()? {
             for &bytes in sizes {
                 let layout = ExpertLayout::new(&shards(self.format, bytes)).map_err(CliError::input)?;
                 let slots = Slots::new(WindowId::new(0), layout, self.tiles, self.load.slots);

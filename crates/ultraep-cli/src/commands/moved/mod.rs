@@ -18,7 +18,7 @@ use crate::input::{GroupArgs, PolicyArgs};
 
 pub(crate) const SYNC_HELP: &str =
     "What is measured: ranks are threads with symmetric windows in this machine's memory. Latency is from the
-moment when every rank has its plan to the moment when every slot of the group can be used, on rank 0.
+moment when every rank has its plan to the moment when every rank can use its slots.
 The limit is that of the machine in the same run, the runs interleaved: the same reads and writes (every
 expert read once, written to each of its replicas), shared out evenly over as many threads, in plain
 loops without plan, flags or windows; of four loops (the standard copy whole and by tiles, cached and
@@ -27,21 +27,21 @@ rate is what the busiest rank sends or receives, over latency.
 
 Examples:
   ultraep bench weight-sync
-  ultraep bench weight-sync --expert-bytes 1048576,67108864 --ratio 4 --mode adaptive --workers 1 --format fp8-f32
+  ultraep bench weight-sync --expert-bytes 1048576,67108864 --ratio 3 --mode adaptive --workers 1 --format fp8-f32
   ultraep bench weight-sync --model
   ultraep bench weight-sync --model --ratio 2,8 --mode direct,adaptive --expert-bytes 37748736 --json";
 
 pub(crate) const REDUCE_HELP: &str =
     "What is measured: ranks are threads with symmetric windows in this machine's memory. Latency is from the
-moment when every rank has its gradients to the moment when every master has its sums and every slot is
-zero, on rank 0. The limit is that of the machine in the same run, the runs interleaved: the same reads and
+moment when every rank has its gradients to the moment when every rank has its sums and its slots are
+zero. The limit is that of the machine in the same run, the runs interleaved: the same reads and
 writes (master and replicas read once, sum and zeros written), shared out evenly over as many threads, in
 plain loops without plan or windows; of three loops (one pass a replica, fused by blocks, the engine's
 instructions by blocks) the one with the best median. \"of limit\" is limit over latency.
 
 Examples:
   ultraep bench grad-reduce
-  ultraep bench grad-reduce --expert-bytes 16777216 --ratio 2,8 --workers 1 --json";
+  ultraep bench grad-reduce --expert-bytes 16777216 --ratio 2,3 --workers 1 --json";
 
 /// How copies are planned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -80,7 +80,7 @@ impl Mode {
 /// The group and its loads.
 #[derive(Clone, Debug, clap::Args)]
 pub(crate) struct LoadArgs {
-    /// Ranks in the group [default: 64 with --model, 8 measured]
+    /// Ranks in the group [default: 64 with --model, 4 measured]
     #[arg(long, value_name = "N")]
     ranks: Option<usize>,
     /// Logical experts [default: 2 a rank]
@@ -92,8 +92,8 @@ pub(crate) struct LoadArgs {
     /// Ranks in a domain [default: all ranks]
     #[arg(long, value_name = "G")]
     domain: Option<usize>,
-    /// Imbalances before balancing
-    #[arg(long, default_value = "1.5,2,4,6,8", value_name = "RATIO,...", value_delimiter = ',')]
+    /// Imbalances before balancing [default: 1.5,2,4,6,8 with --model, 1.5,2,3 measured]
+    #[arg(long, value_name = "RATIO,...", value_delimiter = ',')]
     ratio: Vec<Ratio>,
     /// Which load is generated
     #[arg(long, default_value_t = Workload::HotRankZipf, value_name = "NAME")]
@@ -126,6 +126,14 @@ impl LoadArgs {
         let ranks = self.ranks.unwrap_or(ranks);
         let experts = self.experts.unwrap_or(ranks.saturating_mul(2));
         GroupArgs::uniform(self.slots, self.domain).topology(ranks, experts)
+    }
+
+    /// The imbalances asked for, or these.
+    fn ratios(&self, ratios: &[&str]) -> Result<Vec<Ratio>, CliError> {
+        if !self.ratio.is_empty() {
+            return Ok(self.ratio.clone());
+        }
+        ratios.iter().map(|ratio| ratio.parse().map_err(CliError::input)).collect()
     }
 
     /// Generates the load, plans it, and lists the replicas.

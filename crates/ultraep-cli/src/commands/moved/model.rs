@@ -72,6 +72,7 @@ struct OfMode {
 /// Defaults of the group in mode `--model`.
 const RANKS: usize = 64;
 const TOP_K: u32 = 8;
+const RATIOS: [&str; 5] = ["1.5", "2", "4", "6", "8"];
 
 pub(super) fn run(args: &Args, out: &mut dyn Write) -> Result<(), CliError> {
     let load = &args.load;
@@ -83,8 +84,8 @@ pub(super) fn run(args: &Args, out: &mut dyn Write) -> Result<(), CliError> {
     };
     let model = TransferModel::of_link(expert_bytes, args.chunk_bytes, args.link_bytes_per_s, args.hop_ns);
     model.check().map_err(CliError::input)?;
-    let lines =
-        load.ratio.iter().map(|&ratio| line(args, &topology, model, (ratio, top_k))).collect::<Result<_, _>>()?;
+    let ratios = load.ratios(&RATIOS)?.into_iter();
+    let lines = ratios.map(|ratio| line(args, &topology, model, (ratio, top_k))).collect::<Result<_, _>>()?;
     let record = Record {
         schema: "ultraep.weight-sync/1",
         bench: "weight-sync",
