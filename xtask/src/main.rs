@@ -32,6 +32,12 @@ enum Task {
     Grid,
     /// The planner's speed: plan and own split, medians and worst cases
     Speed,
+    /// Weight sync and grad reduce of random plans in all formats, on threads and on processes: every bit
+    Streams {
+        /// Plans on each fabric
+        #[arg(long, default_value_t = 1000)]
+        plans: u32,
+    },
     /// The fabric under failures and the train command under kills and interrupts, again and again
     Soak {
         /// How many times
@@ -47,6 +53,7 @@ fn main() -> ExitCode {
         Task::Digests => digests(),
         Task::Grid => cargo(["bench", "--locked", "-p", "ultraep-plan", "--bench", "grid"]),
         Task::Speed => cargo(["bench", "--locked", "-p", "ultraep-plan", "--bench", "speed"]),
+        Task::Streams { plans } => streams(plans),
         Task::Soak { rounds } => soak(rounds),
     };
     match result {
@@ -118,6 +125,16 @@ fn digests() -> Result<(), String> {
         }
     }
     Ok(())
+}
+
+/// Groups of the conformance suite's cases that run random plans.
+const STREAM_GROUPS: u32 = 5;
+
+fn streams(plans: u32) -> Result<(), String> {
+    let mut command = Command::new("cargo");
+    command.args(["test", "--locked", "--release", "-p", "ultraep-fabric", "--test", "conformance", "--", "streams_"]);
+    command.env("STREAM_PLANS", plans.div_ceil(STREAM_GROUPS).to_string()).current_dir(root());
+    run(&mut command)
 }
 
 fn soak(rounds: u32) -> Result<(), String> {

@@ -266,14 +266,15 @@ impl Endpoint {
         let others: Vec<Rank> = self.segment.ranks().filter(|&rank| rank != self.rank).collect();
         let activity = |rank: Rank| self.segment.control(rank).activity.load(Ordering::Relaxed);
         let blocked = |rank: &Rank| activity(*rank) != OperationKind::Compute as u32 || self.has_departed(*rank);
-        let queueing = |rank: &Rank| activity(*rank) == OperationKind::CorePermit as u32;
+        let waiting = [OperationKind::CorePermit as u32, OperationKind::Stream as u32];
+        let waiting = |rank: &Rank| waiting.contains(&activity(*rank));
         let entered = |rank: &Rank| self.segment.control(*rank).entered.load(Ordering::Relaxed) >= self.entered;
         let mut missing = others.clone();
         if let Awaited::Phase(_) = awaited {
             missing.retain(|rank| !entered(rank));
-            // Whoever queues for a core is not the one who hangs, if there is anyone else.
-            if !missing.iter().all(queueing) {
-                missing.retain(|rank| !queueing(rank));
+            // Whoever queues for a core or waits for tiles is not the one who hangs, if there is anyone else.
+            if !missing.iter().all(waiting) {
+                missing.retain(|rank| !waiting(rank));
             }
         }
         if missing.is_empty() || matches!(awaited, Awaited::Signal { .. }) {
