@@ -43,7 +43,7 @@ impl TransferBound {
     }
 }
 
-/// Computes bounds. Memory grows to the largest list seen.
+/// Computes bounds. All memory is taken by [`BoundTables::new`], for lists within the slots of the topology.
 #[derive(Clone, Debug)]
 pub struct BoundTables {
     model: TransferModel,
@@ -60,8 +60,9 @@ impl BoundTables {
     pub fn new(topology: &Topology, model: TransferModel) -> Result<Self, TransferModelError> {
         model.check()?;
         let spread = spread(topology.domain_ranks(), &model);
+        let sharing = Sharing::new(topology.ranks(), topology.experts(), total_slots(topology));
         let fanouts = Vec::with_capacity(total_slots(topology).min(topology.experts()));
-        Ok(Self { model, topology: topology.clone(), spread, fanouts, sharing: Sharing::default() })
+        Ok(Self { model, topology: topology.clone(), spread, fanouts, sharing })
     }
 
     /// The bound for a list of transfers.

@@ -20,7 +20,7 @@ use super::Transfers;
 const UNSEEN: u32 = u32::MAX;
 
 /// Memory for the flow.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub(super) struct Sharing {
     /// Sends of each expert that anyone may do: in all, and not yet placed.
     supply: Vec<u64>,
@@ -41,6 +41,25 @@ pub(super) struct Sharing {
 }
 
 impl Sharing {
+    /// For lists of up to `transfers` copies of `experts` experts between `ranks` ranks.
+    pub(super) fn new(ranks: usize, experts: usize, transfers: usize) -> Self {
+        let experts = experts.min(transfers);
+        let edges = transfers + experts;
+        Self {
+            supply: Vec::with_capacity(experts),
+            rest: Vec::with_capacity(experts),
+            first: Vec::with_capacity(experts + 1),
+            holder: Vec::with_capacity(edges),
+            placed: Vec::with_capacity(edges),
+            expert: Vec::with_capacity(edges),
+            own: Vec::with_capacity(ranks),
+            room: Vec::with_capacity(ranks),
+            by_expert: Vec::with_capacity(experts),
+            by_rank: Vec::with_capacity(ranks),
+            queue: Vec::with_capacity(experts),
+        }
+    }
+
     /// The least largest number of chunks that a rank sends, over a fabric without conditions but those above.
     pub(super) fn least_sends(&mut self, transfers: &Transfers, chunks: u64) -> u64 {
         self.enter(transfers, chunks);
