@@ -96,7 +96,9 @@ impl SimulatedEndpoint {
             collective => {
                 // Entering orders all that this rank did before.
                 self.scheduler.land_all_of(self.rank);
-                self.inner()?.submit(collective, stamp)
+                let result = self.inner()?.submit(collective, stamp);
+                self.scheduler.changed();
+                result
             }
         }
     }
@@ -150,9 +152,7 @@ impl Fabric for SimulatedEndpoint {
         let (kind, number) = (operation.kind(), self.submitted);
         self.turn(Place::Submit(number), kind)?;
         self.submitted += 1;
-        let result = self.submit_to_inner(operation, stamp);
-        self.scheduler.changed();
-        let ticket = result?;
+        let ticket = self.submit_to_inner(operation, stamp)?;
         self.turn(Place::InFlight(number), kind)?;
         Ok(ticket)
     }
@@ -161,7 +161,7 @@ impl Fabric for SimulatedEndpoint {
         for last in [false, true] {
             self.turn(Place::Elsewhere, OperationKind::Compute)?;
             let looked = self.look(ticket);
-            if !matches!(looked, Ok(Looked::Nothing)) {
+            if matches!(looked, Ok(Looked::Moved) | Err(_)) {
                 self.scheduler.changed();
             }
             match looked? {
@@ -178,7 +178,7 @@ impl Fabric for SimulatedEndpoint {
         loop {
             self.turn(Place::Elsewhere, OperationKind::Compute)?;
             let looked = self.look(&ticket);
-            if !matches!(looked, Ok(Looked::Nothing)) {
+            if matches!(looked, Ok(Looked::Moved) | Err(_)) {
                 self.scheduler.changed();
             }
             match looked? {

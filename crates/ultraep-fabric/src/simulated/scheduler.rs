@@ -45,9 +45,9 @@ enum Doing {
     Asleep {
         until_ns: u64,
     },
-    /// Looks again when something has changed since, or at this time.
+    /// Looks again when there is more news than this, or at this time.
     Blocked {
-        since: u64,
+        news: u64,
         until_ns: u64,
     },
     /// Never runs again, until all others have ended.
@@ -58,6 +58,8 @@ enum Doing {
 struct Member {
     doing: Doing,
     turns: u64,
+    /// How often something has changed that this rank may be waiting for.
+    news: u64,
 }
 
 struct State {
@@ -66,8 +68,6 @@ struct State {
     faults: Vec<Fault>,
     members: Vec<Member>,
     running: Option<usize>,
-    /// How often something has changed that a blocked rank may be waiting for.
-    changes: u64,
     now_ns: u64,
     messages: Vec<Message>,
     sent: u64,
@@ -95,9 +95,8 @@ impl Scheduler {
             random,
             habits,
             faults: simulation.faults.clone(),
-            members: (0..ranks).map(|_| Member { doing: Doing::Ready, turns: 0 }).collect(),
+            members: (0..ranks).map(|_| Member { doing: Doing::Ready, turns: 0, news: 0 }).collect(),
             running: None,
-            changes: 0,
             now_ns: 0,
             messages: Vec::new(),
             sent: 0,
@@ -164,7 +163,10 @@ impl Scheduler {
 
     /// The rank waits until something changes, at most this long.
     pub(super) fn block(&self, rank: Rank, at_most: Duration) {
-        self.pause(rank, |state| Doing::Blocked { since: state.changes, until_ns: state.after(at_most) });
+        self.pause(rank, |state| Doing::Blocked {
+            news: state.members[rank.index()].news,
+            until_ns: state.after(at_most),
+        });
     }
 
     /// The rank does nothing for this long.
@@ -188,7 +190,7 @@ impl Scheduler {
     pub(super) fn end(&self, rank: Rank) {
         let mut state = self.lock();
         state.members[rank.index()].doing = Doing::Ended;
-        state.changes += 1;
+        state.news_for_all();
         self.hand_over(&mut state, Some(rank));
     }
 
@@ -201,7 +203,7 @@ impl Scheduler {
 
     /// Something has changed that a blocked rank may be waiting for.
     pub(super) fn changed(&self) {
-        self.lock().changes += 1;
+        self.lock().news_for_all();
     }
 
     pub(super) fn now(&self) -> Duration {
@@ -255,7 +257,7 @@ impl Scheduler {
         state.messages.retain(|message| {
             message.from != rank || (matches!(message.content, Content::Put { .. }) && random.chance(512))
         });
-        state.changes += 1;
+        state.news_for_all();
     }
 
     /// The rank's process was killed: the supervisor notices after a while.
@@ -325,7 +327,7 @@ impl Scheduler {
         while let Some(index) = state.notices.iter().position(|&(time_ns, _)| time_ns <= now_ns) {
             let (_, rank) = state.notices.swap_remove(index);
             self.segment.fail(rank, &Failure::Lost { rank, loss: Loss::Killed { signal: 9 } });
-            state.changes += 1;
+            state.news_for_all();
         }
     }
 
@@ -341,12 +343,14 @@ impl Scheduler {
             }
         }
         state.fold(2 << 32 | number);
-        state.changes += 1;
         match content {
             // SAFETY: checked by `copy_out` when it was put. A rank's messages land before it submits a `Close`
             // (`land_all_of`), and a rank that is lost submits none.
             Content::Put { to, bytes } => unsafe { self.segment.land_put(to, &bytes) },
-            Content::Signal { rank, signal, add } => self.segment.raise_signal(rank, signal, add),
+            Content::Signal { rank, signal, add } => {
+                self.segment.raise_signal(rank, signal, add);
+                state.members[rank.index()].news += 1;
+            }
         }
     }
 }
@@ -355,6 +359,10 @@ impl State {
     /// Takes a choice into the digest.
     fn fold(&mut self, choice: u64) {
         self.digest = (self.digest ^ choice).wrapping_mul(0x0000_0100_0000_01b3);
+    }
+
+    fn news_for_all(&mut self) {
+        self.members.iter_mut().for_each(|member| member.news += 1);
     }
 
     fn after(&self, time: Duration) -> u64 {
@@ -395,7 +403,7 @@ impl State {
         match self.members[index].doing {
             Doing::Ready => true,
             Doing::Asleep { until_ns } => until_ns <= self.now_ns,
-            Doing::Blocked { since, until_ns } => since != self.changes || until_ns <= self.now_ns,
+            Doing::Blocked { news, until_ns } => news != self.members[index].news || until_ns <= self.now_ns,
             Doing::Hung | Doing::Ended => false,
         }
     }

@@ -57,7 +57,7 @@ impl Display for Kind {
 }
 
 /// Schedules under which each case is simulated.
-const SCHEDULES: std::ops::Range<u64> = 0..3;
+const SCHEDULES: std::ops::Range<u64> = 0..2;
 
 impl Need {
     fn missing(self, kind: Kind, has: Capabilities) -> Option<&'static str> {
