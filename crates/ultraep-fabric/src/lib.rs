@@ -56,6 +56,7 @@ mod operation;
 pub mod processes;
 mod region;
 mod shared;
+pub mod simulated;
 mod spec;
 mod sync;
 #[cfg(test)]

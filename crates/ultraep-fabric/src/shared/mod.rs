@@ -2,6 +2,7 @@
 
 mod collective;
 mod doorbell;
+mod driven;
 mod endpoint;
 mod failure;
 mod layout;
