@@ -79,6 +79,12 @@ pub enum RuntimeError {
         /// The ring's size.
         max_microbatches: usize,
     },
+    /// A forward for training in a runtime without gradients.
+    #[error("{at}: this runtime was built for inference only (no microbatches between forward and backward)")]
+    InferenceOnly {
+        /// Where.
+        at: VirtualLayer,
+    },
     /// A second forward of a virtual layer: it would drop the first one's plan.
     #[error(
         "{at}: its forward has run and its backward has not; a second forward would drop the first one's plan (to run it again, replay it)"

@@ -20,7 +20,7 @@ use crate::{Endpoint, Part, RuntimeConfig, RuntimeError, VirtualLayer};
 pub struct LayerMasters {
     /// Weights.
     pub weights: Region,
-    /// Gradients, added to by every backward.
+    /// Gradients, added to by every backward. No bytes in a runtime that only infers.
     pub grads: Region,
 }
 
@@ -98,7 +98,7 @@ impl Manager {
         let master_bytes = topology.masters(rank).len() * config.shape.weight_bytes();
         for layer in &masters {
             expect_size("bytes of master weights", layer.weights.bytes(), master_bytes)?;
-            expect_size("bytes of master gradients", layer.grads.bytes(), master_bytes)?;
+            expect_size("bytes of master gradients", layer.grads.bytes(), config.grad_bytes(master_bytes))?;
         }
         let mut policies = Vec::new();
         for &kind in &config.policies.kinds {
@@ -119,9 +119,9 @@ impl Manager {
             masters,
             slot_weights: window(window::SLOT_WEIGHTS)?,
             slot_grads: window(window::SLOT_GRADS)?,
-            scratch: Region::zeroed(config.shape.weight_bytes()),
+            scratch: Region::zeroed(config.grad_bytes(config.shape.weight_bytes())),
             put_to: Vec::with_capacity(ranks),
-            ring: Ring::new(config.layers, config.max_microbatches, kept),
+            ring: Ring::new(config.layers, config.ring_places(), kept),
             counts_send: Region::zeroed(row * size_of::<u32>()),
             counts_recv: Region::zeroed(ranks * row * size_of::<u32>()),
             digest_send: Region::zeroed(size_of::<u64>()),
