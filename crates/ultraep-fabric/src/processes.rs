@@ -93,7 +93,7 @@ pub fn launch(spec: &GroupSpec, mut command: impl FnMut(Rank, JoinInfo) -> Comma
     Ok(group)
 }
 
-fn memory_file(bytes: usize) -> Result<OwnedFd, FabricError> {
+pub(crate) fn memory_file(bytes: usize) -> Result<OwnedFd, FabricError> {
     let failed = |call| move |error: rustix::io::Errno| FabricError::os(call, error);
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     let file = memfd_create(c"ultraep-fabric", flags).map_err(failed("memfd_create"))?;

@@ -17,4 +17,6 @@ mod word;
 pub(crate) use endpoint::Endpoint;
 pub(crate) use failure::Failure;
 pub(crate) use layout::Layout;
+#[cfg(test)]
+pub(crate) use segment::MAGIC;
 pub(crate) use segment::{SEALS, Segment};
