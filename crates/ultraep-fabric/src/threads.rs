@@ -1,7 +1,6 @@
 //! EP ranks as threads of this process.
 
-use crate::shared::{Endpoint, Failure, STATUS_RUNNING, Segment};
-use crate::sync::Ordering;
+use crate::shared::{Endpoint, Failure, Segment};
 use crate::{Fabric, FabricError, GroupError, GroupSpec, Loss};
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -37,7 +36,7 @@ where
     let main = &main;
     let outcomes: Vec<Outcome<T, E>> = thread::scope(|scope| {
         let spawn = |rank: Rank| {
-            segment.control(rank).status.store(STATUS_RUNNING, Ordering::Relaxed);
+            segment.control(rank).status.start();
             let own = Arc::clone(&segment);
             thread::Builder::new()
                 .name(format!("rank {rank}"))

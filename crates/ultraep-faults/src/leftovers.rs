@@ -5,17 +5,22 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{WaitOptions, wait};
 
-/// Threads and descriptors of this process at one moment.
+/// Threads, descriptors and groups' memory of this process at one moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Leftovers {
     threads: usize,
     descriptors: usize,
+    /// Shared anonymous mappings: the memory of groups of threads.
+    mappings: usize,
 }
 
 impl Leftovers {
     /// What there is now.
     pub fn now() -> Self {
-        Self { threads: count("/proc/self/task"), descriptors: count("/proc/self/fd") }
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
+        // The kernel's name for them.
+        let mappings = maps.lines().filter(|line| line.ends_with("/dev/zero (deleted)")).count();
+        Self { threads: count("/proc/self/task"), descriptors: count("/proc/self/fd"), mappings }
     }
 
     /// That nothing more is there than before: no thread, no descriptor, no child, no mapping of a group of processes and no

@@ -3,7 +3,7 @@
 use super::collective::InFlight;
 use super::failure::Failure;
 use super::permits::Asked;
-use super::segment::{STATUS_RUNNING, Segment};
+use super::segment::Segment;
 use super::word::FAILED;
 use crate::operation::OperationKind;
 use crate::sync::Ordering;
@@ -261,8 +261,7 @@ impl Endpoint {
     }
 
     fn has_departed(&self, rank: Rank) -> bool {
-        // SYNC POINT status: pairs with `depart`.
-        self.segment.control(rank).status.load(Ordering::Acquire) > STATUS_RUNNING
+        !self.segment.control(rank).status.is_in_group()
     }
 
     /// Who is missing after the timeout.

@@ -30,8 +30,7 @@ mod endpoint;
 mod habits;
 mod scheduler;
 
-use crate::shared::{Endpoint, Failure, STATUS_RUNNING, Segment};
-use crate::sync::Ordering;
+use crate::shared::{Endpoint, Failure, Segment};
 use crate::threads::{Outcome, panic_message, results};
 use crate::{Fabric, GroupError, GroupSpec, Loss, OperationKind};
 use core::time::Duration;
@@ -137,7 +136,7 @@ where
     let main = &main;
     let outcomes: Vec<Outcome<T, E>> = thread::scope(|scope| {
         let spawn = |rank: Rank| {
-            segment.control(rank).status.store(STATUS_RUNNING, Ordering::Relaxed);
+            segment.control(rank).status.start();
             let (own, scheduler) = (Arc::clone(&segment), Arc::clone(&scheduler));
             thread::Builder::new()
                 .name(format!("rank {rank}"))
