@@ -61,7 +61,9 @@ pub enum SimError {
     #[error(transparent)]
     Pipeline(#[from] PipelineError),
     /// No load process has the imbalance asked for.
-    #[error("no load process has a mean imbalance of {target_permille} thousandths here: within reach are {least_permille} to {most_permille}")]
+    #[error(
+        "no load process has a mean imbalance of {target_permille} thousandths here: within reach are {least_permille} to {most_permille}"
+    )]
     Fit {
         /// What was asked for.
         target_permille: u64,

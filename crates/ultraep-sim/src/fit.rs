@@ -47,40 +47,43 @@ pub fn fit_process(
         let of = |permille: u32| (u64::from(deviation).pow(2) * u64::from(permille) / 1000).isqrt() as u32;
         ProcessParams { skew_milli: of(1000 - drift_permille), drift_milli: of(drift_permille), ..base }
     };
-    let as_routed = |deviation| none_permille(parts(deviation, 500), target);
-    let deviation = bisect((0, crate::process::MAX_DEVIATION as u32), target.none_permille, as_routed)?;
+    let range = (0, crate::process::MAX_DEVIATION as u32);
+    let as_routed = |deviation, drift| none_permille(parts(deviation, drift), target);
     let (Some(wanted), Some((system, topology, model))) = (target.historical_permille, historical) else {
+        let deviation = bisect(range, target.none_permille, |deviation| as_routed(deviation, 0))?;
         let params = parts(deviation, 0);
         return Ok(Fit { params, none_permille: none_permille(params, target)?, historical_permille: None });
     };
-    let under = |drift| historical_permille(parts(deviation, drift), target, system, topology, model);
-    let drift = bisect((0, 1000), wanted, under)?;
+    let mut drift = 500;
+    let mut deviation = bisect(range, target.none_permille, |deviation| as_routed(deviation, drift))?;
+    // One shifts the other a little.
+    for _ in 0..2 {
+        let under = |drift| historical_permille(parts(deviation, drift), target, system, topology, model);
+        drift = bisect((0, 1000), wanted, under)?;
+        deviation = bisect(range, target.none_permille, |deviation| as_routed(deviation, drift))?;
+    }
     let params = parts(deviation, drift);
-    // The parts shift the mean a little: once more for the sum.
-    let as_routed = |deviation| none_permille(parts(deviation, drift), target);
-    let deviation = bisect((0, crate::process::MAX_DEVIATION as u32), target.none_permille, as_routed)?;
-    let params = ProcessParams { seed: params.seed, ..parts(deviation, drift) };
     let historical = historical_permille(params, target, system, topology, model)?;
     Ok(Fit { params, none_permille: none_permille(params, target)?, historical_permille: Some(historical) })
 }
 
 /// The argument in `range` whose value is nearest to `wanted`, for a value that grows with it.
-fn bisect(
-    range: (u32, u32),
-    wanted: u64,
-    value: impl Fn(u32) -> Result<u64, SimError>,
-) -> Result<u32, SimError> {
+fn bisect(range: (u32, u32), wanted: u64, value: impl Fn(u32) -> Result<u64, SimError>) -> Result<u32, SimError> {
     let (mut low, mut high) = range;
     let (least, most) = (value(low)?, value(high)?);
-    // A hundredth beyond either end is as near as it gets.
-    if wanted + 10 < least || wanted > most + 10 {
+    // Up to 5% beyond an end, the end is as near as it gets; the fit says what it has.
+    if wanted * 100 < least * 95 || wanted * 100 > most * 105 {
         return Err(SimError::Fit { target_permille: wanted, least_permille: least, most_permille: most });
     }
     let (mut at_low, mut at_high) = (least, most);
     for _ in 0..ROUNDS {
         let middle = low.midpoint(high);
         let got = value(middle)?;
-        if got <= wanted { (low, at_low) = (middle, got) } else { (high, at_high) = (middle, got) }
+        if got <= wanted {
+            (low, at_low) = (middle, got)
+        } else {
+            (high, at_high) = (middle, got)
+        }
         if high - low <= 1 {
             break;
         }
@@ -183,6 +186,7 @@ mod tests {
         let square = |x: u32| Ok(u64::from(x * x));
         assert_eq!(bisect((0, 100), 2500, square), Ok(50));
         assert_eq!(bisect((0, 100), 2549, square), Ok(50));
+        assert_eq!(bisect((0, 10), 104, square), Ok(10));
         assert!(matches!(bisect((0, 10), 200, square), Err(SimError::Fit { most_permille: 100, .. })));
     }
 }

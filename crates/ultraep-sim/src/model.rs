@@ -149,7 +149,8 @@ impl ModelSpec {
     /// Operations of a token in a training step: forward once, backward twice as many. Recomputed ones do not count.
     pub fn token_flops(&self, sequence: u32) -> u64 {
         let moe = self.rest_flops(sequence) + u64::from(self.top_k) * self.row_flops();
-        let layers = u64::from(self.moe_layers()) * moe + u64::from(self.dense_layers) * self.dense_layer_flops(sequence);
+        let layers =
+            u64::from(self.moe_layers()) * moe + u64::from(self.dense_layers) * self.dense_layer_flops(sequence);
         3 * (layers + self.head_flops())
     }
 

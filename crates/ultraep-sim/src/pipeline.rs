@@ -213,7 +213,8 @@ mod tests {
 
     #[test]
     fn shapes_are_checked() {
-        let refused = |stages, chunks, microbatches| Schedule::new(Pipeline { stages, chunks, microbatches }).unwrap_err();
+        let refused =
+            |stages, chunks, microbatches| Schedule::new(Pipeline { stages, chunks, microbatches }).unwrap_err();
         assert_eq!(refused(0, 1, 1), PipelineError::Zero("stages"));
         assert_eq!(refused(4, 2, 6), PipelineError::Rounds { microbatches: 6, stages: 4 });
     }

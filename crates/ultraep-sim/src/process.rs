@@ -12,7 +12,7 @@
 
 use crate::SimError;
 use crate::error::within;
-use crate::random::{ONE, exp2, normal, random};
+use crate::random::{ONE, exp2, heavy, normal, random};
 
 /// What a [`LoadProcess`] is made from. Deviations are in thousandths of an octave.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,7 +88,7 @@ impl LoadProcess {
         let mut lasting = random(seed, SKEW, u64::from(layer), 0);
         let mut fresh = random(seed, DRIFT, u64::from(layer), moment);
         for exponent in &mut self.exponents {
-            let sum = scaled(normal(&mut lasting), skew_milli) + scaled(normal(&mut fresh), drift_milli);
+            let sum = scaled(heavy(&mut lasting), skew_milli) + scaled(normal(&mut fresh), drift_milli);
             *exponent = sum * heat / ONE;
         }
         out.clear();

@@ -24,6 +24,13 @@ pub(crate) fn normal(rng: &mut ChaCha8Rng) -> i64 {
     (sum - 2 * 0xffff) * ONE * 1732 / (1000 << 16)
 }
 
+/// Mean 0, deviation [`ONE`], with the heavy tails of expert loads: a normal number times its own size.
+pub(crate) fn heavy(rng: &mut ChaCha8Rng) -> i64 {
+    let z = normal(rng);
+    // The deviation of z |z| is sqrt(3 less what four uniform numbers lack in kurtosis, 0.3).
+    z * z.abs() / ONE * 1000 / 1643
+}
+
 /// `2^(exponent / ONE)` in 2^20ths, for exponents within 20 octaves of 0; clamped beyond. Relative error below 2e-4.
 pub(crate) fn exp2(exponent: i64) -> u64 {
     let exponent = exponent.clamp(-20 * ONE, 20 * ONE);

@@ -165,7 +165,12 @@ impl StepSpec {
         within("data-parallel groups", u64::from(self.data_parallel), 1, 1 << 20)?;
         within("groups sampled", u64::from(self.groups_sampled), 1, u64::from(self.data_parallel))?;
         within("microbatches", u64::from(self.pipeline.microbatches), 1, 4096)?;
-        within("tokens of a process", u64::from(self.process.tokens_per_rank), 1, u64::from(self.batch.tokens_per_rank))?;
+        within(
+            "tokens of a process",
+            u64::from(self.process.tokens_per_rank),
+            1,
+            u64::from(self.batch.tokens_per_rank),
+        )?;
         within("ranks of the process", u64::from(self.process.ranks), u64::from(self.ranks), u64::from(self.ranks))?;
         let experts = u64::from(self.model.experts);
         within("experts of the process", u64::from(self.process.experts), experts, experts)?;
@@ -202,7 +207,12 @@ impl StepSpec {
 }
 
 /// Simulates a step under a system. With `spans` the event level keeps what ranks did in the first microbatch.
-pub fn simulate_step(spec: &StepSpec, system: &System, fidelity: Fidelity, spans: bool) -> Result<StepReport, SimError> {
+pub fn simulate_step(
+    spec: &StepSpec,
+    system: &System,
+    fidelity: Fidelity,
+    spans: bool,
+) -> Result<StepReport, SimError> {
     spec.check()?;
     let topology = spec.topology()?;
     let late = match spec.mistake {
@@ -411,7 +421,8 @@ impl<'a> Runner<'a> {
     fn layer(&mut self, op: Op, layer: u32, sums: &mut Sums) {
         let c = &self.spec.machine.calibrated;
         let Some(sample) = self.spec.sample(layer) else {
-            let flops = u64::from(self.spec.batch.tokens_per_rank) * self.spec.model.dense_layer_flops(self.spec.batch.sequence);
+            let flops = u64::from(self.spec.batch.tokens_per_rank)
+                * self.spec.model.dense_layer_flops(self.spec.batch.sequence);
             return self.delay(match op.direction {
                 Direction::Forward => at_rate_ps(flops, c.forward_flops_per_s),
                 Direction::Backward => at_rate_ps(2 * flops, c.backward_flops_per_s),
@@ -455,7 +466,8 @@ fn report(spec: &StepSpec, system: &System, sums: Sums, group: Group) -> StepRep
     let dense = spec.model.attention.parameters(spec.model.hidden) + shared;
     let (experts, dense) = (layers_of_stage * of_experts, layers_of_stage * dense);
     // Gradients in fp32; experts are reduced over the groups, dense parameters over all their ranks.
-    let ring = |bytes: u64, members: u64| (u128::from(2 * bytes) * u128::from(members - 1) / u128::from(members)) as u64;
+    let ring =
+        |bytes: u64, members: u64| (u128::from(2 * bytes) * u128::from(members - 1) / u128::from(members)) as u64;
     let groups = u64::from(spec.data_parallel);
     let bytes = ring(4 * experts, groups) + ring(4 * dense, groups * u64::from(spec.ranks));
     let all_reduce = at_rate_ps(bytes, spec.machine.scale_out_bytes_per_s).saturating_sub(group.last_backward_ps);

@@ -2,8 +2,8 @@
 
 use std::io::Write;
 
-use ultraep_sim::calibrate::{Breakdown, Target, calibrate};
 use ultraep_sim::Calibrated;
+use ultraep_sim::calibrate::{Breakdown, Target, calibrate};
 
 use super::files::{Calibration, Plan};
 use super::training::prepare;

@@ -18,7 +18,8 @@ macro_rules! built_in {
 }
 
 /// Plans that come with the program.
-pub(super) const PLANS: [(&str, &str); 2] = built_in!("sims", "calibrate", "figure-11");
+pub(super) const PLANS: [(&str, &str); 7] =
+    built_in!("sims", "calibrate", "figure-11", "figure-13", "figure-14", "figure-15", "figure-16", "figure-17");
 const MACHINES: [(&str, &str); 1] = built_in!("sims", "paper-rack");
 const MODELS: [(&str, &str); 5] =
     built_in!("models", "qwen3-235b-a22b", "glm4.5-106b-a12b", "glm4.7-358b", "deepseek-v3-671b-a37b", "moe-288b");
@@ -35,10 +36,8 @@ pub(super) enum Experiment {
     Training,
     /// The machine's constants.
     Calibration,
-    /// Balancing alone, on synthetic loads of given imbalance.
+    /// Balancing and weight sync alone, on synthetic loads of given imbalance.
     Balancing,
-    /// Weight sync alone, on synthetic loads of given imbalance.
-    WeightSync,
     /// Training steps over a grid of configurations.
     Sweep,
 }
@@ -64,11 +63,8 @@ pub(super) enum Metric {
     Fanout,
     Remote,
     TokensPerS,
-    TorchMs,
-    DirectMs,
-    RelayMs,
+    SyncMs,
     Relayed,
-    BoundMs,
 }
 
 /// A published number.
@@ -81,10 +77,12 @@ pub(super) struct Paper {
     /// Whether something was fitted to it.
     #[serde(default)]
     pub(super) calibrated: bool,
+    /// Initial imbalance it is for; all of the grid unless given.
+    pub(super) ratio: Option<f64>,
 }
 
 /// A load process: fitted to mean imbalances, or given.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Load {
     /// Mean imbalance as routed, to fit to.
@@ -152,7 +150,11 @@ pub(super) struct Case {
     pub(super) recompute: bool,
     #[serde(default = "n::<100>", deserialize_with = "bounded::<1, 10000, _, _>")]
     pub(super) bandwidth_percent: u32,
+    #[serde(default)]
     pub(super) load: Load,
+    /// Routed experts of a layer, instead of the model's.
+    #[serde(default, deserialize_with = "optional::<1, 65535, _>")]
+    pub(super) experts: Option<u32>,
     /// Experts that a token chooses, instead of the model's.
     #[serde(default, deserialize_with = "optional::<1, 256, _>")]
     pub(super) top_k: Option<u32>,
@@ -182,6 +184,9 @@ pub(super) struct Grid {
     #[serde(default = "n::<4>", deserialize_with = "bounded::<1, 1000, _, _>")]
     pub(super) seeds: u32,
     pub(super) workload: String,
+    /// Published means over the whole grid.
+    #[serde(default)]
+    pub(super) paper: Vec<Paper>,
 }
 
 /// Configurations of a sweep: every combination that can exist.
@@ -286,9 +291,9 @@ fn yes() -> bool {
     true
 }
 
-/// Sources differ by half an octave unless a plan says otherwise.
+/// Sources differ by 0.7 octaves unless a plan says otherwise.
 fn spread() -> u32 {
-    500
+    700
 }
 
 fn optional<'de, const LEAST: u64, const MOST: u64, D: Deserializer<'de>>(from: D) -> Result<Option<u32>, D::Error> {

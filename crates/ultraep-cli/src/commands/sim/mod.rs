@@ -1,5 +1,6 @@
 //! `ultraep sim`: what training and prefill take on a rack, beside what was published.
 
+mod balancing;
 mod calibration;
 mod files;
 mod record;
@@ -47,6 +48,7 @@ pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<(), CliError> {
     let mut record = Record::new(&plan, &machine(&plan.machine)?.name);
     record.cases = match plan.experiment {
         Experiment::Training => training_cases(&plan, threads)?,
+        Experiment::Balancing => balancing::run(&plan, threads)?,
         _ => Vec::new(),
     };
     match args.json {

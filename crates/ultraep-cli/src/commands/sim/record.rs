@@ -67,11 +67,8 @@ impl Metric {
             Self::Fanout => "largest fan-out",
             Self::Remote => "rows that cross ranks",
             Self::TokensPerS => "tokens/s",
-            Self::TorchMs => "collectives ms",
-            Self::DirectMs => "direct ms",
-            Self::RelayMs => "with relays ms",
+            Self::SyncMs => "weight sync ms",
             Self::Relayed => "experts relayed",
-            Self::BoundMs => "lower bound ms",
         }
     }
 
@@ -110,7 +107,6 @@ impl Experiment {
             Self::Training => "training",
             Self::Calibration => "calibration",
             Self::Balancing => "balancing",
-            Self::WeightSync => "weight-sync",
             Self::Sweep => "sweep",
         }
     }

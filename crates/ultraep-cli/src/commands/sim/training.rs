@@ -6,12 +6,15 @@ use std::sync::{Mutex, PoisonError};
 
 use ultraep_plan::FULL_SPEED;
 use ultraep_sim::{
-    Batch, Fidelity, Fit, FitTarget, Jitter, Mistake, Pipeline, ProcessParams, StepReport, StepSpec, System, fit_process,
-    simulate_step,
+    Batch, Fidelity, Fit, FitTarget, Jitter, Mistake, Pipeline, ProcessParams, StepReport, StepSpec, System,
+    fit_process, simulate_step,
 };
 
 use super::files::{Case, Metric, machine, model, systems};
 use crate::error::CliError;
+
+/// Layers that a load process is fitted on at most.
+const FIT_LAYERS: u32 = 16;
 
 /// A case ready to run.
 #[derive(Clone, Debug)]
@@ -25,6 +28,7 @@ pub(super) struct Ready {
 pub(super) fn prepare(case: &Case, machine_name: &str, seed: u32) -> Result<Ready, CliError> {
     let mut model = model(&case.model)?;
     model.top_k = case.top_k.unwrap_or(model.top_k);
+    model.experts = case.experts.unwrap_or(model.experts);
     let machine = machine(machine_name)?.with_bandwidth_percent(case.bandwidth_percent);
     let ranks = case.ranks - case.lost_ranks.min(case.ranks - 1);
     let mut speeds = Vec::new();
@@ -33,7 +37,10 @@ pub(super) fn prepare(case: &Case, machine_name: &str, seed: u32) -> Result<Read
         for slow in &case.slow {
             let Some(speed) = speeds.get_mut(slow.rank as usize) else {
                 let last = ranks - 1;
-                return Err(CliError::Input(format!("{}: slow rank {}: allowed are 0 to {last}", case.name, slow.rank)));
+                return Err(CliError::Input(format!(
+                    "{}: slow rank {}: allowed are 0 to {last}",
+                    case.name, slow.rank
+                )));
             };
             *speed = FULL_SPEED * slow.speed_percent / 100;
         }
@@ -82,7 +89,7 @@ pub(super) fn prepare(case: &Case, machine_name: &str, seed: u32) -> Result<Read
             let target = FitTarget {
                 none_permille,
                 historical_permille: case.load.eplb,
-                layers: spec.layers_sampled,
+                layers: spec.layers_sampled.min(FIT_LAYERS),
                 microbatches: case.microbatches,
             };
             let eplb = systems(&["eplb".to_string()], case.microbatches)?;
