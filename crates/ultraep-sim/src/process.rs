@@ -103,6 +103,13 @@ impl LoadProcess {
         }
     }
 
+    /// Counts of a layer's first microbatch after the steps that history sees, as fits and steps count them.
+    pub fn sample(&mut self, layer: u32) -> Vec<u32> {
+        let mut counts = Vec::new();
+        self.counts(layer, crate::fit::HISTORY_STEPS, 0, &mut counts);
+        counts
+    }
+
     /// In `ONE`ths.
     fn heat(&self, layer: u32) -> i64 {
         match self.params.layer_spread_milli {

@@ -4,12 +4,17 @@ use std::collections::BTreeMap;
 
 use ultraep_load::{LoadParams, Workload, generate};
 use ultraep_plan::{Ratio, Topology, TopologySpec};
-use ultraep_sim::{Balancer, LayerLoad, Machine, ModelSpec, System};
+use ultraep_sim::{
+    Balancer, FitTarget, LayerLoad, LoadProcess, Machine, ModelSpec, ProcessParams, System, fit_process,
+};
 
 use super::files::{Case, Grid, Metric, Paper, Plan, machine, model, systems};
 use super::record::{CaseRecord, rows};
 use super::training::in_parallel;
 use crate::error::CliError;
+
+/// The workload that is a load process fitted to each imbalance, as in training.
+const PROCESS: &str = "process";
 
 /// One group at one initial imbalance.
 struct Cell<'a> {
@@ -25,7 +30,10 @@ pub(super) fn run(plan: &Plan, threads: usize) -> Result<Vec<CaseRecord>, CliErr
     let Some(grid) = &plan.grid else {
         return Err(CliError::Input(format!("{}: no [grid]: experiment \"balancing\" needs it", plan.title)));
     };
-    let workload: Workload = grid.workload.parse().map_err(CliError::input)?;
+    let workload = match grid.workload.as_str() {
+        PROCESS => None,
+        name => Some(name.parse::<Workload>().map_err(|e| CliError::Input(format!("{e}, {PROCESS}")))?),
+    };
     let machine = machine(&plan.machine)?;
     let mut cells = Vec::new();
     for case in &plan.case {
@@ -47,7 +55,7 @@ pub(super) fn run(plan: &Plan, threads: usize) -> Result<Vec<CaseRecord>, CliErr
     for (cell, figures) in cells.iter().zip(&measured) {
         let paper: Vec<Paper> =
             cell.case.paper.iter().filter(|p| p.ratio.is_none_or(|r| r == cell.ratio)).cloned().collect();
-        let load = format!("{} loads of {workload} with an imbalance of {}", grid.seeds, cell.ratio);
+        let load = format!("{} loads ({}) with an imbalance of {}", grid.seeds, grid.workload, cell.ratio);
         records.push(record(format!("{}, initial {}", cell.case.name, cell.ratio), load, &metrics, figures, &paper));
     }
     Ok(records)
@@ -74,27 +82,16 @@ fn cell<'a>(plan: &Plan, case: &'a Case, ratio: f64) -> Result<Cell<'a>, CliErro
 
 impl Cell<'_> {
     /// Means over seeds.
-    fn measure(&self, machine: &Machine, grid: &Grid, workload: Workload, seed: u32) -> Result<Figures, CliError> {
-        let ratio = (self.ratio * 1000.0).round() as u32;
-        let ratio = Ratio::new(ratio, 1000)
-            .ok_or_else(|| CliError::Input(format!("ratio {}: allowed are 1 and more", self.ratio)))?;
+    fn measure(&self, machine: &Machine, grid: &Grid, workload: Option<Workload>, seed: u32) -> Result<Figures, CliError> {
+        let loads = self.loads(grid, workload, seed)?;
         let mut all = Vec::new();
         for system in &self.systems {
             let mut sums = BTreeMap::new();
             let transfers = machine.transfer_model(&self.model);
             let mut balancer = Balancer::new(system, &self.topology, transfers).map_err(CliError::input)?;
-            for index in 0..grid.seeds {
-                let params = LoadParams {
-                    tokens_per_rank: self.case.tokens,
-                    top_k: self.case.top_k.unwrap_or(self.model.top_k),
-                    ratio,
-                    seed: u64::from(seed) + u64::from(index),
-                    microbatch: 0,
-                };
-                let counts = generate(workload, &self.topology, &params)
-                    .map_err(|error| CliError::Input(format!("case {:?}: {error}", self.case.name)))?;
+            for counts in &loads {
                 let mut load = LayerLoad::default();
-                balancer.microbatch(counts.counts(), &mut load).map_err(CliError::input)?;
+                balancer.microbatch(counts, &mut load).map_err(CliError::input)?;
                 let sync = load.sync_ns.iter().copied().max().unwrap_or(0);
                 let start = if load.replicas > 0 { machine.sync_start_ns } else { 0 };
                 for (metric, value) in [
@@ -111,6 +108,46 @@ impl Cell<'_> {
             all.push((system.name.clone(), sums));
         }
         Ok(all)
+    }
+}
+
+impl Cell<'_> {
+    /// Counts of every seed.
+    fn loads(&self, grid: &Grid, workload: Option<Workload>, seed: u32) -> Result<Vec<Vec<u32>>, CliError> {
+        let in_case = |error: &dyn std::fmt::Display| CliError::Input(format!("case {:?}: {error}", self.case.name));
+        let permille = (self.ratio * 1000.0).round() as u32;
+        let (tokens_per_rank, top_k) = (self.case.tokens, self.case.top_k.unwrap_or(self.model.top_k));
+        let Some(workload) = workload else {
+            let base = ProcessParams {
+                ranks: self.case.ranks,
+                experts: self.model.experts,
+                tokens_per_rank,
+                top_k,
+                skew_milli: 0,
+                drift_milli: 0,
+                spread_milli: self.case.load.spread,
+                layer_spread_milli: self.case.load.layer_spread,
+                seed: u64::from(seed),
+            };
+            let target = FitTarget {
+                none_permille: u64::from(permille),
+                historical_permille: None,
+                layers: grid.seeds,
+                microbatches: 1,
+            };
+            let fit = fit_process(base, &target, None).map_err(|error| in_case(&error))?;
+            let mut process = LoadProcess::new(fit.params).map_err(|error| in_case(&error))?;
+            return Ok((0..grid.seeds).map(|layer| process.sample(layer)).collect());
+        };
+        let ratio = Ratio::new(permille, 1000)
+            .ok_or_else(|| CliError::Input(format!("ratio {}: allowed are 1 and more", self.ratio)))?;
+        let load = |index: u32| {
+            let seed = u64::from(seed) + u64::from(index);
+            let params = LoadParams { tokens_per_rank, top_k, ratio, seed, microbatch: 0 };
+            let made = generate(workload, &self.topology, &params).map_err(|error| in_case(&error))?;
+            Ok(made.counts().to_vec())
+        };
+        (0..grid.seeds).map(load).collect()
     }
 }
 

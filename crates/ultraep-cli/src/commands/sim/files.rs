@@ -18,8 +18,21 @@ macro_rules! built_in {
 }
 
 /// Plans that come with the program.
-pub(super) const PLANS: [(&str, &str); 7] =
-    built_in!("sims", "calibrate", "figure-11", "figure-13", "figure-14", "figure-15", "figure-16", "figure-17");
+pub(super) const PLANS: [(&str, &str); 12] = built_in!(
+    "sims",
+    "calibrate",
+    "figure-11",
+    "figure-13",
+    "figure-14",
+    "figure-15",
+    "figure-16",
+    "figure-17",
+    "events",
+    "faults",
+    "scale",
+    "sweep",
+    "sweep-large"
+);
 const MACHINES: [(&str, &str); 1] = built_in!("sims", "paper-rack");
 const MODELS: [(&str, &str); 5] =
     built_in!("models", "qwen3-235b-a22b", "glm4.5-106b-a12b", "glm4.7-358b", "deepseek-v3-671b-a37b", "moe-288b");
@@ -193,6 +206,9 @@ pub(super) struct Grid {
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Sweep {
+    /// Routed experts for each rank, instead of the model's.
+    #[serde(default, deserialize_with = "optional::<1, 64, _>")]
+    pub(super) experts_per_rank: Option<u32>,
     #[serde(default)]
     pub(super) ranks: Vec<u32>,
     #[serde(default)]

@@ -3,20 +3,27 @@
 mod balancing;
 mod calibration;
 mod files;
+mod plots;
 mod record;
+mod sweep;
+mod timeline;
 mod training;
 
 use std::io::Write;
 use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
 
 use self::files::{Experiment, Metric, PLANS, Plan, machine, plan, systems};
 use self::record::{CaseRecord, Record, load_words, rows};
 use self::training::{figures, in_parallel, prepare, relate, step};
 use super::write_json;
-use crate::error::CliError;
+use ultraep_sim::Fidelity;
+use crate::error::{CliError, note};
 
 pub(crate) const EXAMPLES: &str = "Examples:
   ultraep sim figure-11                    training throughput beside the paper's
+  ultraep sim figure-13 --svg plots        with plots
+  ultraep sim figure-11 --trace step.json  with a timeline of a step
   ultraep sim my-plan.toml --json          a plan of your own
   ultraep sim calibrate                    how the machine's constants were fitted";
 
@@ -30,6 +37,12 @@ pub(crate) struct Args {
     /// JSON (schema ultraep.sim/1) instead of tables
     #[arg(long)]
     json: bool,
+    /// Write SVG plots into this folder, one a metric
+    #[arg(long, value_name = "FOLDER")]
+    svg: Option<PathBuf>,
+    /// Write a timeline of the last system but `ideal` on the first case, at the event level (Chrome trace, for Perfetto)
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
     /// Threads; the result does not depend on them [default: all cores]
     #[arg(long, value_name = "N")]
     threads: Option<NonZeroUsize>,
@@ -45,16 +58,37 @@ pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<(), CliError> {
     if plan.experiment == Experiment::Calibration {
         return calibration::run(&plan, out);
     }
+    if plan.experiment == Experiment::Sweep {
+        let record = sweep::run(&plan, threads)?;
+        return if args.json { write_json(out, &record) } else { record.print(out) };
+    }
     let mut record = Record::new(&plan, &machine(&plan.machine)?.name);
     record.cases = match plan.experiment {
-        Experiment::Training => training_cases(&plan, threads)?,
         Experiment::Balancing => balancing::run(&plan, threads)?,
-        _ => Vec::new(),
+        _ => training_cases(&plan, threads)?,
     };
-    match args.json {
-        true => write_json(out, &record),
-        false => record.print(out),
+    if let Some(folder) = &args.svg {
+        let stem = Path::new(name).file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        for path in plots::write(folder, &stem, &record)? {
+            note(format!("wrote {}", path.display()));
+        }
     }
+    if let Some(path) = &args.trace {
+        trace(&plan, path)?;
+    }
+    if args.json { write_json(out, &record) } else { record.print(out) }
+}
+
+fn trace(plan: &Plan, path: &Path) -> Result<(), CliError> {
+    let case = &plan.case[0];
+    let systems = systems(&plan.systems, case.microbatches)?;
+    let Some(system) = systems.iter().rev().find(|system| system.name != "ideal") else {
+        return Err(CliError::Input("--trace: the plan has no system but ideal".to_string()));
+    };
+    let report = step(&prepare(case, &plan.machine, plan.seed)?, system, Fidelity::Events, true)?;
+    timeline::write(path, &report)?;
+    note(format!("wrote {}: {} on {}", path.display(), system.name, case.name));
+    Ok(())
 }
 
 fn training_cases(plan: &Plan, threads: usize) -> Result<Vec<CaseRecord>, CliError> {
