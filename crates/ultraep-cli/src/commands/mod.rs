@@ -6,6 +6,7 @@ mod load;
 mod plan;
 mod recordings;
 mod replay;
+mod sim;
 mod trace;
 mod train;
 mod weight_sync;
@@ -30,6 +31,8 @@ pub(crate) enum Command {
     Load(load::Args),
     /// Replay a recording: what every policy would have made of its load
     Replay(Box<replay::Args>),
+    /// Simulate training and prefill on a rack, beside what was published
+    Sim(sim::Args),
     /// Look into recordings and convert them
     #[command(subcommand, arg_required_else_help = false)]
     Trace(trace::Trace),
@@ -50,6 +53,7 @@ impl Command {
             Self::Compare(args) => compare::run(args, out),
             Self::Load(args) => load::run(args),
             Self::Replay(args) => replay::run(args, out),
+            Self::Sim(args) => sim::run(args, out),
             Self::Trace(trace) => trace.run(out),
             Self::Bench(bench) => bench.run(out),
         }
