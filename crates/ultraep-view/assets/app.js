@@ -64,12 +64,17 @@ async function show({ isLive } = {}) {
 function put(view, isLive) {
   const focused = isLive ? document.activeElement?.id : null;
   const scroll = isLive ? window.scrollY : 0;
+  // Pictures are drawn after this: until then the page keeps its height, so that it can scroll back.
+  main.style.minHeight = isLive ? `${main.offsetHeight}px` : "";
   document.title = `${view.title} – UltraEP`;
   trail.replaceChildren(...view.trail);
   main.replaceChildren(...view.nodes.flat(Infinity).filter(Boolean));
-  if (focused) document.getElementById(focused)?.focus();
-  window.scrollTo(0, scroll);
   main.dataset.view = view.title;
+  window.scrollTo(0, scroll);
+  requestAnimationFrame(() => requestAnimationFrame(() => {
+    if (focused) document.getElementById(focused)?.focus({ preventScroll: true });
+    main.style.minHeight = "";
+  }));
 }
 
 function crumbs(index, rest) {

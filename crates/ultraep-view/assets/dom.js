@@ -84,6 +84,11 @@ export function picture(draw) {
   return box;
 }
 
+// An id for the picture of this title: by it the focus finds a picture that was drawn anew.
+export function pictureId(title) {
+  return "picture-" + title.toLowerCase().replace(/[^a-z0-9]+/g, "-");
+}
+
 // A table with a header row; cells are texts or nodes. `chosen` says which rows stand out.
 export function table(header, rows, chosen) {
   const cell = (name, value) => html(name, name === "th" ? { scope: "col" } : null, value);

@@ -1,6 +1,9 @@
 // A heat map on a canvas, with a cursor for mouse and keys, and its value in words below.
-import { colour, html, picture } from "./dom.js";
+import { colour, html, picture, pictureId } from "./dom.js";
 import { scaleLegend, viridis } from "./scale.js";
+
+// Where the cursor of a picture was, by its title: a live view that is drawn anew keeps it.
+const cursors = new Map();
 
 const LEFT = 46;
 const BOTTOM = 18;
@@ -9,18 +12,19 @@ const BOTTOM = 18;
 // summary, and open(r, c) where a cell leads somewhere. `square` makes cells as high as wide.
 export function heatmap(map) {
   const readout = html("div", { class: "readout", "aria-live": "polite" }, map.hint || "\u00a0");
-  const cursor = { row: -1, column: -1 };
+  const cursor = cursors.get(map.title) || { row: -1, column: -1 };
+  cursors.set(map.title, cursor);
   const box = picture((box, width) => {
     const plotWidth = width - LEFT;
     const cellWidth = plotWidth / Math.max(map.columns, 1);
     const cellHeight = map.square
-      ? Math.min(cellWidth, 24)
+      ? Math.min(cellWidth, 34)
       : Math.min(Math.max(Math.floor(260 / Math.max(map.rows, 1)), 2), 22);
-    const usedWidth = map.square ? Math.min(cellWidth, 24) * map.columns : plotWidth;
+    const usedWidth = map.square ? Math.min(cellWidth, 34) * map.columns : plotWidth;
     const stepX = usedWidth / Math.max(map.columns, 1);
     const height = cellHeight * map.rows + BOTTOM;
     const canvas = html("canvas", {
-      tabindex: 0, role: map.open ? "button" : "img", "aria-label": `${map.title}. ${map.summary}`,
+      id: pictureId(map.title), tabindex: 0, role: map.open ? "button" : "img", "aria-label": `${map.title}. ${map.summary}`,
     });
     const dpr = window.devicePixelRatio || 1;
     canvas.width = Math.round(width * dpr);
@@ -40,7 +44,7 @@ export function heatmap(map) {
         }
       }
       labels(pen, map, { stepX, cellHeight, height, usedWidth });
-      if (cursor.row >= 0) {
+      if (cursor.row >= 0 && cursor.row < map.rows && cursor.column < map.columns) {
         pen.lineWidth = 2;
         pen.strokeStyle = colour("ink");
         pen.strokeRect(LEFT + cursor.column * stepX - 1, cursor.row * cellHeight - 1, stepX + 2, cellHeight + 2);

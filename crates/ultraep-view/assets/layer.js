@@ -7,10 +7,10 @@ import { imbalanceLines, worstTable } from "./overview.js";
 export function layerView(data, links) {
   const line = data.line;
   const open = (index) => links.go(links.microbatch(...data.series.places[index], data.layer));
-  const neighbour = (layer, word) => (layer === null ? null : html("a", { href: links.layer(layer) }, `${word} ${layer}`));
+  const neighbour = (layer, text) => (layer === null ? null : html("a", { href: links.layer(layer) }, text));
   return [
     html("h1", null, `Layer ${data.layer}`),
-    html("p", null, neighbour(data.layer_below, "← layer"), " ", neighbour(data.layer_above, "layer →")),
+    html("p", null, neighbour(data.layer_below, `← layer ${data.layer_below}`), " ", neighbour(data.layer_above, `layer ${data.layer_above} →`)),
     figures([
       ["imbalance as routed, mean", ratio(line.before_mean), "before"],
       ["after, mean", ratio(line.after_mean), "after"],

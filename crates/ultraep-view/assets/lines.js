@@ -1,5 +1,5 @@
 // Curves and histograms as SVG, with a cursor for mouse and keys, and its values in words below.
-import { count, html, picture, short, svg, ticks } from "./dom.js";
+import { count, html, picture, pictureId, short, svg, ticks } from "./dom.js";
 
 const MARGIN = { left: 46, right: 10, top: 8, bottom: 20 };
 
@@ -19,7 +19,7 @@ export function lines(plot) {
     const px = (index) => MARGIN.left + (inner.w * index) / last;
     const py = (value) => MARGIN.top + inner.h * (1 - (value - low) / (high - low));
     const root = svg("svg", {
-      width, height, tabindex: 0, role: plot.open ? "button" : "img", "aria-label": describe(plot, all),
+      id: pictureId(plot.title), width, height, tabindex: 0, role: plot.open ? "button" : "img", "aria-label": describe(plot, all),
     });
     for (const tick of ticks(low, high, 4)) {
       root.append(svg("line", { class: "axis", x1: MARGIN.left, x2: width - MARGIN.right, y1: py(tick), y2: py(tick) }));
@@ -105,7 +105,7 @@ export function histogram({ title, edges, series, shown, xName }) {
     // By square root: the few worst must show beside the many.
     const tall = (n) => inner.h * Math.sqrt(n / most);
     const base = MARGIN.top + inner.h;
-    const root = svg("svg", { width, height, tabindex: 0, role: "img", "aria-label": `${title}: ${bars} bars from ${shown(edges[0])} to ${shown(edges[bars])}` });
+    const root = svg("svg", { id: pictureId(title), width, height, tabindex: 0, role: "img", "aria-label": `${title}: ${bars} bars from ${shown(edges[0])} to ${shown(edges[bars])}` });
     root.append(svg("line", { class: "axis", x1: MARGIN.left, x2: width - MARGIN.right, y1: base, y2: base }));
     for (const part of [0.25, 1]) {
       const n = Math.round(most * part);

@@ -23,7 +23,7 @@ export function microbatchCards(data, asked) {
     card("Predicted times of the forward", false, timesCard(data, asked)),
     card(`Flow of tokens${which}`, false, flow(shown, data.ranks)),
     card(`Replicas${which}`, false, copiesTable(shown)),
-    card(`Transfers of weights${which}`, true, transferWords(shown), transferTrees(shown.transfers)),
+    card(`Transfers of weights${which}`, false, transferWords(shown), transferTrees(shown.transfers)),
   ];
 }
 

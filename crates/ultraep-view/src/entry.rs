@@ -105,6 +105,17 @@ impl Entry {
         self.read_all(false, &on)
     }
 
+    /// How run and trace stand; told only where it differs from before.
+    fn set_standing(&self, run: Option<&RunJson>, is_live: bool, ending: Option<String>) {
+        let mut state = self.state();
+        if (state.run.as_ref(), state.is_live, &state.ending) == (run, is_live, &ending) {
+            return;
+        }
+        (state.run, state.is_live, state.ending) = (run.cloned(), is_live, ending);
+        drop(state);
+        self.changed();
+    }
+
     fn fail(&self, error: &ViewError) {
         let mut state = self.state();
         (state.error, state.is_live) = (Some(error.to_string()), false);
@@ -128,12 +139,15 @@ impl Entry {
         let batch = (BATCH_COUNTS / source.meta.counts().max(1)).clamp(1, 256);
         loop {
             let mut has_more = true;
+            let before = scanner.progress().read;
             while has_more {
                 let mut state = self.state();
                 has_more = scanner.advance(source, batch, &mut state.summary)?;
                 state.progress = scanner.progress();
                 drop(state);
-                self.changed();
+                if scanner.progress().read > before {
+                    self.changed();
+                }
                 if !go_on(&scanner.progress()) {
                     return Ok(Pass::Done);
                 }
@@ -146,12 +160,8 @@ impl Entry {
                 return Ok(Pass::Again);
             }
             let is_running = run.as_ref().map_or(!scanner.progress().is_closed, RunFollower::is_running);
-            let mut state = self.state();
-            state.run = run.as_ref().map(|run| run.json().clone());
-            state.is_live = is_following && is_running;
-            state.ending = scanner.ending().filter(|_| !is_running || !is_following);
-            drop(state);
-            self.changed();
+            let ending = scanner.ending().filter(|_| !is_running || !is_following);
+            self.set_standing(run.as_ref().map(RunFollower::json), is_following && is_running, ending);
             if !(is_following && is_running) {
                 return Ok(Pass::Done);
             }

@@ -15,7 +15,7 @@ const MEASUREMENTS_MAX: usize = 1 << 14;
 const REFERENCES_MAX: usize = 16;
 
 /// A curve in at most [`POINTS_MAX`] points: means over equally many steps; neighbours are merged as it grows.
-#[derive(Clone, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub(crate) struct Curve {
     #[serde(skip)]
     width: u64,
@@ -56,14 +56,14 @@ impl Curve {
 }
 
 /// A reference's curve.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 struct Reference {
     policy: String,
     loss: Curve,
 }
 
 /// A run for the page.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub(crate) struct RunJson {
     /// `running`, `finished`, `interrupted`, `failed`, or `killed`.
     state: &'static str,

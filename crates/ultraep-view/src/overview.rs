@@ -279,10 +279,10 @@ impl Quantiles {
     fn of(distribution: &Distribution) -> Self {
         Self {
             count: distribution.count,
-            mean: round(distribution.mean()),
-            p50: round(distribution.quantile(50)),
-            p95: round(distribution.quantile(95)),
-            worst: round(distribution.largest),
+            mean: distribution.mean(),
+            p50: distribution.quantile(50),
+            p95: distribution.quantile(95),
+            worst: distribution.largest,
         }
     }
 }

@@ -105,7 +105,7 @@ impl WhatIf {
             policy: self.policy.name(),
             slots: self.slots,
             domain: self.domain_ranks,
-            beta: self.beta.to_string(),
+            beta: decimal(self.beta),
             min_quota: self.min_quota,
             window: self.window,
             hardware: self.hardware_name.clone(),
@@ -152,6 +152,14 @@ impl WhatIf {
         params.eplb.history = history;
         params.lplb.history = history;
         Ok(Scenario { kind: policy, topology, params })
+    }
+}
+
+/// `1.01` where that is exact, else `101/99`.
+pub(crate) fn decimal(ratio: Ratio) -> String {
+    match [1, 10, 100, 1000, 10_000].into_iter().position(|power| power == ratio.den()) {
+        Some(places) => format!("{:.places$}", f64::from(ratio.num()) / f64::from(ratio.den())),
+        None => ratio.to_string(),
     }
 }
 

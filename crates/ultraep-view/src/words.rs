@@ -52,7 +52,7 @@ pub(crate) fn describe(source: &Source, state: &State) -> Vec<String> {
             planned.policy,
             plural(planned.slots, "slot"),
             plural(planned.domain_ranks, "rank"),
-            planned.beta,
+            crate::settings::decimal(planned.beta),
             planned.min_quota
         ));
     }
