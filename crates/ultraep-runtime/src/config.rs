@@ -57,7 +57,8 @@ pub struct RuntimeConfig {
     pub topology: Topology,
     /// MoE layers.
     pub layers: usize,
-    /// Microbatches between forward and backward at the same time.
+    /// Microbatches between forward and backward at the same time; 0 for a runtime that only infers: it has no memory for
+    /// gradients, its masters are registered without any, and it refuses [`crate::Pass::Train`].
     pub max_microbatches: usize,
     /// Sizes of an expert.
     pub shape: ExpertShape,
@@ -93,6 +94,21 @@ impl RuntimeConfig {
         self.tokens_per_rank * self.top_k
     }
 
+    /// Whether there will be backward passes.
+    pub fn trains(&self) -> bool {
+        self.max_microbatches > 0
+    }
+
+    /// Places in the ring of plans for each layer: an inference keeps its plan while it runs.
+    pub(crate) fn ring_places(&self) -> usize {
+        self.max_microbatches.max(1)
+    }
+
+    /// Bytes of gradients beside this many bytes of weights.
+    pub(crate) fn grad_bytes(&self, weight_bytes: usize) -> usize {
+        if self.trains() { weight_bytes } else { 0 }
+    }
+
     /// Places for physical experts on each rank, over all policies: masters, then slots, or more where a baseline's rules
     /// ask for it.
     pub(crate) fn physical_per_rank(&self) -> usize {
@@ -115,7 +131,7 @@ impl RuntimeConfig {
         let window = |name: &'static str, bytes: usize| WindowSpec { name: name.into(), bytes };
         vec![
             window("slot_weights", slot_bytes),
-            window("slot_grads", slot_bytes),
+            window("slot_grads", self.grad_bytes(slot_bytes)),
             window("expert_rows", self.topology.ranks() * rows * row_bytes),
             window("source_rows", rows * row_bytes),
         ]

@@ -9,6 +9,7 @@ mod replay;
 mod sim;
 mod trace;
 mod train;
+mod view;
 mod weight_sync;
 
 use std::io::Write;
@@ -36,6 +37,10 @@ pub(crate) enum Command {
     /// Look into recordings and convert them
     #[command(subcommand, arg_required_else_help = false)]
     Trace(trace::Trace),
+    /// Show runs and recordings as pages in a browser, and follow a run at work
+    View(Box<view::ViewArgs>),
+    /// Write a run or recording as one HTML file that opens offline
+    Report(Box<view::ReportArgs>),
     /// Measure how long planning, splitting and rerouting take; predict how long weight sync takes
     #[command(subcommand, arg_required_else_help = false)]
     Bench(bench::Bench),
@@ -55,6 +60,8 @@ impl Command {
             Self::Replay(args) => replay::run(args, out),
             Self::Sim(args) => sim::run(args, out),
             Self::Trace(trace) => trace.run(out),
+            Self::View(args) => view::view(args, out),
+            Self::Report(args) => view::report(args, out),
             Self::Bench(bench) => bench.run(out),
         }
     }
