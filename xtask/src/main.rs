@@ -44,6 +44,20 @@ enum Task {
         #[arg(long, default_value_t = 20)]
         rounds: u32,
     },
+    /// The runtime under seeded schedules with faults: `cargo xtask simulate --help`
+    #[command(disable_help_flag = true)]
+    Simulate {
+        /// For the command behind it
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
+    /// Ranks lost at each operation in each way: `cargo xtask kill-points --help`
+    #[command(disable_help_flag = true)]
+    KillPoints {
+        /// For the command behind it
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
 }
 
 fn main() -> ExitCode {
@@ -55,6 +69,8 @@ fn main() -> ExitCode {
         Task::Speed => cargo(["bench", "--locked", "-p", "ultraep-plan", "--bench", "speed"]),
         Task::Streams { plans } => streams(plans),
         Task::Soak { rounds } => soak(rounds),
+        Task::Simulate { arguments } => faults("simulate", arguments),
+        Task::KillPoints { arguments } => faults("kill-points", arguments),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -135,6 +151,12 @@ fn streams(plans: u32) -> Result<(), String> {
     command.args(["test", "--locked", "--release", "-p", "ultraep-fabric", "--test", "conformance", "--", "streams_"]);
     command.env("STREAM_PLANS", plans.div_ceil(STREAM_GROUPS).to_string()).current_dir(root());
     run(&mut command)
+}
+
+/// A command of `ultraep-faults`.
+fn faults(command: &str, arguments: Vec<String>) -> Result<(), String> {
+    let run = ["run", "--quiet", "--locked", "--release", "-p", "ultraep-faults", "--", command];
+    cargo(run.into_iter().map(String::from).chain(arguments))
 }
 
 fn soak(rounds: u32) -> Result<(), String> {

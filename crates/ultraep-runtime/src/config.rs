@@ -98,7 +98,8 @@ pub struct RuntimeConfig {
     pub topology: Topology,
     /// MoE layers.
     pub layers: usize,
-    /// Microbatches between forward and backward at the same time.
+    /// Microbatches between forward and backward at the same time; 0 for a runtime that only infers: it has no memory for
+    /// gradients, its masters are registered without any, and it refuses [`crate::Pass::Train`].
     pub max_microbatches: usize,
     /// Sizes of an expert.
     pub shape: ExpertShape,
@@ -134,6 +135,21 @@ impl RuntimeConfig {
     /// Rows a source sends in one microbatch: tokens times top-k.
     pub fn rows_per_rank(&self) -> usize {
         self.tokens_per_rank * self.top_k
+    }
+
+    /// Whether there will be backward passes.
+    pub fn trains(&self) -> bool {
+        self.max_microbatches > 0
+    }
+
+    /// Places in the ring of plans for each layer: an inference keeps its plan while it runs.
+    pub(crate) fn ring_places(&self) -> usize {
+        self.max_microbatches.max(1)
+    }
+
+    /// Bytes of gradients beside this many bytes of weights.
+    pub(crate) fn grad_bytes(&self, weight_bytes: usize) -> usize {
+        if self.trains() { weight_bytes } else { 0 }
     }
 
     /// Places for physical experts on each rank, over all policies: masters, then slots, or more where a baseline's rules
@@ -177,8 +193,9 @@ impl RuntimeConfig {
         Ok(Slots::new(window::SLOT_WEIGHTS, self.layout()?, self.transfer.weights, self.slot_capacity()))
     }
 
-    /// Where replicas' gradients are.
+    /// Where replicas' gradients are; none where there are no backward passes.
     pub(crate) fn grad_slots(&self) -> Result<Slots, LayoutError> {
-        Ok(Slots::new(window::SLOT_GRADS, self.layout()?, self.transfer.gradients, self.slot_capacity()))
+        let slots = if self.trains() { self.slot_capacity() } else { 0 };
+        Ok(Slots::new(window::SLOT_GRADS, self.layout()?, self.transfer.gradients, slots))
     }
 }

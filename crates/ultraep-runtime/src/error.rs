@@ -66,8 +66,8 @@ pub enum RuntimeError {
         /// What is wrong.
         violation: PlanViolation,
     },
-    /// Checked mode: ranks made different plans from the same counts.
-    #[error("{at}: rank {rank} has plan digest {theirs:016x}, this rank has {ours:016x}")]
+    /// Checked mode: ranks gathered different counts, or made different plans from the same.
+    #[error("{at}: rank {rank} has other counts or another plan: digest {theirs:016x}, this rank has {ours:016x}")]
     DigestMismatch {
         /// Where.
         at: VirtualLayer,
@@ -85,6 +85,12 @@ pub enum RuntimeError {
         at: VirtualLayer,
         /// The ring's size.
         max_microbatches: usize,
+    },
+    /// A forward for training in a runtime without gradients.
+    #[error("{at}: this runtime was built for inference only (no microbatches between forward and backward)")]
+    InferenceOnly {
+        /// Where.
+        at: VirtualLayer,
     },
     /// A second forward of a virtual layer: it would drop the first one's plan.
     #[error(

@@ -110,7 +110,7 @@ impl ExpertParallel {
             source_rows: window(window::SOURCE_ROWS)?,
             endpoint,
             manager,
-            saved: Ring::new(config.layers, config.max_microbatches, Saved::default),
+            saved: Ring::new(config.layers, config.ring_places(), Saved::default),
             table: RouteTable::new(topology, physical_per_rank),
             cursor: Cursor::new(topology),
             physical_per_rank,
@@ -161,6 +161,9 @@ impl ExpertParallel {
         x: &[f32],
         y: &mut [f32],
     ) -> Result<(), RuntimeError> {
+        if pass != Pass::Inference && !self.config().trains() {
+            return Err(RuntimeError::InferenceOnly { at });
+        }
         self.check_sizes(routing, x, y)?;
         self.endpoint.clock.enter(Part::Router);
         self.count(routing.experts)?;

@@ -5,7 +5,9 @@
 
 use ultraep_baselines::{PolicyKind, build};
 use ultraep_fabric::{Operation, Region, Span};
-use ultraep_plan::{Plan, Policy, Problem, Rank, SplitWorkspace, check_plan, check_split, digest_plan, split_all};
+use ultraep_plan::{
+    Plan, Policy, Problem, Rank, SplitWorkspace, check_plan, check_split, digest_plan, digest_problem, split_all,
+};
 
 use crate::clock::Deadline;
 use crate::observed::Observed;
@@ -18,7 +20,7 @@ use crate::{Endpoint, Part, RuntimeConfig, RuntimeError, VirtualLayer};
 pub struct LayerMasters {
     /// Weights.
     pub weights: Region,
-    /// Gradients, added to by every backward.
+    /// Gradients, added to by every backward. No bytes in a runtime that only infers.
     pub grads: Region,
 }
 
@@ -88,7 +90,7 @@ impl Manager {
         let master_bytes = topology.masters(rank).len() * config.shape.weight_bytes();
         for layer in &masters {
             expect_size("bytes of master weights", layer.weights.bytes(), master_bytes)?;
-            expect_size("bytes of master gradients", layer.grads.bytes(), master_bytes)?;
+            expect_size("bytes of master gradients", layer.grads.bytes(), config.grad_bytes(master_bytes))?;
         }
         let mut policies = Vec::new();
         for &kind in &config.policies.kinds {
@@ -111,7 +113,7 @@ impl Manager {
             history: History::Record,
             carrier: Carrier::new(&config, endpoint, &masters)?,
             masters,
-            ring: Ring::new(config.layers, config.max_microbatches, kept),
+            ring: Ring::new(config.layers, config.ring_places(), kept),
             counts_send: Region::zeroed(row * size_of::<u32>()),
             counts_recv: Region::zeroed(ranks * row * size_of::<u32>()),
             digest_send: Region::zeroed(size_of::<u64>()),
@@ -315,7 +317,8 @@ impl Manager {
             Problem::new(&self.config.topology, &kept.counts).map_err(|source| RuntimeError::Counts { at, source })?;
         check_plan(&problem, &kept.plan, &policy.rules()).map_err(broken)?;
         check_split(&problem, &kept.plan, &kept.split).map_err(broken)?;
-        let ours = digest_plan(&kept.plan);
+        // Of the counts, too: tables that differ may give one plan, and different splits.
+        let ours = digest_plan(&kept.plan) ^ digest_problem(&problem).rotate_left(32);
         self.digest_send.write::<u64>()?[0] = ours;
         let op = Operation::AllGather { send: Span::whole(&self.digest_send), recv: Span::whole(&self.digest_recv) };
         endpoint.aside(op, 0)?;

@@ -66,11 +66,13 @@ impl Carrier {
         let (rank, topology) = (endpoint.rank(), &config.topology);
         let (own, stride) = (topology.masters(rank).len(), config.shape.weight_bytes());
         let (weight_slots, grad_slots) = (config.weight_slots()?, config.grad_slots()?);
-        let of = |region: fn(&LayerMasters) -> &Region| {
+        let of = |masters: &[LayerMasters], region: fn(&LayerMasters) -> &Region| {
             let layout = weight_slots.layout();
             masters.iter().map(|layer| Masters::packed(layout, own, region(layer), stride)).collect::<Result<_, _>>()
         };
-        let (weights, grads) = (of(|layer| &layer.weights)?, of(|layer| &layer.grads)?);
+        let weights = of(masters, |layer| &layer.weights)?;
+        let with_gradients = if config.trains() { masters } else { &[] };
+        let grads = of(with_gradients, |layer| &layer.grads)?;
         let transfer = &config.transfer;
         let model = weight_slots.model(config.link.bytes_per_s(), transfer.hop_ns)?;
         let replicas = topology.ranks() * config.slot_capacity();
@@ -88,7 +90,7 @@ impl Carrier {
             weights,
             grads,
             sync_engine: engine(transfer.sync_workers)?,
-            reduce_engine: engine(transfer.reduce_workers)?,
+            reduce_engine: engine(if config.trains() { transfer.reduce_workers } else { 0 })?,
             planner: TransferPlanner::new(topology, model, transfer.params)?,
             clock: TransferClock::new(topology, model)?,
             reducing: None,

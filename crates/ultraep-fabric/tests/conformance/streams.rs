@@ -55,7 +55,7 @@ pub(crate) const CASES: &[Case] = &[
         name: "stream_from_a_rank_that_hangs",
         ranks: &[3],
         seeds: &[1],
-        needs: NEEDS,
+        needs: &[Need::HostWindows, Need::OneSided, Need::RealTime],
         spec: impatient,
         main: home_hangs,
         verify: names_home_as_missing,
