@@ -16,6 +16,9 @@
 //! a [`Region`], read and written through guards. `examples/1_hello_ranks.rs` shows all of it on a page,
 //! `examples/2_measure_fabric.rs` measures it.
 //!
+//! Experts' weights and gradients go through the tile engine ([`stream`]): worker threads of its own, relays, and direct loads
+//! and stores where the fabric gives them ([`Fabric::direct`]).
+//!
 //! # How it works
 //! All state that ranks share lies in one segment (`shared/layout.rs` has the table of its sections); references between
 //! ranks are (section, rank, offset), never addresses. Each collective is a chain of *phases*; a phase ends when every rank
@@ -38,6 +41,8 @@
 //! | event      | `Doorbell::event`            | `ring`: the signal word                                   | `sleep_unless` |
 //! | failure    | `Cause::word`, and bit 0 of each futex word | `Cause::set`: the reporter's record; `mark_failed`: that the group has failed | `Cause::get`; every waiter |
 //! | borrow     | `Borrow::state` of a region  | the end of a guard, hold or epoch: the content            | the start of the next |
+//! | tile       | a chunk's flag in a window of slots | `publish`: a tile's bytes                          | `is_ready`: a relay |
+//! | reach      | count of a window's `Reach`es | `Reach::drop`: what this rank's workers did there        | `Close`, on the same rank |
 //! | status     | `Status::word`               | `start`, `go`: that a rank is there or gone               | `gone`: the supervisor, who meets a gone rank |
 //!
 //! Two places need a sequentially consistent fence at both ends, as each side writes one word and reads the other's (store

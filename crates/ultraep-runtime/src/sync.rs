@@ -81,10 +81,13 @@ impl Carrier {
             TileEngine::new(EngineSpec { background, tasks, streaming_from_bytes: transfer.streaming_from_bytes })
         };
         let mut window = |id| endpoint.fabric().window(id).ok_or(RuntimeError::NotHostMemory);
+        let (slot_weights, slot_grads) = (window(window::SLOT_WEIGHTS)?, window(window::SLOT_GRADS)?);
+        touch(&slot_weights, &weight_slots, topology.slots(rank))?;
+        touch(&slot_grads, &grad_slots, topology.slots(rank))?;
         Ok(Self {
             rank,
-            slot_weights: window(window::SLOT_WEIGHTS)?,
-            slot_grads: window(window::SLOT_GRADS)?,
+            slot_weights,
+            slot_grads,
             weight_slots,
             grad_slots,
             weights,
@@ -169,4 +172,14 @@ impl Carrier {
     pub(crate) fn take_synced_ns(&mut self) -> u64 {
         std::mem::take(&mut self.synced_ns)
     }
+}
+
+/// Touches the pages of the first `count` slots, so that no sync meets a page for the first time. (Places beyond the
+/// topology's slots, which only some baselines use, take memory when they are used.)
+fn touch(part: &Region, slots: &Slots, count: usize) -> Result<(), RuntimeError> {
+    const PAGE_BYTES: usize = 4096;
+    let Some(last) = count.min(slots.slots()).checked_sub(1) else { return Ok(()) };
+    let mut bytes = part.write::<u8>()?;
+    bytes[..slots.range(last).end].chunks_mut(PAGE_BYTES).for_each(|page| page[0] = 0);
+    Ok(())
 }
