@@ -6,8 +6,8 @@
 //! Time spent inside the fabric (copies, waiting) is not counted: the stated bandwidth stands for it.
 //!
 //! Work that runs beside the computation (weight sync: what its plan takes under the link; grad reduce: its bytes) is done by
-//! worker threads, which stand for engines of their own and are not counted either, and gets a deadline; a rank that arrives at its join before the
-//! deadline is charged the difference as *exposed* time.
+//! worker threads, which stand for engines of their own and are not counted either, and gets a deadline; a rank that arrives
+//! at its join before the deadline is charged the difference as *exposed* time.
 //!
 //! What a step took is then exact by parts: between two synchronisation points the slowest rank decides, so the step is
 //! the sum over segments of the slowest rank's parts plus the transfer ([`StepTime::critical_path`]).
