@@ -127,6 +127,7 @@ async function showMicrobatch(base, links, [step, microbatch, layer], query, ind
     // Settings equal to those in force still ask: a recorded plan is then planned anew.
     links.go(`${here}?${new URLSearchParams(changed.length ? changed : [["policy", chosen.policy]])}`);
   };
+  const splitOf = (expert) => get(`${base}/split?${place}&expert=${expert}${other ? `&${query}` : ""}`);
   const way = (to, text) => (to ? html("a", { href: to }, text) : html("span", { class: "faint" }, text));
   const nodes = [
     html("h1", null, `Step ${step}, microbatch ${microbatch}, layer ${layer}`),
@@ -134,7 +135,7 @@ async function showMicrobatch(base, links, [step, microbatch, layer], query, ind
       way(ways.below, "↓ layer below"), " ", way(ways.above, "layer above ↑")),
     html("p", { class: "faint" }, data.is_recorded ? "The plan is the recorded one." : "No plan was recorded: planned by the settings below."),
     microbatchFigures(data),
-    html("div", { class: "cards" }, whatIfPanel({ settings, known, apply, error, base: data, other }), microbatchCards(data, other)),
+    html("div", { class: "cards" }, whatIfPanel({ settings, known, apply, error, base: data, other }), microbatchCards(data, other, splitOf)),
   ];
   const steps = crumbs(index, [
     html("a", { href: links.layer(layer) }, `layer ${layer}`), html("span", { "aria-current": "page" }, `step ${step}, microbatch ${microbatch}`),

@@ -148,8 +148,10 @@ impl Page {
     /// Waits until a JavaScript condition holds.
     pub(crate) fn wait(&mut self, condition: &str) {
         let start = Instant::now();
-        while self.value(&format!("Boolean({condition})")) != json!(true) {
-            let shown = self.value("document.body.innerText.slice(0, 600)");
+        while self.value(&format!("(() => {{ try {{ return Boolean({condition}); }} catch {{ return false; }} }})()"))
+            != json!(true)
+        {
+            let shown = self.value("document.body?.innerText.slice(0, 600)");
             assert!(start.elapsed() < PATIENCE, "never: {condition}; errors: {:?}; the page: {shown}", self.errors);
             std::thread::sleep(Duration::from_millis(30));
         }
