@@ -14,6 +14,8 @@ const keys = document.getElementById("keys");
 
 let known = null;
 let followed = null;
+// Number of the change that is shown.
+let revision = -1;
 // Where keys lead from here: { next, previous, above, below, up }.
 let ways = {};
 // Grows with every view asked for: what arrives late is not shown.
@@ -144,6 +146,7 @@ async function showMicrobatch(base, links, [step, microbatch, layer], query, ind
 }
 
 function showStatus(about, run) {
+  revision = about.revision;
   const isReading = !about.is_read;
   const part = about.records ? Math.floor((100 * about.read) / about.records) : 0;
   status.className = about.is_live && !isReading ? "live" : "";
@@ -155,7 +158,9 @@ function navigate() {
   if (followed !== index) {
     followed = index;
     which.value = String(index);
-    follow(index, () => show({ isLive: true }));
+    follow(index, (change) => {
+      if (change.revision !== revision) show({ isLive: true });
+    });
   }
   show();
   main.focus({ preventScroll: true });

@@ -219,7 +219,7 @@ impl Shared {
     }
 }
 
-/// An event for every change, at most four a second: how far reading is, and whether more may come.
+/// An event for every change, at most four a second: its number, and whether more may come.
 async fn events(State(shared): State<Shared>, Path(index): Path<usize>) -> Result<impl IntoResponse, ViewError> {
     let entry = shared.viewer.entry(index)?;
     Ok(Sse::new(changes(entry)).keep_alive(KeepAlive::default()))
@@ -227,7 +227,7 @@ async fn events(State(shared): State<Shared>, Path(index): Path<usize>) -> Resul
 
 #[derive(Serialize)]
 struct Change {
-    read: u64,
+    revision: u64,
     is_live: bool,
 }
 
@@ -240,7 +240,7 @@ fn changes(entry: Arc<Entry>) -> impl Stream<Item = Result<Event, Infallible>> {
         }
         receiver.mark_unchanged();
         let about = entry.about(&entry.state());
-        let change = Change { read: about.read, is_live: about.is_live };
+        let change = Change { revision: about.revision, is_live: about.is_live };
         let event = Event::default().json_data(change).ok()?;
         Some((Ok(event), (entry, receiver, false)))
     })

@@ -164,6 +164,7 @@ impl Page {
              const b = e.getBoundingClientRect(); return [b.x + b.width * {right}, b.y + b.height * {down}]; }})()",
             json!(selector)
         );
+        self.wait(&format!("document.querySelector({})", json!(selector)));
         let at = self.value(&find);
         for kind in ["mouseMoved", "mousePressed", "mouseReleased"] {
             let params = json!({ "type": kind, "x": at[0], "y": at[1], "button": "left", "clickCount": 1 });
