@@ -83,7 +83,11 @@ fn processes_that_are_killed_are_named() {
 fn processes_that_stop_are_named_after_the_timeout() {
     let (scenario, profile) = profiled(Scenario { timeout: Duration::from_secs(2), ..Scenario::small(3) });
     let program = Path::new(env!("CARGO_BIN_EXE_ultraep-faults"));
-    all_at_once(&scenario, Ground::Processes(program), &profile, &spread(&profile, FaultKind::Hangs, 3));
+    let mut faults = spread(&profile, FaultKind::Hangs, 3);
+    // And when nobody needs it any more: only the supervisor waits for it to leave.
+    let leaving = profile.operations[2].len() as u64 - 1;
+    faults.push(Fault { rank: Rank::new(2), moment: Moment::Before(leaving), kind: FaultKind::Hangs });
+    all_at_once(&scenario, Ground::Processes(program), &profile, &faults);
 }
 
 /// The runtime as it is, with one operation of one rank done wrong: it shows at once.
