@@ -58,6 +58,7 @@ mod region;
 mod shared;
 pub mod simulated;
 mod spec;
+pub mod stream;
 mod sync;
 #[cfg(test)]
 mod tests;

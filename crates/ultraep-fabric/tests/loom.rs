@@ -1,5 +1,6 @@
-//! Explores the interleavings of the fabric's turnstile, permits, doorbell, borrow word, failure word and status, compiled here
-//! against loom's atomics. The futex is a model that loses a wake-up wherever the real one would: who sleeps with no one left to wake it
+//! Explores the interleavings of the fabric's turnstile, permits, doorbell, borrow word, failure word and status, and of the
+//! tile engine's counter and flags, compiled here against loom's atomics. The futex is a model that loses a wake-up wherever
+//! the real one would: who sleeps with no one left to wake it
 //! is a deadlock, which loom reports.
 //!
 //! Loom runs each model once an interleaving, so a model that passes holds for all of them (within the stated number of
@@ -16,12 +17,16 @@ mod cause;
 mod doorbell;
 #[path = "../src/shared/permits.rs"]
 mod permits;
+#[path = "../src/stream/schedule.rs"]
+mod schedule;
 #[path = "../src/shared/status.rs"]
 mod status;
 #[path = "../src/shared/turnstile.rs"]
 mod turnstile;
 #[path = "../src/shared/word.rs"]
 mod word;
+#[path = "../src/stream/worker.rs"]
+mod worker;
 
 /// Stands in for the crate's `sync` module.
 mod sync {
@@ -385,5 +390,84 @@ fn a_rank_is_taken_once() {
         let mine = status.start();
         assert!(mine != other.join().expect("it ends well"));
         assert!(status.is_in_group() && status.gone().is_none());
+    });
+}
+
+/// What the model's workers of a tile engine touch: cells that loom watches, and the flags of two chunks.
+struct Tiles {
+    cells: [UnsafeCell<u64>; 3],
+    flags: [loom::sync::atomic::AtomicU32; 2],
+    schedule: schedule::Schedule,
+    relayed: schedule::Schedule,
+    next: AtomicU64,
+    next_relayed: AtomicU64,
+}
+
+/// The home rank's workers write cells and count them; the relay reads them once their chunk is complete.
+struct ModelHands<'a> {
+    tiles: &'a Tiles,
+    relays: bool,
+}
+
+impl worker::Hands for ModelHands<'_> {
+    fn ready(&mut self, tile: &schedule::Tile) -> bool {
+        let count = || self.tiles.flags[tile.chunk].load(Ordering::Acquire) as usize;
+        !self.relays || count() == self.tiles.schedule.geometry().tiles(tile.chunk)
+    }
+
+    fn look_ahead(&mut self, _tile: &schedule::Tile) {}
+
+    fn move_tile(&mut self, tile: &schedule::Tile) {
+        let cell = tile.start / 64;
+        if self.relays {
+            // SAFETY: checked by loom: a read that is not ordered after the write fails the model.
+            assert_eq!(self.tiles.cells[cell].with(|place| unsafe { *place }), cell as u64 + 7);
+        } else {
+            // SAFETY: as above.
+            self.tiles.cells[cell].with_mut(|place| unsafe { *place = cell as u64 + 7 });
+        }
+    }
+
+    fn publish(&mut self, tile: &schedule::Tile) {
+        if !self.relays {
+            self.tiles.flags[tile.chunk].fetch_add(1, Ordering::Release);
+        }
+    }
+}
+
+/// Two workers of the home rank share the tiles of two chunks; a relay reads each chunk as soon as it is complete.
+#[test]
+fn tiles_are_there_when_their_chunk_says_so() {
+    explore(2, || {
+        let mut schedule = schedule::Schedule::with_capacity(1);
+        schedule.begin(schedule::Geometry::new(3 * 64, 2 * 64, 64), 1);
+        schedule.push(0);
+        let tiles = Arc::new(Tiles {
+            cells: [0, 0, 0].map(UnsafeCell::new),
+            flags: [0, 0].map(loom::sync::atomic::AtomicU32::new),
+            relayed: schedule.clone(),
+            schedule,
+            next: AtomicU64::new(0),
+            next_relayed: AtomicU64::new(0),
+        });
+        let home = || {
+            let tiles = Arc::clone(&tiles);
+            move || {
+                let mut own = worker::Worker::default();
+                let hands = &mut ModelHands { tiles: &tiles, relays: false };
+                while own.step(&tiles.schedule, &tiles.next, hands) != worker::Step::Done {}
+            }
+        };
+        let others = [thread::spawn(home()), thread::spawn(home())];
+        let (mut relay, mut moved) = (worker::Worker::default(), 0);
+        loop {
+            match relay.step(&tiles.relayed, &tiles.next_relayed, &mut ModelHands { tiles: &tiles, relays: true }) {
+                worker::Step::Moved => moved += 1,
+                worker::Step::Blocked(_) => thread::yield_now(),
+                worker::Step::Done => break,
+            }
+        }
+        assert_eq!(moved, 3);
+        others.into_iter().for_each(|other| other.join().expect("all end well"));
     });
 }

@@ -43,6 +43,11 @@ impl Distribution {
         self.largest = self.largest.max(other.largest);
     }
 
+    /// Values by bins of a thousandth, the lowest first: a bin's lower bound and how many lie in it.
+    pub fn bins(&self) -> impl Iterator<Item = (f64, u64)> {
+        self.bins.iter().map(|(&bin, &count)| (BIN.powi(i32::from(bin)), count))
+    }
+
     /// Their mean, 0 where there is none.
     pub fn mean(&self) -> f64 {
         if self.count == 0 { 0.0 } else { self.sum / self.count as f64 }

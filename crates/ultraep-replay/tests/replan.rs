@@ -61,9 +61,13 @@ fn historical_policies_plan_from_what_came_before() {
     let mut scenario = scenario(PolicyKind::Eplb, 2, 64);
     scenario.params.eplb.history = HistoryParams { window: 1, interval: 1 };
     let of = |history: &[Vec<u32>]| replan(&scenario, &now, history).unwrap();
-    assert_ne!(of(&[]).digest, of(&[now.clone()]).digest);
-    assert_ne!(of(&[before.clone()]).digest, of(&[now.clone()]).digest);
-    assert_eq!(of(&[before, now.clone()]).digest, of(&[now.clone()]).digest, "a window of one forgets the older");
+    assert_ne!(of(&[]).digest, of(std::slice::from_ref(&now)).digest);
+    assert_ne!(of(std::slice::from_ref(&before)).digest, of(std::slice::from_ref(&now)).digest);
+    assert_eq!(
+        of(&[before, now.clone()]).digest,
+        of(std::slice::from_ref(&now)).digest,
+        "a window of one forgets the older"
+    );
 }
 
 #[test]

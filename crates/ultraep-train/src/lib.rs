@@ -16,6 +16,7 @@ mod folder;
 mod optimizer;
 mod rank;
 mod report;
+mod weights;
 mod worker;
 
 pub use checkpoint::{CheckpointInfo, find_checkpoint};
@@ -24,6 +25,7 @@ pub use error::TrainError;
 pub use folder::{BalanceCount, RunFolder, Summary};
 pub use rank::{Outcome, RankJob, run_rank};
 pub use report::{Comparison, Observer, Phase, Silent, StepReport};
+pub use weights::Weights;
 
 /// Environment variables, each to be set to `1` before the process starts, that keep the tensor library on the rank's
 /// thread.

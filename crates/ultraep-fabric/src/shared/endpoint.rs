@@ -6,7 +6,8 @@ use super::permits::Asked;
 use super::segment::Segment;
 use super::word::FAILED;
 use crate::operation::OperationKind;
-use crate::sync::Ordering;
+use crate::stream::Direct;
+use crate::sync::{AtomicU32, Ordering};
 use crate::{
     AccessError, Capabilities, Completion, Fabric, FabricError, GroupSpec, Loss, Operation, Region, Ticket, WindowId,
 };
@@ -59,13 +60,15 @@ pub(crate) struct Endpoint {
     pub(super) sequence: u64,
     pub(super) collective: Option<InFlight>,
     tickets: u64,
-    timeout: Duration,
+    pub(super) timeout: Duration,
     /// Whether there are core permits at all, and whether this rank holds one.
     pub(super) limited: bool,
     computing: bool,
-    spins: u32,
+    pub(super) spins: u32,
     /// The rank's process is gone: nothing it would have done on its way out happens.
     pub(super) vanished: bool,
+    /// Rights to touch open windows that live.
+    pub(super) reaches: Arc<AtomicU32>,
 }
 
 /// What a wait is for.
@@ -111,6 +114,7 @@ impl Endpoint {
             computing: false,
             spins: if spec.ranks <= cores && spec.permits().is_none() { SPINS } else { 0 },
             vanished: false,
+            reaches: Arc::default(),
             segment,
         }
     }
@@ -293,14 +297,14 @@ impl Endpoint {
         Failure::Timeout { missing, operation: awaited.kind(), waited }
     }
 
-    fn give_permit_back(&mut self) {
+    pub(super) fn give_permit_back(&mut self) {
         if core::mem::take(&mut self.computing) {
             self.segment.control(self.rank).computing.store(0, Ordering::Relaxed);
             self.segment.header().permits.0.give_back();
         }
     }
 
-    fn take_permit(&mut self, kind: OperationKind) -> Result<(), FabricError> {
+    pub(super) fn take_permit(&mut self, kind: OperationKind) -> Result<(), FabricError> {
         if !self.limited || self.computing {
             return Ok(());
         }
@@ -394,6 +398,10 @@ impl Fabric for Endpoint {
             let since = *since.get_or_insert_with(Instant::now);
             self.block(self.awaited(&ticket), since)?;
         }
+    }
+
+    fn direct(&mut self) -> Option<&mut dyn Direct> {
+        Some(self)
     }
 
     fn leave(mut self: Box<Self>) -> Result<(), FabricError> {

@@ -2,6 +2,7 @@
 
 mod cause;
 mod collective;
+mod direct;
 mod doorbell;
 mod driven;
 mod endpoint;

@@ -97,7 +97,7 @@ pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<(), CliError> {
         if scenarios.is_empty() {
             continue;
         }
-        replay.notes.extend(args.sources.source_note(info.sources, ranks));
+        replay.notes.extend(args.sources.grouping(ranks, experts).describe_sources(info.sources));
         let (outcomes, leftover, ending) = args.replay_for(ranks, experts, &scenarios, &bar)?;
         replay.notes.extend(leftover_note(leftover));
         replay.notes.extend(ending);
