@@ -137,7 +137,7 @@ fn as_rank(end: Result<ultraep_faults::RankEnd, RunError>) -> ExitCode {
             }
         }
         Err(error) => {
-            eprintln!("error: {error}");
+            println!("{}", ultraep_faults::RankEnd::Failed(error.to_string()));
             ExitCode::FAILURE
         }
     }
