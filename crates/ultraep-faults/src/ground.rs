@@ -24,7 +24,7 @@ pub enum Ground<'a> {
     Threads,
     /// As processes of this program, which calls [`rank_process`].
     Processes(&'a Path),
-    /// As threads under the schedule of a seed.
+    /// As threads under the schedule of a seed; odd seeds give direct access to peers' windows, even ones only put and get.
     Simulated(u64),
 }
 
@@ -56,7 +56,9 @@ pub enum RunError {
 pub fn run(scenario: &Scenario, ground: Ground<'_>, faults: &[Fault]) -> Result<Ending, RunError> {
     Ok(match ground {
         Ground::Threads => on_threads(scenario, faults.first().copied(), &Arc::new(Bystanders::new(scenario.ranks)))?,
-        Ground::Simulated(seed) => simulated(scenario, &Simulation { seed, faults: faults.to_vec() })?,
+        Ground::Simulated(seed) => {
+            simulated(scenario, &Simulation { seed, faults: faults.to_vec(), direct: seed % 2 == 1 })?
+        }
         Ground::Processes(program) => on_processes(scenario, program, faults.first().copied(), |_| Ok(()))?,
     })
 }

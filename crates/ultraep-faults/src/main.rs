@@ -235,7 +235,8 @@ fn kill_points(
     };
     for (number, fault) in points.iter().enumerate() {
         let ground = match fabric {
-            Where::Simulated => Ground::Simulated(number as u64),
+            // Odd seeds: the operations are those of threads.
+            Where::Simulated => Ground::Simulated(2 * number as u64 + 1),
             Where::Threads => Ground::Threads,
             Where::Processes => Ground::Processes(&program),
         };
