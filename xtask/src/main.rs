@@ -51,6 +51,13 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
+    /// Ranks' processes killed at whatever instruction: `cargo xtask kill-anytime --help`
+    #[command(disable_help_flag = true)]
+    KillAnytime {
+        /// For the command behind it
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
     /// Ranks lost at each operation in each way: `cargo xtask kill-points --help`
     #[command(disable_help_flag = true)]
     KillPoints {
@@ -70,6 +77,7 @@ fn main() -> ExitCode {
         Task::Browser { screenshots } => browser(screenshots),
         Task::Soak { rounds } => soak(rounds),
         Task::Simulate { arguments } => faults("simulate", arguments),
+        Task::KillAnytime { arguments } => faults("kill-anytime", arguments),
         Task::KillPoints { arguments } => faults("kill-points", arguments),
     };
     match result {
