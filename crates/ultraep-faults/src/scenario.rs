@@ -8,7 +8,7 @@ use ultraep_fabric::{Fabric, GroupSpec, OperationKind, Region};
 use ultraep_plan::{Rank, Topology, TopologyError, TopologySpec};
 use ultraep_runtime::{
     Endpoint, ExpertParallel, LayerMasters, Link, Pass, PolicyChoice, Recompute, Routing, RuntimeConfig, RuntimeError,
-    VirtualClock, VirtualLayer,
+    TransferConfig, VirtualClock, VirtualLayer,
 };
 use xxhash_rust::xxh64::{Xxh64, xxh64};
 
@@ -69,6 +69,7 @@ impl Scenario {
                 params: PolicyParams { min_quota: 1, ..PolicyParams::default() },
             },
             link: Link::default(),
+            transfer: TransferConfig::default(),
             checked: true,
         })
     }
@@ -199,7 +200,7 @@ impl Work {
     }
 
     fn finish(mut self) -> Result<u64, RuntimeError> {
-        self.moe.finish_backward();
+        self.moe.finish_backward()?;
         self.moe.endpoint.finish_step()?;
         for layer in 0..self.layers {
             let grads = &self.moe.manager.masters(layer).grads;
