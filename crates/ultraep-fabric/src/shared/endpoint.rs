@@ -278,6 +278,9 @@ impl Endpoint {
         let mut missing = others.clone();
         if let Awaited::Phase(_) = awaited {
             missing.retain(|rank| !entered(rank));
+            // Whoever is blocked for tiles of another one that is missing is late because of that one. Tiles flow one way.
+            let late = missing.clone();
+            missing.retain(|&rank| self.segment.awaited(rank).is_none_or(|peer| peer == rank || !late.contains(&peer)));
             // Whoever queues for a core is not the one who hangs, if there is anyone else.
             if !missing.iter().all(queueing) {
                 missing.retain(|rank| !queueing(rank));
