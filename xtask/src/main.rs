@@ -38,6 +38,20 @@ enum Task {
         #[arg(long, default_value_t = 20)]
         rounds: u32,
     },
+    /// The runtime under seeded schedules with faults: `cargo xtask simulate --help`
+    #[command(disable_help_flag = true)]
+    Simulate {
+        /// For the command behind it
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
+    /// Ranks lost at each operation in each way: `cargo xtask kill-points --help`
+    #[command(disable_help_flag = true)]
+    KillPoints {
+        /// For the command behind it
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
 }
 
 fn main() -> ExitCode {
@@ -48,6 +62,8 @@ fn main() -> ExitCode {
         Task::Grid => cargo(["bench", "--locked", "-p", "ultraep-plan", "--bench", "grid"]),
         Task::Speed => cargo(["bench", "--locked", "-p", "ultraep-plan", "--bench", "speed"]),
         Task::Soak { rounds } => soak(rounds),
+        Task::Simulate { arguments } => faults("simulate", arguments),
+        Task::KillPoints { arguments } => faults("kill-points", arguments),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -118,6 +134,12 @@ fn digests() -> Result<(), String> {
         }
     }
     Ok(())
+}
+
+/// A command of `ultraep-faults`.
+fn faults(command: &str, arguments: Vec<String>) -> Result<(), String> {
+    let run = ["run", "--quiet", "--locked", "--release", "-p", "ultraep-faults", "--", command];
+    cargo(run.into_iter().map(String::from).chain(arguments))
 }
 
 fn soak(rounds: u32) -> Result<(), String> {

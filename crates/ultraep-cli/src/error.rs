@@ -54,6 +54,18 @@ impl CliError {
     }
 }
 
+impl From<ultraep_replay::EvaluateError> for CliError {
+    fn from(error: ultraep_replay::EvaluateError) -> Self {
+        if error.is_input() { Self::input(error) } else { Self::failure(error) }
+    }
+}
+
+impl From<ultraep_replay::ReplayError> for CliError {
+    fn from(error: ultraep_replay::ReplayError) -> Self {
+        if error.is_input() { Self::input(error) } else { Self::failure(error) }
+    }
+}
+
 impl From<serde_json::Error> for CliError {
     fn from(error: serde_json::Error) -> Self {
         match error.io_error_kind() {

@@ -9,7 +9,6 @@
 
 mod commands;
 mod error;
-mod evaluate;
 mod input;
 mod picture;
 mod timing;

@@ -5,8 +5,7 @@
 //! [`join`] with the [`JoinInfo`] from its command line. A child that dies marks its rank lost in the segment, so that the
 //! others end with an error that names it; children die with the parent; the segment goes with the last mapping.
 
-use crate::shared::{Endpoint, Failure, Layout, SEALS, STATUS_ABSENT, STATUS_RUNNING, Segment};
-use crate::sync::Ordering;
+use crate::shared::{Endpoint, Failure, Layout, SEALS, Segment};
 use crate::{Fabric, FabricError, GroupError, GroupSpec, JoinError, Loss, OperationKind, PROTOCOL_VERSION, ProcessEnd};
 use core::fmt;
 use core::marker::PhantomData;
@@ -94,7 +93,7 @@ pub fn launch(spec: &GroupSpec, mut command: impl FnMut(Rank, JoinInfo) -> Comma
     Ok(group)
 }
 
-fn memory_file(bytes: usize) -> Result<OwnedFd, FabricError> {
+pub(crate) fn memory_file(bytes: usize) -> Result<OwnedFd, FabricError> {
     let failed = |call| move |error: rustix::io::Errno| FabricError::os(call, error);
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     let file = memfd_create(c"ultraep-fabric", flags).map_err(failed("memfd_create"))?;
@@ -115,9 +114,7 @@ pub fn join(spec: &GroupSpec, info: JoinInfo) -> Result<Box<dyn Fabric>, FabricE
     let fd = unsafe { BorrowedFd::borrow_raw(info.fd) };
     let layout = check_identity(spec, info, fd).map_err(refuse)?;
     let segment = Arc::new(Segment::map(fd, layout)?);
-    let status = &segment.control(rank).status;
-    // SYNC POINT status: pairs with the supervisor's load in `ended`, and decides who is the rank if two try.
-    if status.compare_exchange(STATUS_ABSENT, STATUS_RUNNING, Ordering::AcqRel, Ordering::Relaxed).is_err() {
+    if !segment.control(rank).status.start() {
         return Err(refuse(JoinError::Taken));
     }
     // SAFETY: the descriptor that `launch` let this process inherit for this very call (the segment says so, and that no one
@@ -294,9 +291,7 @@ impl Group {
 
     /// A rank's process has ended: unless it ended well, the rank is lost.
     fn ended(&self, rank: Rank, status: ExitStatus) {
-        let control = self.segment.control(rank);
-        // SYNC POINT status: pairs with `join` and `depart`.
-        let in_group = matches!(control.status.load(Ordering::Acquire), STATUS_ABSENT | STATUS_RUNNING);
+        let in_group = self.segment.control(rank).status.is_in_group();
         let loss = match (status.signal(), status.code()) {
             (Some(signal), _) => Loss::Killed { signal },
             (None, code) => Loss::Exited { code: code.unwrap_or(0) },

@@ -24,12 +24,16 @@ mod readers;
 mod recording;
 mod regroup;
 mod survey;
+mod write_uet;
 mod write_v1;
 
 pub use detect::{open, open_with};
 pub use error::{ImportError, Place, Problem};
 pub use input::{MAX_LINE_BYTES, MAX_WHOLE_FILE_BYTES};
 pub use recording::{Format, Load, OpenOptions, Piece, Recording, RecordingInfo, Sources};
-pub use regroup::{Grouping, GroupingError, Leftover, MAX_WINDOW_BYTES, Microbatch, Microbatches, SourceRule, spread};
+pub use regroup::{
+    Grouping, GroupingError, Leftover, MAX_SORT_BYTES, MAX_WINDOW_BYTES, Microbatch, Microbatches, SourceRule, spread,
+};
 pub use survey::{LayerSurvey, Survey, survey};
+pub use write_uet::{UetWritten, WriteUetError, recorded_topology, write_uet};
 pub use write_v1::{V1Options, V1Written, v1_manifest_path, write_ultra_ep_v1};

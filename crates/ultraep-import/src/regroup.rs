@@ -24,10 +24,12 @@ use std::collections::VecDeque;
 use ultraep_plan::{MAX_EXPERTS, MAX_RANKS, MAX_TOKENS};
 use ultraep_trace::NO_EXPERT;
 
-use crate::{ImportError, Load, Piece, Recording};
+use crate::{ImportError, Load, Piece, Recording, Sources};
 
 /// Most memory of the windows of all layers, in bytes.
 pub const MAX_WINDOW_BYTES: usize = 1 << 30;
+/// Most memory of microbatches that are put in order, in bytes.
+pub const MAX_SORT_BYTES: usize = 1 << 30;
 
 /// Which source rank a token is given to where the recording does not know.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -72,6 +74,33 @@ pub struct Grouping {
     pub scale: u32,
 }
 
+impl Grouping {
+    /// How the source axis comes about, for reports; `None` when it is as recorded.
+    pub fn describe_sources(&self, sources: Sources) -> Option<String> {
+        let ranks = self.ranks;
+        match sources {
+            Sources::Ranks(recorded) if recorded == ranks => None,
+            Sources::Ranks(recorded) if recorded.is_multiple_of(ranks) => {
+                Some(format!("sources: {recorded} recorded ranks merged into {ranks}"))
+            }
+            Sources::Ranks(recorded) => {
+                Some(format!("sources: {recorded} recorded ranks spread over {ranks}: locality is partly synthetic"))
+            }
+            Sources::Tokens => Some(format!(
+                "sources: {} tokens a microbatch given to ranks by {}: locality (remote tokens) is synthetic",
+                self.microbatch_tokens,
+                match self.rule {
+                    SourceRule::Blocks => "blocks of consecutive tokens",
+                    SourceRule::RoundRobin => "turns (round-robin)",
+                }
+            )),
+            Sources::Totals => {
+                Some("sources: only totals are recorded, spread evenly over ranks: locality is synthetic".to_owned())
+            }
+        }
+    }
+}
+
 /// Why no microbatch could be made.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -112,6 +141,11 @@ pub enum GroupingError {
         /// Layers seen.
         layers: usize,
     },
+    /// The microbatches that have to be put in order would take too much memory.
+    #[error(
+        "over {MAX_SORT_BYTES} bytes of microbatches would have to be put in order: take larger ones, or fewer files"
+    )]
+    Order,
     /// The recording could not be read.
     #[error(transparent)]
     Import(#[from] ImportError),
@@ -210,6 +244,21 @@ impl<'a> Microbatches<'a> {
             self.leftover.tokens += window.ends.len() as u64;
         }
         Ok(false)
+    }
+
+    /// All that is left, in the order of steps: windows of tokens come layer by layer in most logs. Takes at most
+    /// [`MAX_SORT_BYTES`].
+    pub fn in_order(&mut self) -> Result<Vec<Microbatch>, GroupingError> {
+        let (mut all, mut bytes, mut microbatch) = (Vec::new(), 0, Microbatch::default());
+        while self.next(&mut microbatch)? {
+            bytes += microbatch.counts.len() * size_of::<u32>() + size_of::<Microbatch>();
+            if bytes > MAX_SORT_BYTES {
+                return Err(GroupingError::Order);
+            }
+            all.push(std::mem::take(&mut microbatch));
+        }
+        all.sort_by_key(|m| (m.step, m.microbatch, m.layer));
+        Ok(all)
     }
 
     /// Tokens used and left out so far; all of them after the last microbatch.

@@ -59,8 +59,8 @@ pub enum RuntimeError {
         /// What is wrong.
         violation: PlanViolation,
     },
-    /// Checked mode: ranks made different plans from the same counts.
-    #[error("{at}: rank {rank} has plan digest {theirs:016x}, this rank has {ours:016x}")]
+    /// Checked mode: ranks gathered different counts, or made different plans from the same.
+    #[error("{at}: rank {rank} has other counts or another plan: digest {theirs:016x}, this rank has {ours:016x}")]
     DigestMismatch {
         /// Where.
         at: VirtualLayer,

@@ -6,7 +6,8 @@
 use ultraep_baselines::{PolicyKind, build};
 use ultraep_fabric::{Operation, Region, RemoteSpan, Span};
 use ultraep_plan::{
-    Plan, Policy, Problem, Rank, SplitWorkspace, Transfers, check_plan, check_split, digest_plan, split_all,
+    Plan, Policy, Problem, Rank, SplitWorkspace, Transfers, check_plan, check_split, digest_plan, digest_problem,
+    split_all,
 };
 
 use crate::clock::Deadline;
@@ -328,7 +329,8 @@ impl Manager {
             Problem::new(&self.config.topology, &kept.counts).map_err(|source| RuntimeError::Counts { at, source })?;
         check_plan(&problem, &kept.plan, &policy.rules()).map_err(broken)?;
         check_split(&problem, &kept.plan, &kept.split).map_err(broken)?;
-        let ours = digest_plan(&kept.plan);
+        // Of the counts, too: tables that differ may give one plan, and different splits.
+        let ours = digest_plan(&kept.plan) ^ digest_problem(&problem).rotate_left(32);
         self.digest_send.write::<u64>()?[0] = ours;
         let op = Operation::AllGather { send: Span::whole(&self.digest_send), recv: Span::whole(&self.digest_recv) };
         endpoint.aside(op, 0)?;

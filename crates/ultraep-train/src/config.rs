@@ -95,10 +95,18 @@ pub struct TrainConfig {
     pub reference: bool,
     /// Steps between two checkpoints; 0 for one at the end only.
     pub save_every: u64,
+    /// Steps from one whose loads are recorded to the next; 1 records all, 0 none.
+    #[serde(default = "every_step")]
+    pub profile_every: u64,
     /// Seconds after which a rank that waits for another gives up and names it.
     pub timeout_s: u64,
     /// Ranks that compute at a time; 0 for all.
     pub cores: usize,
+}
+
+/// [`TrainConfig::profile_every`] of checkpoints that do not say.
+fn every_step() -> u64 {
+    1
 }
 
 impl TrainConfig {

@@ -8,12 +8,12 @@ use serde::Serialize;
 use ultraep_baselines::{HistoryParams, PolicyKind, PolicyParams};
 use ultraep_load::LoadMatrix;
 use ultraep_plan::Topology;
+use ultraep_replay::{Evaluator, quotient};
 
 use super::{PerRank, write_json};
 use crate::error::CliError;
-use crate::evaluate::{Evaluator, quotient};
 use crate::input::{GroupArgs, HardwareArgs, PolicyArgs, policy_list, read_loads};
-use crate::timing::pretty;
+use crate::timing::{now_ns, pretty};
 
 /// Arguments of `ultraep compare`.
 #[derive(Debug, clap::Args)]
@@ -146,7 +146,7 @@ fn compare(args: &Args, topology: &Topology, loads: &[LoadMatrix]) -> Result<Com
 }
 
 fn line(kind: PolicyKind, topology: &Topology, params: &PolicyParams, loads: &[LoadMatrix]) -> Result<Line, CliError> {
-    let mut evaluator = Evaluator::new(kind, topology, params)?;
+    let mut evaluator = Evaluator::new(kind, topology, params, now_ns)?;
     let mut line = Line {
         policy: kind.name(),
         historical: kind.is_historical(),
@@ -165,7 +165,7 @@ fn line(kind: PolicyKind, topology: &Topology, params: &PolicyParams, loads: &[L
     let (mut times, mut digests, mut remote, mut total) = (Vec::new(), Vec::new(), 0, 0);
     let mut predicted_ps = 0_u128;
     for load in loads {
-        let counts = evaluator.counts(load);
+        let counts = evaluator.met_counts(load.counts());
         let outcome = evaluator.microbatch(&counts, REPEATS)?;
         let report = &outcome.report;
         let imbalance = quotient(report.imbalance_after());
@@ -175,7 +175,7 @@ fn line(kind: PolicyKind, topology: &Topology, params: &PolicyParams, loads: &[L
         line.max_fanout = line.max_fanout.max(report.max_fanout);
         line.max_sends = line.max_sends.max(report.max_sends);
         line.max_copies = line.max_copies.max(report.max_copies);
-        line.wasted_copies += evaluator.plan.wasted_copies();
+        line.wasted_copies += evaluator.plan().wasted_copies();
         remote += report.remote_tokens;
         total += report.total_tokens;
         times.push(outcome.solve_ns);

@@ -6,8 +6,10 @@ mod load;
 mod plan;
 mod recordings;
 mod replay;
+mod sim;
 mod trace;
 mod train;
+mod view;
 mod weight_sync;
 
 use std::io::Write;
@@ -30,9 +32,15 @@ pub(crate) enum Command {
     Load(load::Args),
     /// Replay a recording: what every policy would have made of its load
     Replay(Box<replay::Args>),
+    /// Simulate training and prefill on a rack, beside what was published
+    Sim(sim::Args),
     /// Look into recordings and convert them
     #[command(subcommand, arg_required_else_help = false)]
     Trace(trace::Trace),
+    /// Show runs and recordings as pages in a browser, and follow a run at work
+    View(Box<view::ViewArgs>),
+    /// Write a run or recording as one HTML file that opens offline
+    Report(Box<view::ReportArgs>),
     /// Measure how long planning, splitting and rerouting take; predict how long weight sync takes
     #[command(subcommand, arg_required_else_help = false)]
     Bench(bench::Bench),
@@ -50,7 +58,10 @@ impl Command {
             Self::Compare(args) => compare::run(args, out),
             Self::Load(args) => load::run(args),
             Self::Replay(args) => replay::run(args, out),
+            Self::Sim(args) => sim::run(args, out),
             Self::Trace(trace) => trace.run(out),
+            Self::View(args) => view::view(args, out),
+            Self::Report(args) => view::report(args, out),
             Self::Bench(bench) => bench.run(out),
         }
     }

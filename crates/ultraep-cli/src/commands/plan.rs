@@ -9,13 +9,13 @@ use ultraep_baselines::{PolicyKind, PolicyParams};
 use ultraep_plan::{
     Expert, FULL_SPEED, MAX_TOKENS, Plan, PlanReport, Problem, Rank, SplitWorkspace, StopReason, Topology, split_source,
 };
+use ultraep_replay::{Evaluated, Evaluator, quotient};
 
 use super::{PerRank, write_json};
 use crate::error::{CliError, note};
-use crate::evaluate::{Evaluator, Outcome, quotient};
 use crate::input::{GroupArgs, HardwareArgs, PolicyArgs, policy_list, read_loads};
 use crate::picture;
-use crate::timing::pretty;
+use crate::timing::{now_ns, pretty};
 
 /// Arguments of `ultraep plan`.
 #[derive(Debug, clap::Args)]
@@ -49,8 +49,8 @@ pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<(), CliError> {
     let load = read_loads(&args.loads)?;
     let topology = args.group.topology(load.ranks(), load.experts())?;
     let params = PolicyParams { hardware: args.hardware.model(), ..args.params.params() };
-    let mut evaluator = Evaluator::new(args.policy, &topology, &params)?;
-    let counts = evaluator.counts(&load);
+    let mut evaluator = Evaluator::new(args.policy, &topology, &params, now_ns)?;
+    let counts = evaluator.met_counts(load.counts());
     let outcome = evaluator.microbatch(&counts, 1)?;
     if args.policy.is_historical() {
         note(format_args!("{} plans from earlier microbatches; one load gives it none: masters only", args.policy));
@@ -59,7 +59,7 @@ pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<(), CliError> {
         note(format_args!("{} changes the routing: the load it meets is balanced, not the file's", args.policy));
     }
     let pays_from = if args.json { None } else { break_even(args.policy, &topology, &params, &counts)? };
-    let plan = &evaluator.plan;
+    let plan = evaluator.plan();
     let answer = Answer { args, topology: &topology, counts: &counts, plan, outcome: &outcome, pays_from };
     if args.json { write_json(out, &answer.json()?) } else { answer.print(out) }
 }
@@ -72,8 +72,8 @@ fn break_even(
     params: &PolicyParams,
     counts: &[u32],
 ) -> Result<Option<u64>, CliError> {
-    let mut ours = Evaluator::new(policy, topology, params)?;
-    let mut none = Evaluator::new(PolicyKind::None, topology, params)?;
+    let mut ours = Evaluator::new(policy, topology, params, now_ns)?;
+    let mut none = Evaluator::new(PolicyKind::None, topology, params, now_ns)?;
     let total: u64 = counts.iter().map(|&c| u64::from(c)).sum();
     // Sizes are powers of two over and under this one.
     let tokens = |size: i32| if size < 0 { total >> -size } else { total << size };
@@ -105,7 +105,7 @@ struct Answer<'a> {
     topology: &'a Topology,
     counts: &'a [u32],
     plan: &'a Plan,
-    outcome: &'a Outcome,
+    outcome: &'a Evaluated,
     /// The break-even size, in routed tokens a rank.
     pays_from: Option<u64>,
 }

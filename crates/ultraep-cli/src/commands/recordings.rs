@@ -3,8 +3,7 @@
 use std::path::PathBuf;
 
 use ultraep_import::{
-    Format, Grouping, GroupingError, OpenOptions, Recording, RecordingInfo, SourceRule, Sources, Survey, open_with,
-    survey,
+    Format, Grouping, GroupingError, OpenOptions, Recording, RecordingInfo, SourceRule, Survey, open_with, survey,
 };
 
 use crate::error::CliError;
@@ -99,30 +98,6 @@ impl SourceArgs {
     pub(crate) fn grouping(&self, ranks: usize, experts: usize) -> Grouping {
         let &Self { microbatch_tokens, sources: rule, scale } = self;
         Grouping { ranks, experts, microbatch_tokens: microbatch_tokens as usize, rule, scale }
-    }
-
-    /// How the source axis came about, for reports; `None` when it is as recorded.
-    pub(crate) fn source_note(&self, sources: Sources, ranks: usize) -> Option<String> {
-        match sources {
-            Sources::Ranks(recorded) if recorded == ranks => None,
-            Sources::Ranks(recorded) if recorded % ranks == 0 => {
-                Some(format!("sources: {recorded} recorded ranks merged into {ranks}"))
-            }
-            Sources::Ranks(recorded) => {
-                Some(format!("sources: {recorded} recorded ranks spread over {ranks}: locality is partly synthetic"))
-            }
-            Sources::Tokens => Some(format!(
-                "sources: {} tokens a microbatch given to ranks by {}: locality (remote tokens) is synthetic",
-                self.microbatch_tokens,
-                match self.sources {
-                    SourceRule::Blocks => "blocks of consecutive tokens",
-                    SourceRule::RoundRobin => "turns (round-robin)",
-                }
-            )),
-            Sources::Totals => {
-                Some("sources: only totals are recorded, spread evenly over ranks: locality is synthetic".to_owned())
-            }
-        }
     }
 }
 

@@ -8,13 +8,11 @@ use comfy_table::{CellAlignment, Table, presets};
 use serde::Serialize;
 use serde_json::json;
 use ultraep_import::{
-    ImportError, Load, Microbatch, Microbatches, OpenOptions, Piece, RecordingInfo, Sources, Survey, V1Options,
-    v1_manifest_path, write_ultra_ep_v1,
+    ImportError, Load, OpenOptions, Piece, RecordingInfo, Sources, Survey, V1Options, WriteUetError, recorded_topology,
+    v1_manifest_path, write_uet, write_ultra_ep_v1,
 };
-use ultraep_plan::{Topology, TopologySpec};
-use ultraep_trace::{Record, TraceMeta, TraceWriter};
 
-use super::recordings::{RecordingArgs, SourceArgs, grouping_error};
+use super::recordings::{RecordingArgs, SourceArgs};
 use super::write_json;
 use crate::error::{CliError, note};
 
@@ -267,9 +265,6 @@ fn print_piece(piece: &Piece, out: &mut dyn Write) -> Result<(), CliError> {
     Ok(())
 }
 
-/// Most memory for microbatches that have to be put in order, in bytes.
-const MAX_SORT_BYTES: usize = 1 << 30;
-
 fn convert(args: &ConvertArgs, out: &mut dyn Write) -> Result<(), CliError> {
     let (info, survey, _) = args.recording.survey()?;
     let (_, experts) = args.recording.describe()?;
@@ -278,42 +273,17 @@ fn convert(args: &ConvertArgs, out: &mut dyn Write) -> Result<(), CliError> {
         None => return Err(CliError::Input("--ranks: the recording does not know its ranks".to_owned())),
     };
     let layers = survey.layers.keys().next_back().map_or(1, |&layer| layer as usize + 1);
-    let mut meta = TraceMeta::of_topology(&topology(&info, ranks, experts)?, layers);
-    meta.top_k = info.top_k;
-    meta.metadata.extend(info.metadata.iter().map(|(key, value)| (key.clone(), json!(value))));
-    meta.metadata.insert("imported_from".to_owned(), json!(info.format.to_string()));
-    if let Some(note) = args.sources.source_note(info.sources, ranks) {
-        meta.metadata.insert("sources".to_owned(), json!(note));
-        crate::error::note(note);
-    }
+    // A group that cannot be is refused before there is a file.
+    recorded_topology(&info, ranks, experts).map_err(CliError::input)?;
     let mut recording = args.recording.open(&OpenOptions::default())?;
-    let grouping = args.sources.grouping(ranks, experts);
-    let mut microbatches = Microbatches::new(&mut *recording, grouping).map_err(grouping_error)?;
     let file = File::create_new(&args.output).map_err(write_error(&args.output))?;
-    let refuse = |error: ultraep_trace::TraceError| CliError::Failure(format!("{}: {error}", args.output.display()));
-    let mut writer = TraceWriter::new(BufWriter::new(file), meta).map_err(refuse)?;
-    let mut append = |microbatch: Microbatch| {
-        let Microbatch { step, microbatch, layer, counts } = microbatch;
-        writer.append(&Record { step, microbatch, layer, before: counts, ..Record::default() }).map_err(refuse)
-    };
-    if !matches!(info.sources, Sources::Ranks(_)) {
-        in_order(&mut microbatches)?.into_iter().try_for_each(&mut append)?;
-    } else {
-        let mut microbatch = Microbatch::default();
-        while microbatches.next(&mut microbatch).map_err(grouping_error)? {
-            append(std::mem::take(&mut microbatch))?;
-        }
-    }
-    let leftover = microbatches.leftover().tokens;
-    let records = writer.records();
-    writer.finish().map_err(refuse)?;
-    if leftover > 0 {
-        note(format!("{leftover} tokens at the ends of layers fill no microbatch and are left out"));
-    }
-    if let Some(ending) = recording.ending() {
-        note(ending);
-    }
-    writeln!(out, "{}: {}", args.output.display(), plural(records as usize, "record"))?;
+    let grouping = args.sources.grouping(ranks, experts);
+    let written = write_uet(&mut *recording, grouping, layers, BufWriter::new(file)).map_err(|error| match error {
+        WriteUetError::Write(error) => CliError::Failure(format!("{}: {error}", args.output.display())),
+        error => CliError::input(error),
+    })?;
+    written.notes.iter().for_each(note);
+    writeln!(out, "{}: {}", args.output.display(), plural(written.records as usize, "record"))?;
     Ok(())
 }
 
@@ -343,32 +313,6 @@ fn convert_to_v1(args: &ConvertArgs, out: &mut dyn Write) -> Result<(), CliError
     let (records, chunks) = (written.records as usize, written.chunks as usize);
     writeln!(out, "{}: {} in {}", manifest.display(), plural(records, "record"), plural(chunks, "chunk"))?;
     Ok(())
-}
-
-/// Windows of tokens come layer by layer in most logs; a trace wants them step by step.
-fn in_order(microbatches: &mut Microbatches<'_>) -> Result<Vec<Microbatch>, CliError> {
-    let (mut all, mut bytes) = (Vec::new(), 0);
-    let mut microbatch = Microbatch::default();
-    while microbatches.next(&mut microbatch).map_err(grouping_error)? {
-        bytes += microbatch.counts.len() * size_of::<u32>() + size_of::<Microbatch>();
-        if bytes > MAX_SORT_BYTES {
-            return Err(CliError::Input(format!(
-                "microbatches of over {MAX_SORT_BYTES} bytes would have to be put in order: take larger ones, or fewer files"
-            )));
-        }
-        all.push(std::mem::take(&mut microbatch));
-    }
-    all.sort_by_key(|m| (m.step, m.microbatch, m.layer));
-    Ok(all)
-}
-
-/// The recorded group where it fits, else one domain without slots.
-fn topology(info: &RecordingInfo, ranks: usize, experts: usize) -> Result<Topology, CliError> {
-    let is_same = info.sources == Sources::Ranks(ranks);
-    let domain_ranks = info.domain_ranks.filter(|_| is_same).unwrap_or(ranks);
-    let slots_per_rank = info.slots_per_rank.filter(|_| is_same).unwrap_or(0);
-    let topology = Topology::new(TopologySpec { ranks, experts, domain_ranks, slots_per_rank });
-    topology.map_err(CliError::input)
 }
 
 fn write_error(path: &Path) -> impl FnOnce(std::io::Error) -> CliError {

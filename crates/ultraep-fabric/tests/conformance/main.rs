@@ -10,12 +10,13 @@ mod harness;
 mod launching;
 mod one_sided;
 mod rules;
+mod streams;
 
 use harness::{Case, Wanted};
 use std::process::ExitCode;
 
 fn cases() -> Vec<Case> {
-    let lists = [collectives::CASES, one_sided::CASES, rules::CASES, failures::CASES];
+    let lists = [collectives::CASES, one_sided::CASES, rules::CASES, streams::CASES, failures::CASES];
     lists.into_iter().flatten().copied().collect()
 }
 

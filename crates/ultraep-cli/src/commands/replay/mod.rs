@@ -1,8 +1,5 @@
 //! `ultraep replay`: every policy on every layer and microbatch of a recording.
 
-mod engine;
-mod hardware;
-mod outcome;
 mod report;
 
 use std::io::Write;
@@ -13,15 +10,14 @@ use indicatif::{ProgressBar, ProgressStyle};
 use ultraep_baselines::{HistoryParams, PolicyKind, PolicyParams};
 use ultraep_import::{Leftover, Microbatches, OpenOptions, RecordingInfo};
 use ultraep_plan::{HardwareModel, Ratio, Topology, TopologySpec};
+use ultraep_replay::{ExpertShape, Hardware, Outcomes, Scenario, replay};
 
-use self::engine::{Scenario, replay};
-use self::hardware::{BUILT_IN, ExpertShape, Hardware};
-use self::outcome::Outcomes;
 use self::report::Replay;
 use super::recordings::{RecordingArgs, SourceArgs, grouping_error};
 use super::write_json;
 use crate::error::{CliError, note};
 use crate::input::policy_list;
+use crate::timing::now_ns;
 
 /// Arguments of `ultraep replay`.
 #[derive(Debug, clap::Args)]
@@ -56,7 +52,7 @@ pub(crate) struct Args {
     #[arg(long, default_value_t = 1, value_name = "MICROBATCHES", value_parser = clap::value_parser!(u32).range(1..=1000))]
     interval: u32,
     /// Hardware to predict times for: a file, or one that comes with the program
-    #[arg(long, value_name = "NAME|FILE", help = format!("Hardware to predict times for: a file or one of {} [default: 900 GB/s links, 800 TFLOPS]", BUILT_IN.map(|b| b.0).join(", ")))]
+    #[arg(long, value_name = "NAME|FILE", help = format!("Hardware to predict times for: a file or one of {} [default: 900 GB/s links, 800 TFLOPS]", Hardware::built_in_names().join(", ")))]
     hardware: Option<String>,
     /// Hidden size of the model, for predicted times
     #[arg(long, default_value_t = 4096, value_name = "SIZE", value_parser = clap::value_parser!(u32).range(1..=1 << 20), requires = "hardware")]
@@ -91,7 +87,7 @@ const MAX_SCENARIOS: usize = 4096;
 pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<(), CliError> {
     let start = Instant::now();
     let (info, experts) = args.recording.describe()?;
-    let hardware = args.hardware.as_deref().map(Hardware::find).transpose()?;
+    let hardware = args.hardware.as_deref().map(Hardware::find).transpose().map_err(CliError::input)?;
     let sizes = args.ranks_for(&info, experts);
     // Every size of the group reads the recording once.
     let bar = progress_bar(args.recording.bytes().saturating_mul(sizes.len() as u64));
@@ -101,7 +97,7 @@ pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<(), CliError> {
         if scenarios.is_empty() {
             continue;
         }
-        replay.notes.extend(args.sources.source_note(info.sources, ranks));
+        replay.notes.extend(args.sources.grouping(ranks, experts).describe_sources(info.sources));
         let (outcomes, leftover, ending) = args.replay_for(ranks, experts, &scenarios, &bar)?;
         replay.notes.extend(leftover_note(leftover));
         replay.notes.extend(ending);
@@ -152,7 +148,7 @@ impl Args {
                         (slots_index == 0 || has_slots(**kind)) && (quota_index == 0 || has_min_quota(**kind))
                     });
                     let params = self.params(min_quota, model);
-                    scenarios.extend(kinds.map(|&kind| Scenario { kind, slots, topology: topology.clone(), params }));
+                    scenarios.extend(kinds.map(|&kind| Scenario { kind, topology: topology.clone(), params }));
                 }
             }
         }
@@ -188,13 +184,13 @@ impl Args {
         let threads = self.threads.map(usize::from);
         let threads = threads.or_else(|| std::thread::available_parallelism().ok().map(usize::from)).unwrap_or(1);
         let mut microbatches_read = 0_u64;
-        let outcomes = replay(scenarios, threads, |microbatch| {
+        let outcomes = replay(scenarios, threads, now_ns, |microbatch| {
             if microbatches_read.is_multiple_of(SHOW_EVERY) {
                 bar.set_position(before + options.bytes_read.load(Ordering::Relaxed));
                 bar.set_message(format!("EP{ranks}, {} plans", microbatches_read * scenarios.len() as u64));
             }
             microbatches_read += 1;
-            microbatches.next(microbatch).map_err(grouping_error)
+            microbatches.next(microbatch)
         })?;
         bar.set_position(before + options.bytes_read.load(Ordering::Relaxed));
         let leftover = microbatches.leftover();

@@ -7,12 +7,11 @@ use comfy_table::{CellAlignment, Table, presets};
 use serde::Serialize;
 use ultraep_baselines::PolicyKind;
 use ultraep_import::RecordingInfo;
+use ultraep_plan::Rank;
+use ultraep_replay::{Hardware, Outcomes, Scenario, Worst, quotient};
 
-use super::engine::Scenario;
-use super::hardware::Hardware;
-use super::outcome::{Outcomes, Worst};
 use crate::error::CliError;
-use crate::evaluate::quotient;
+
 use crate::timing::pretty;
 
 /// `ultraep.replay/1`.
@@ -260,7 +259,7 @@ impl Line {
         Self {
             ranks: scenario.topology.ranks(),
             domain: scenario.topology.domain_ranks(),
-            slots_per_rank: scenario.slots,
+            slots_per_rank: scenario.topology.slots(Rank::new(0)),
             min_quota: scenario.params.min_quota,
             policy: scenario.kind.name(),
             historical: scenario.kind.is_historical(),

@@ -4,25 +4,28 @@ use std::collections::BTreeMap;
 
 use ultraep_plan::StopReason;
 
-use crate::evaluate::{Outcome, quotient};
+use crate::{Evaluated, quotient};
 
 /// Worst cases that are kept.
 const WORST_KEPT: usize = 5;
 
 /// Values from 1 up, by bins of a thousandth: quantiles are at most that much too low; sum and largest are exact.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Distribution {
+pub struct Distribution {
     bins: BTreeMap<u16, u64>,
-    pub(super) count: u64,
+    /// Values added.
+    pub count: u64,
     sum: f64,
-    pub(super) largest: f64,
+    /// The largest of them, 0 where there is none.
+    pub largest: f64,
 }
 
 /// Ratio of a bin's bounds.
 const BIN: f64 = 1.001;
 
 impl Distribution {
-    pub(super) fn add(&mut self, value: f64) {
+    /// Adds a value; below 1 counts as 1 in quantiles.
+    pub fn add(&mut self, value: f64) {
         let bin = (value.max(1.0).ln() / BIN.ln() + 1e-6) as u16; // saturates
         *self.bins.entry(bin).or_default() += 1;
         self.count += 1;
@@ -30,7 +33,8 @@ impl Distribution {
         self.largest = self.largest.max(value);
     }
 
-    pub(super) fn merge(&mut self, other: &Self) {
+    /// Adds all values of another.
+    pub fn merge(&mut self, other: &Self) {
         for (&bin, &count) in &other.bins {
             *self.bins.entry(bin).or_default() += count;
         }
@@ -39,12 +43,18 @@ impl Distribution {
         self.largest = self.largest.max(other.largest);
     }
 
-    pub(super) fn mean(&self) -> f64 {
+    /// Values by bins of a thousandth, the lowest first: a bin's lower bound and how many lie in it.
+    pub fn bins(&self) -> impl Iterator<Item = (f64, u64)> {
+        self.bins.iter().map(|(&bin, &count)| (BIN.powi(i32::from(bin)), count))
+    }
+
+    /// Their mean, 0 where there is none.
+    pub fn mean(&self) -> f64 {
         if self.count == 0 { 0.0 } else { self.sum / self.count as f64 }
     }
 
     /// The least value that at least `percent` of all do not exceed.
-    pub(super) fn quantile(&self, percent: u64) -> f64 {
+    pub fn quantile(&self, percent: u64) -> f64 {
         let needed = (self.count * percent).div_ceil(100).max(1);
         let mut below = 0;
         for (&bin, &count) in &self.bins {
@@ -59,41 +69,59 @@ impl Distribution {
 
 /// A microbatch that stands out.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
-pub(super) struct Worst {
-    pub(super) step: u64,
-    pub(super) microbatch: u32,
-    pub(super) layer: u32,
-    pub(super) imbalance: f64,
+pub struct Worst {
+    /// Its step.
+    pub step: u64,
+    /// Its microbatch within the step.
+    pub microbatch: u32,
+    /// Its layer.
+    pub layer: u32,
+    /// Largest over mean rank load after balancing.
+    pub imbalance: f64,
 }
 
 /// One scenario's plans.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Outcomes {
-    pub(super) imbalance: Distribution,
-    pub(super) solve_ns: Distribution,
-    pub(super) layers: BTreeMap<u32, Distribution>,
-    pub(super) replicas: u64,
-    pub(super) max_fanout: usize,
-    pub(super) max_sends: usize,
-    pub(super) max_copies: usize,
-    pub(super) wasted_copies: u64,
-    pub(super) remote_tokens: u64,
-    pub(super) total_tokens: u64,
-    pub(super) predicted_ps: u128,
+pub struct Outcomes {
+    /// Imbalance after balancing.
+    pub imbalance: Distribution,
+    /// Times of solves.
+    pub solve_ns: Distribution,
+    /// Imbalance after balancing, by layer.
+    pub layers: BTreeMap<u32, Distribution>,
+    /// Replicas of all plans.
+    pub replicas: u64,
+    /// Most replicas of one expert.
+    pub max_fanout: usize,
+    /// Most copies that one rank sends.
+    pub max_sends: usize,
+    /// Most foreign experts on one rank.
+    pub max_copies: usize,
+    /// Copies beside another copy of the same expert on the same rank.
+    pub wasted_copies: u64,
+    /// Tokens processed away from their source.
+    pub remote_tokens: u64,
+    /// Tokens in all.
+    pub total_tokens: u64,
+    /// Predicted time of all layers' forwards.
+    pub predicted_ps: u128,
     /// Plans that reach the target or a proven lower bound in every domain.
-    pub(super) proven: u64,
-    /// Microbatches that the policy cannot serve, and why the first.
-    pub(super) refused: u64,
-    pub(super) refusal: Option<String>,
-    pub(super) worst: Vec<Worst>,
+    pub proven: u64,
+    /// Microbatches that the policy cannot serve.
+    pub refused: u64,
+    /// Why the first.
+    pub refusal: Option<String>,
+    /// The worst cases, the worst first.
+    pub worst: Vec<Worst>,
 }
 
 impl Outcomes {
-    pub(super) fn add(&mut self, place: Worst, outcome: &Outcome, plan: &ultraep_plan::Plan) {
-        let report = &outcome.report;
+    /// Adds a plan; the imbalance of `place` is not looked at.
+    pub fn add(&mut self, place: Worst, evaluated: &Evaluated, plan: &ultraep_plan::Plan) {
+        let report = &evaluated.report;
         let imbalance = quotient(report.imbalance_after());
         self.imbalance.add(imbalance);
-        self.solve_ns.add(outcome.solve_ns as f64);
+        self.solve_ns.add(evaluated.solve_ns as f64);
         self.layers.entry(place.layer).or_default().add(imbalance);
         self.replicas += report.replicas as u64;
         self.max_fanout = self.max_fanout.max(report.max_fanout);
@@ -102,19 +130,21 @@ impl Outcomes {
         self.wasted_copies += plan.wasted_copies() as u64;
         self.remote_tokens += report.remote_tokens;
         self.total_tokens += report.total_tokens;
-        self.predicted_ps += u128::from(outcome.predicted_ps);
+        self.predicted_ps += u128::from(evaluated.predicted_ps);
         let is_proven =
             |stop| matches!(stop, StopReason::AlreadyBalanced | StopReason::TargetReached | StopReason::LowerBound);
         self.proven += u64::from(plan.domains().iter().all(|d| is_proven(d.stop)));
         self.keep_worst(Worst { imbalance, ..place });
     }
 
-    pub(super) fn refuse(&mut self, reason: String) {
+    /// Counts a microbatch that the policy cannot serve.
+    pub fn refuse(&mut self, reason: String) {
         self.refused += 1;
         self.refusal.get_or_insert(reason);
     }
 
-    pub(super) fn merge(&mut self, other: Self) {
+    /// Adds all plans of another.
+    pub fn merge(&mut self, other: Self) {
         self.imbalance.merge(&other.imbalance);
         self.solve_ns.merge(&other.solve_ns);
         for (layer, of_layer) in &other.layers {
@@ -147,19 +177,22 @@ impl Outcomes {
     }
 
     /// Plans made.
-    pub(super) fn plans(&self) -> u64 {
+    pub fn plans(&self) -> u64 {
         self.imbalance.count
     }
 
-    pub(super) fn replicas_mean(&self) -> f64 {
+    /// Replicas a plan.
+    pub fn replicas_mean(&self) -> f64 {
         quotient((self.replicas, self.plans()))
     }
 
-    pub(super) fn remote_share(&self) -> f64 {
+    /// Share of tokens processed away from their source.
+    pub fn remote_share(&self) -> f64 {
         quotient((self.remote_tokens, self.total_tokens))
     }
 
-    pub(super) fn predicted_ns_mean(&self) -> f64 {
+    /// Predicted time of a layer's forward.
+    pub fn predicted_ns_mean(&self) -> f64 {
         if self.plans() == 0 { 0.0 } else { self.predicted_ps as f64 / self.plans() as f64 / 1e3 }
     }
 }

@@ -8,37 +8,62 @@ use std::collections::HashMap;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread;
 
-use ultraep_baselines::{PolicyKind, PolicyParams, ideal};
-use ultraep_import::Microbatch;
+use ultraep_baselines::{PolicyKind, PolicyParams};
+use ultraep_import::{GroupingError, Microbatch};
 use ultraep_plan::Topology;
 
-use super::outcome::{Outcomes, Worst};
-use crate::error::CliError;
-use crate::evaluate::Evaluator;
+use crate::evaluate::balanced;
+use crate::{EvaluateError, Evaluator, NowNs, Outcomes, Worst};
 
 /// One policy in one group.
 #[derive(Clone, Debug)]
-pub(super) struct Scenario {
-    pub(super) kind: PolicyKind,
-    pub(super) slots: usize,
-    pub(super) topology: Topology,
-    pub(super) params: PolicyParams,
+pub struct Scenario {
+    /// Which policy.
+    pub kind: PolicyKind,
+    /// The group: ranks, experts, domains, slots, speeds.
+    pub topology: Topology,
+    /// Its parameters and the hardware to predict times for.
+    pub params: PolicyParams,
+}
+
+/// Why a replay ended early.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ReplayError {
+    /// No microbatch could be read or made.
+    #[error(transparent)]
+    Grouping(#[from] GroupingError),
+    /// A policy could not be built, or made a plan that breaks a rule.
+    #[error(transparent)]
+    Evaluate(#[from] EvaluateError),
+}
+
+impl ReplayError {
+    /// Whether the input is at fault, rather than the program.
+    pub fn is_input(&self) -> bool {
+        match self {
+            Self::Grouping(_) => true,
+            Self::Evaluate(error) => error.is_input(),
+        }
+    }
 }
 
 /// Microbatches that may wait for a worker.
 const WAITING: usize = 64;
 
-/// Replays what `next` gives. All scenarios have the same ranks and experts. `threads` is at least 1.
-pub(super) fn replay(
+/// Replays what `next` gives (false at its end), one [`Outcomes`] a scenario. All scenarios have the same ranks and experts.
+/// `threads` plan, at least one; `now_ns` times the solves. A microbatch that a policy cannot serve is counted, not an error.
+pub fn replay(
     scenarios: &[Scenario],
     threads: usize,
-    mut next: impl FnMut(&mut Microbatch) -> Result<bool, CliError>,
-) -> Result<Vec<Outcomes>, CliError> {
+    now_ns: NowNs,
+    mut next: impl FnMut(&mut Microbatch) -> Result<bool, GroupingError>,
+) -> Result<Vec<Outcomes>, ReplayError> {
     thread::scope(|scope| {
         let mut workers = Vec::new();
         for _ in 0..threads.max(1) {
             let (sender, receiver) = sync_channel(WAITING);
-            workers.push((sender, scope.spawn(move || work(scenarios, &receiver))));
+            workers.push((sender, scope.spawn(move || work(scenarios, now_ns, &receiver))));
         }
         let read = deal(&workers.iter().map(|(sender, _)| sender.clone()).collect::<Vec<_>>(), &mut next);
         let mut total = vec![Outcomes::default(); scenarios.len()];
@@ -59,8 +84,8 @@ pub(super) fn replay(
 
 fn deal(
     workers: &[SyncSender<Microbatch>],
-    next: &mut impl FnMut(&mut Microbatch) -> Result<bool, CliError>,
-) -> Result<(), CliError> {
+    next: &mut impl FnMut(&mut Microbatch) -> Result<bool, GroupingError>,
+) -> Result<(), ReplayError> {
     let mut worker_of_layer = HashMap::new();
     let mut microbatch = Microbatch::default();
     while next(&mut microbatch)? {
@@ -76,6 +101,7 @@ fn deal(
 /// Policies at work for some layers.
 struct Worker<'a> {
     scenarios: &'a [Scenario],
+    now_ns: NowNs,
     /// Exact policies serve all layers.
     exact: Vec<Option<Evaluator>>,
     /// Historical ones have one instance a layer.
@@ -84,9 +110,14 @@ struct Worker<'a> {
     balanced: Option<Vec<u32>>,
 }
 
-fn work(scenarios: &[Scenario], microbatches: &Receiver<Microbatch>) -> Result<Vec<Outcomes>, CliError> {
+fn work(
+    scenarios: &[Scenario],
+    now_ns: NowNs,
+    microbatches: &Receiver<Microbatch>,
+) -> Result<Vec<Outcomes>, ReplayError> {
     let mut worker = Worker {
         scenarios,
+        now_ns,
         exact: scenarios.iter().map(|_| None).collect(),
         historical: HashMap::new(),
         outcomes: vec![Outcomes::default(); scenarios.len()],
@@ -102,9 +133,9 @@ fn work(scenarios: &[Scenario], microbatches: &Receiver<Microbatch>) -> Result<V
 }
 
 impl Worker<'_> {
-    fn run(&mut self, index: usize, microbatch: &Microbatch) -> Result<(), CliError> {
-        let scenario = &self.scenarios[index];
-        let new = || Evaluator::new(scenario.kind, &scenario.topology, &scenario.params);
+    fn run(&mut self, index: usize, microbatch: &Microbatch) -> Result<(), EvaluateError> {
+        let (scenario, now_ns) = (&self.scenarios[index], self.now_ns);
+        let new = || Evaluator::new(scenario.kind, &scenario.topology, &scenario.params, now_ns);
         let evaluator = match scenario.kind.is_historical() {
             true => match self.historical.entry((index, microbatch.layer)) {
                 std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
@@ -120,19 +151,14 @@ impl Worker<'_> {
             false => &microbatch.counts,
         };
         match evaluator.microbatch(counts, 1) {
-            Ok(outcome) => {
+            Ok(evaluated) => {
                 let Microbatch { step, microbatch, layer, .. } = *microbatch;
                 let place = Worst { step, microbatch, layer, imbalance: 0.0 };
-                self.outcomes[index].add(place, &outcome, &evaluator.plan);
+                self.outcomes[index].add(place, &evaluated, evaluator.plan());
             }
-            Err(CliError::Input(reason)) => self.outcomes[index].refuse(reason),
-            Err(other) => return Err(other),
+            Err(error) if error.is_input() => self.outcomes[index].refuse(error.to_string()),
+            Err(error) => return Err(error),
         }
         Ok(())
     }
-}
-
-fn balanced(topology: &Topology, counts: &[u32]) -> Vec<u32> {
-    let sums: Vec<u32> = counts.chunks(topology.experts()).map(|row| row.iter().sum()).collect();
-    ideal::balanced_counts(topology, &sums)
 }

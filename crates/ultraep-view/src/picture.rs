@@ -1,0 +1,325 @@
+//! One microbatch as JSON: what every picture on its page shows, in bounded size.
+
+use serde::Serialize;
+use ultraep_baselines::PolicyKind;
+use ultraep_plan::{Expert, HardwareModel, Prediction, Rank, StopReason, Topology};
+use ultraep_replay::{Anatomy, Replan, Scenario, plan_of_record, replan};
+use ultraep_trace::PlanRecord;
+
+use crate::ViewError;
+use crate::entry::Entry;
+use crate::settings::{WhatIf, WhatIfJson};
+
+/// Most rows and columns of the flow of tokens; ranks beyond are taken together.
+const FLOW_MAX: usize = 128;
+/// Most copies and tasks of transfer listed.
+const COPIES_MAX: usize = 1500;
+
+/// Where a microbatch is and what is around it.
+#[derive(Debug, Serialize)]
+pub(crate) struct Microbatch {
+    step: u64,
+    microbatch: u32,
+    layer: u32,
+    previous: Option<(u64, u32)>,
+    next: Option<(u64, u32)>,
+    layer_below: Option<u32>,
+    layer_above: Option<u32>,
+    ranks: usize,
+    experts: usize,
+    domain: usize,
+    total_tokens: u64,
+    /// Experts of each rank, as the number of masters, `[N]`.
+    masters: Vec<usize>,
+    /// `lambda[e]`, `[E]`.
+    expert_loads: Vec<u64>,
+    /// Whether the plan is the recorded one.
+    is_recorded: bool,
+    settings: WhatIfJson,
+    plan: PlanJson,
+}
+
+/// A plan and what follows from it.
+#[derive(Debug, Serialize)]
+pub(crate) struct PlanJson {
+    policy: String,
+    digest: Option<String>,
+    slots: Vec<usize>,
+    imbalance_before: f64,
+    imbalance_after: f64,
+    /// Tokens of the fullest rank.
+    most_before: u64,
+    most_after: u64,
+    /// Proven bound on it, where the policy knows one; and why it stopped.
+    lower_bound: Option<u64>,
+    stop: Option<&'static str>,
+    replicas: usize,
+    remote_tokens: u64,
+    remote_share: f64,
+    rank_before: Vec<u64>,
+    rank_after: Vec<u64>,
+    /// Instances of each rank after balancing: expert, physical index, tokens, 1 for a replica; flattened.
+    instances: Vec<Vec<u64>>,
+    /// Replicas with the most tokens first: expert, home rank, rank, tokens.
+    copies: Vec<(usize, usize, usize, u32)>,
+    /// Replicas that are not listed.
+    copies_left_out: usize,
+    flow: Flow,
+    transfers: TransfersJson,
+    times: Times,
+}
+
+/// Tokens from sources to the ranks that process them.
+#[derive(Debug, Serialize)]
+struct Flow {
+    /// Ranks that a row and a column stand for.
+    ranks_per_group: usize,
+    /// `[sources, ranks]`, row-major.
+    tokens: Vec<u64>,
+}
+
+#[derive(Debug, Serialize)]
+struct TransfersJson {
+    /// Expert, sender, receiver, hops from home, stripe, stripes.
+    tasks: Vec<(usize, usize, usize, u32, u32, u32)>,
+    left_out: usize,
+    relayed_experts: u32,
+    fanout: u32,
+    depth: u32,
+    sync_ns: u64,
+    direct_sync_ns: u64,
+}
+
+/// Predicted times of the layer's forward, masters only and under the plan.
+#[derive(Debug, Serialize)]
+struct Times {
+    hardware: String,
+    before: Parts,
+    after: Parts,
+}
+
+#[derive(Debug, Serialize)]
+struct Parts {
+    plan_ns: u64,
+    reroute_ns: u64,
+    weight_sync_ns: u64,
+    all_to_all_ns: u64,
+    experts_ns: u64,
+    total_ns: u64,
+}
+
+impl Entry {
+    /// The picture of a microbatch, planned as recorded or, with `asked`, anew.
+    pub(crate) fn picture(
+        &self,
+        (step, microbatch, layer): (u64, u32, u32),
+        asked: Option<&WhatIf>,
+    ) -> Result<Microbatch, ViewError> {
+        let settings = asked.unwrap_or(&self.source.planned);
+        let found = self.find(step, microbatch, layer, settings.window)?;
+        let recorded = found.record.after.as_ref().filter(|_| asked.is_none());
+        let is_recorded = recorded.is_some();
+        let (topology, plan) = if let Some(plan) = recorded {
+            (self.source.topology.clone(), self.recorded(plan, found.record.before.clone())?)
+        } else {
+            let scenario = settings.scenario(self.source.meta.ranks, self.source.meta.experts)?;
+            let Replan { anatomy, digest, .. } = replan(&scenario, &found.record.before, &found.history)?;
+            let plan = PlanJson::of(&scenario, &settings.hardware.name, scenario.kind.name(), Some(digest), &anatomy)?;
+            (scenario.topology, plan)
+        };
+        let mut expert_loads = vec![0; topology.experts()];
+        for row in found.record.before.chunks_exact(topology.experts()) {
+            expert_loads.iter_mut().zip(row).for_each(|(load, &count)| *load += u64::from(count));
+        }
+        Ok(Microbatch {
+            step,
+            microbatch,
+            layer,
+            previous: found.previous,
+            next: found.next,
+            layer_below: found.layer_below,
+            layer_above: found.layer_above,
+            ranks: topology.ranks(),
+            experts: topology.experts(),
+            domain: topology.domain_ranks(),
+            total_tokens: expert_loads.iter().sum(),
+            masters: (0..topology.ranks()).map(|r| topology.masters(Rank::new(r)).len()).collect(),
+            expert_loads,
+            is_recorded,
+            settings: settings.json(),
+            plan,
+        })
+    }
+
+    fn recorded(&self, record: &PlanRecord, counts: Vec<u32>) -> Result<PlanJson, ViewError> {
+        let settings = &self.source.planned;
+        let topology = &self.source.topology;
+        let mut scenario = settings.scenario(topology.ranks(), topology.experts())?;
+        scenario.topology = topology.clone();
+        let plan = plan_of_record(record, topology);
+        let anatomy = Anatomy::of(topology, &scenario.params.hardware, counts, plan, record.split.clone())?;
+        let digest = (record.digest != 0).then_some(record.digest);
+        PlanJson::of(&scenario, &settings.hardware.name, &record.policy, digest, &anatomy)
+    }
+}
+
+impl PlanJson {
+    fn of(
+        scenario: &Scenario,
+        hardware: &str,
+        policy: &str,
+        digest: Option<u64>,
+        anatomy: &Anatomy,
+    ) -> Result<Self, ViewError> {
+        let (topology, plan) = (&scenario.topology, &anatomy.plan);
+        let total = anatomy.total_tokens();
+        let most = |loads: &[u64]| loads.iter().copied().max().unwrap_or(0);
+        let stop = plan.domains().iter().map(|domain| domain.stop).max_by_key(|&stop| stop_order(stop));
+        let is_search = stop.is_some_and(|stop| stop != StopReason::NotASearch);
+        let lower_bound = plan.domains().iter().map(|domain| u64::from(domain.lower_bound)).max();
+        let (copies, copies_left_out) = copies(topology, anatomy);
+        Ok(Self {
+            policy: policy.to_owned(),
+            digest: digest.map(|digest| format!("{digest:016x}")),
+            slots: (0..topology.ranks()).map(|r| topology.slots(Rank::new(r))).collect(),
+            imbalance_before: round(anatomy.imbalance_before()),
+            imbalance_after: round(anatomy.imbalance_after()),
+            most_before: most(&anatomy.rank_load_before),
+            most_after: most(&anatomy.rank_load_after),
+            lower_bound: lower_bound.filter(|_| is_search),
+            stop: stop.filter(|_| is_search).map(stop_words),
+            replicas: plan.replicas(),
+            remote_tokens: anatomy.remote_tokens,
+            remote_share: round(if total == 0 { 0.0 } else { anatomy.remote_tokens as f64 / total as f64 }),
+            rank_before: anatomy.rank_load_before.clone(),
+            rank_after: anatomy.rank_load_after.clone(),
+            instances: instances(topology, anatomy),
+            copies,
+            copies_left_out,
+            flow: flow(topology, anatomy),
+            transfers: transfers(anatomy),
+            times: times(scenario, hardware, anatomy)?,
+        })
+    }
+}
+
+/// To four places: what a picture can show.
+pub(crate) fn round(value: f64) -> f64 {
+    (value * 1e4).round() / 1e4
+}
+
+/// Of several domains the one that is furthest from what was asked.
+fn stop_order(stop: StopReason) -> u8 {
+    match stop {
+        StopReason::AlreadyBalanced => 0,
+        StopReason::TargetReached => 1,
+        StopReason::LowerBound => 2,
+        StopReason::LeastCost => 3,
+        StopReason::SearchExhausted => 4,
+        _ => 5,
+    }
+}
+
+fn stop_words(stop: StopReason) -> &'static str {
+    match stop {
+        StopReason::AlreadyBalanced => "nothing exceeded the target",
+        StopReason::TargetReached => "the target was reached",
+        StopReason::LowerBound => "no plan can do better (proven bound)",
+        StopReason::LeastCost => "more would not pay",
+        StopReason::SearchExhausted => "the search ended above the target",
+        _ => "the policy does not search",
+    }
+}
+
+fn instances(topology: &Topology, anatomy: &Anatomy) -> Vec<Vec<u64>> {
+    let mut of_rank = vec![Vec::new(); topology.ranks()];
+    let mut shares = vec![0_u64; anatomy.plan.instances().len()];
+    for row in anatomy.split.chunks_exact(shares.len().max(1)) {
+        shares.iter_mut().zip(row).for_each(|(sum, &share)| *sum += u64::from(share));
+    }
+    for expert in (0..anatomy.plan.experts()).map(Expert::new) {
+        for index in anatomy.plan.range(expert) {
+            let instance = anatomy.plan.instances()[index];
+            let is_replica = instance.rank != topology.home(expert);
+            let physical = instance.physical.index() as u64;
+            let row = [expert.index() as u64, physical, shares[index], u64::from(is_replica)];
+            of_rank[instance.rank.index()].extend(row);
+        }
+    }
+    of_rank
+}
+
+type Copies = Vec<(usize, usize, usize, u32)>;
+
+fn copies(topology: &Topology, anatomy: &Anatomy) -> (Copies, usize) {
+    let mut copies = Vec::new();
+    for expert in (0..anatomy.plan.experts()).map(Expert::new) {
+        let home = topology.home(expert);
+        let replicas = anatomy.plan.of(expert).iter().filter(|instance| instance.rank != home);
+        copies.extend(replicas.map(|i| (expert.index(), home.index(), i.rank.index(), i.quota)));
+    }
+    copies.sort_by_key(|&(expert, _, rank, tokens)| (std::cmp::Reverse(tokens), expert, rank));
+    let left_out = copies.len().saturating_sub(COPIES_MAX);
+    copies.truncate(COPIES_MAX);
+    (copies, left_out)
+}
+
+fn flow(topology: &Topology, anatomy: &Anatomy) -> Flow {
+    let ranks_per_group = topology.ranks().div_ceil(FLOW_MAX);
+    let groups = topology.ranks().div_ceil(ranks_per_group);
+    let mut tokens = vec![0; groups * groups];
+    let instances = anatomy.plan.instances();
+    for (source, row) in anatomy.split.chunks_exact(instances.len().max(1)).enumerate() {
+        for (instance, &share) in instances.iter().zip(row) {
+            tokens[source / ranks_per_group * groups + instance.rank.index() / ranks_per_group] += u64::from(share);
+        }
+    }
+    Flow { ranks_per_group, tokens }
+}
+
+fn transfers(anatomy: &Anatomy) -> TransfersJson {
+    let plan = &anatomy.transfers;
+    let row = |task: &ultraep_plan::TransferTask| {
+        let transfer = task.transfer;
+        let (from, to) = (transfer.from.index(), transfer.to.index());
+        (transfer.expert.index(), from, to, task.depth, task.stripe.index, task.stripe.count)
+    };
+    let mut tasks: Vec<_> = plan.tasks().iter().map(row).collect();
+    tasks.sort_by_key(|&(expert, from, to, depth, stripe, _)| (expert, stripe, depth, from, to));
+    let left_out = tasks.len().saturating_sub(COPIES_MAX);
+    tasks.truncate(COPIES_MAX);
+    TransfersJson {
+        tasks,
+        left_out,
+        relayed_experts: plan.relayed_experts(),
+        fanout: plan.fanout(),
+        depth: plan.depth(),
+        sync_ns: anatomy.sync_ns,
+        direct_sync_ns: anatomy.direct_sync_ns,
+    }
+}
+
+/// Without balancing there is no plan to make, no weights to move and no reroute.
+fn times(scenario: &Scenario, hardware: &str, anatomy: &Anatomy) -> Result<Times, ViewError> {
+    let none = Scenario { kind: PolicyKind::None, ..scenario.clone() };
+    let before = replan(&none, &anatomy.counts, &[])?.anatomy.prediction;
+    let model = &scenario.params.hardware;
+    let is_planning = scenario.kind != PolicyKind::None;
+    Ok(Times {
+        hardware: hardware.to_owned(),
+        before: Parts::of(model, &before, 0, false),
+        after: Parts::of(model, &anatomy.prediction, anatomy.sync_ns, is_planning),
+    })
+}
+
+impl Parts {
+    /// Weight sync is that of the planned transfers.
+    fn of(model: &HardwareModel, prediction: &Prediction, sync_ns: u64, is_planning: bool) -> Self {
+        let ns = |ps: u64| ps.div_ceil(1000);
+        let plan_ns = if is_planning { ns(model.plan_ps) } else { 0 };
+        let reroute_ns = if is_planning { ns(model.reroute_ps) } else { 0 };
+        let (all_to_all_ns, experts_ns) = (ns(prediction.all_to_all_ps), ns(prediction.experts_ps));
+        let total_ns = plan_ns + reroute_ns.max(sync_ns) + all_to_all_ns + experts_ns;
+        Self { plan_ns, reroute_ns, weight_sync_ns: sync_ns, all_to_all_ns, experts_ns, total_ns }
+    }
+}

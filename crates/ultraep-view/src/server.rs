@@ -1,0 +1,250 @@
+//! The HTTP side: pages, JSON, events; and what is refused.
+
+use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Body;
+use axum::extract::{Path, Query, Request, State};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
+use axum::middleware::{self, Next};
+use axum::response::sse::{Event, KeepAlive, Sse};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use futures_util::stream::{self, Stream};
+use serde::Serialize;
+use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
+
+use crate::assets;
+use crate::entry::Entry;
+use crate::{ANSWER_BYTES_MAX, ViewError, Viewer};
+
+/// Requests that read or plan at a time.
+const WORKERS: usize = 4;
+/// Shortest time between two events of a live view.
+const EVENT_PAUSE: Duration = Duration::from_millis(250);
+
+const SECURITY_HEADERS: [(HeaderName, HeaderValue); 6] = [
+    (
+        header::CONTENT_SECURITY_POLICY,
+        HeaderValue::from_static(
+            "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; \
+             base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+        ),
+    ),
+    (header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff")),
+    (header::REFERRER_POLICY, HeaderValue::from_static("no-referrer")),
+    (header::CACHE_CONTROL, HeaderValue::from_static("no-store")),
+    (HeaderName::from_static("cross-origin-resource-policy"), HeaderValue::from_static("same-origin")),
+    (HeaderName::from_static("cross-origin-opener-policy"), HeaderValue::from_static("same-origin")),
+];
+
+#[derive(Clone)]
+struct Shared {
+    viewer: Arc<Viewer>,
+    workers: Arc<Semaphore>,
+    /// Name under which the page may be asked for, beside `localhost` and addresses.
+    host: Arc<str>,
+}
+
+/// Answers on `listener` until `stop` is done. `host` is the name that the user gave for this machine, if it is one.
+pub async fn serve(
+    listener: std::net::TcpListener,
+    viewer: Arc<Viewer>,
+    host: &str,
+    stop: impl Future<Output = ()> + Send + 'static,
+) -> std::io::Result<()> {
+    listener.set_nonblocking(true)?;
+    let shared = Shared { viewer, workers: Arc::new(Semaphore::new(WORKERS)), host: host.to_ascii_lowercase().into() };
+    let app = Router::new()
+        .route("/", get(|| asset(Path("index.html".to_owned()))))
+        .route("/assets/{file}", get(asset))
+        .route("/api/recordings", get(recordings))
+        .route("/api/recordings/{index}/overview", get(overview))
+        .route("/api/recordings/{index}/layers/{layer}", get(layer))
+        .route("/api/recordings/{index}/microbatch", get(microbatch))
+        .route("/api/recordings/{index}/events", get(events))
+        .fallback(|| async { refusal(StatusCode::NOT_FOUND, "no such page") })
+        .layer(middleware::from_fn_with_state(shared.clone(), guard))
+        .with_state(shared);
+    // A browser that still listens to events would hold a graceful end up.
+    let server = axum::serve(TcpListener::from_std(listener)?, app);
+    tokio::select! {
+        result = async { server.await } => result,
+        () = stop => Ok(()),
+    }
+}
+
+/// Only reading, only under a host that is no foreign name, no path that climbs; and the headers of every answer.
+async fn guard(State(shared): State<Shared>, request: Request, next: Next) -> Response {
+    let path = request.uri().path();
+    let mut response = if !matches!(*request.method(), Method::GET | Method::HEAD) {
+        refusal(StatusCode::METHOD_NOT_ALLOWED, "only GET is answered")
+    } else if !is_host_known(request.headers(), &shared.host) {
+        refusal(StatusCode::MISDIRECTED_REQUEST, "asked for under a name that is not this machine's")
+    } else if path.contains("..") || path.contains('\\') || path.to_ascii_lowercase().contains("%2e") {
+        refusal(StatusCode::BAD_REQUEST, "a path with ..")
+    } else {
+        next.run(request).await
+    };
+    response.headers_mut().extend(SECURITY_HEADERS);
+    response
+}
+
+/// A page of another site can make its own name point here (DNS rebinding), but it cannot make a browser send another
+/// `Host`. Addresses and `localhost` are no such names.
+fn is_host_known(headers: &HeaderMap, host: &str) -> bool {
+    let mut given = headers.get_all(header::HOST).iter();
+    let (Some(given), None) = (given.next().and_then(|value| value.to_str().ok()), given.next()) else { return false };
+    if given.parse::<SocketAddr>().is_ok() || given.parse::<IpAddr>().is_ok() {
+        return true;
+    }
+    let name = match given.rsplit_once(':') {
+        Some((name, port)) if port.parse::<u16>().is_ok() => name,
+        _ => given,
+    };
+    let bare = name.trim_start_matches('[').trim_end_matches(']');
+    bare.parse::<IpAddr>().is_ok() || name.eq_ignore_ascii_case("localhost") || name.eq_ignore_ascii_case(host)
+}
+
+#[derive(Serialize)]
+struct Refusal<'a> {
+    error: &'a str,
+}
+
+fn refusal(status: StatusCode, error: &str) -> Response {
+    (status, axum::Json(Refusal { error })).into_response()
+}
+
+impl IntoResponse for ViewError {
+    fn into_response(self) -> Response {
+        let status = match &self {
+            Self::NotFound { .. } => StatusCode::NOT_FOUND,
+            error if error.is_input() => StatusCode::BAD_REQUEST,
+            _ => StatusCode::INTERNAL_SERVER_ERROR,
+        };
+        refusal(status, &self.to_string())
+    }
+}
+
+async fn asset(Path(file): Path<String>) -> Response {
+    match assets::find(&file) {
+        Some(asset) => ([(header::CONTENT_TYPE, asset.media_type)], asset.text).into_response(),
+        None => refusal(StatusCode::NOT_FOUND, "no such file"),
+    }
+}
+
+type Query_ = Query<BTreeMap<String, String>>;
+
+async fn recordings(State(shared): State<Shared>) -> Response {
+    let viewer = shared.viewer.clone();
+    shared.answer(move || Ok(crate::overview::recordings(viewer.entries()))).await
+}
+
+async fn overview(State(shared): State<Shared>, Path(index): Path<usize>) -> Response {
+    let entry = shared.viewer.entry(index);
+    shared.answer(move || Ok(entry?.overview())).await
+}
+
+async fn layer(State(shared): State<Shared>, Path((index, layer)): Path<(usize, u32)>) -> Response {
+    let entry = shared.viewer.entry(index);
+    shared.answer(move || entry?.layer(layer)).await
+}
+
+/// `step`, `microbatch`, `layer`; with any setting of what-if beside them the microbatch is planned anew.
+async fn microbatch(State(shared): State<Shared>, Path(index): Path<usize>, Query(query): Query_) -> Response {
+    let entry = shared.viewer.entry(index);
+    let work = move || {
+        let entry = entry?;
+        let place = (number(&query, "step")?, number(&query, "microbatch")?, number(&query, "layer")?);
+        let is_asked = query.keys().any(|key| !["step", "microbatch", "layer"].contains(&key.as_str()));
+        let asked = is_asked.then(|| entry.source.planned.with_query(&query)).transpose()?;
+        entry.picture(place, asked.as_ref())
+    };
+    shared.answer(work).await
+}
+
+fn number<T: std::str::FromStr>(query: &BTreeMap<String, String>, what: &'static str) -> Result<T, ViewError> {
+    let got = query.get(what).map_or("", String::as_str);
+    let refuse =
+        |_| ViewError::Setting { what, got: got.chars().take(80).collect(), allowed: "numbers from 0".to_owned() };
+    got.parse().map_err(refuse)
+}
+
+impl Shared {
+    /// Works on a thread that may block, and answers with JSON of bounded size.
+    async fn answer<T: Serialize>(&self, work: impl FnOnce() -> Result<T, ViewError> + Send + 'static) -> Response {
+        let Ok(permit) = self.workers.clone().acquire_owned().await else {
+            return refusal(StatusCode::SERVICE_UNAVAILABLE, "the server is ending");
+        };
+        let work = move || {
+            let _permit = permit;
+            work().map(|value| serde_json::to_vec(&value))
+        };
+        match tokio::task::spawn_blocking(work).await {
+            Ok(Ok(Ok(json))) if json.len() <= ANSWER_BYTES_MAX => {
+                ([(header::CONTENT_TYPE, "application/json")], Body::from(json)).into_response()
+            }
+            Ok(Ok(Ok(json))) => {
+                let error = format!("an answer of {} bytes: allowed are {ANSWER_BYTES_MAX}", json.len());
+                refusal(StatusCode::INTERNAL_SERVER_ERROR, &error)
+            }
+            Ok(Err(error)) => error.into_response(),
+            Ok(Ok(Err(error))) => refusal(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()),
+            Err(error) => refusal(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()),
+        }
+    }
+}
+
+/// An event for every change, at most four a second: how far reading is, and whether more may come.
+async fn events(State(shared): State<Shared>, Path(index): Path<usize>) -> Result<impl IntoResponse, ViewError> {
+    let entry = shared.viewer.entry(index)?;
+    Ok(Sse::new(changes(entry)).keep_alive(KeepAlive::default()))
+}
+
+#[derive(Serialize)]
+struct Change {
+    read: u64,
+    is_live: bool,
+}
+
+fn changes(entry: Arc<Entry>) -> impl Stream<Item = Result<Event, Infallible>> {
+    let receiver = entry.changes();
+    stream::unfold((entry, receiver, true), |(entry, mut receiver, is_first)| async move {
+        if !is_first {
+            tokio::time::sleep(EVENT_PAUSE).await;
+            receiver.changed().await.ok()?;
+        }
+        receiver.mark_unchanged();
+        let about = entry.about(&entry.state());
+        let change = Change { read: about.read, is_live: about.is_live };
+        let event = Event::default().json_data(change).ok()?;
+        Some((Ok(event), (entry, receiver, false)))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hosts_that_are_foreign_names_are_refused() {
+        let known = |given: &'static str| {
+            let headers = HeaderMap::from_iter([(header::HOST, HeaderValue::from_static(given))]);
+            is_host_known(&headers, "gpu7.cluster")
+        };
+        for good in ["127.0.0.1", "127.0.0.1:80", "localhost:8123", "LOCALHOST", "[::1]:9", "[::1]", "gpu7.cluster:1"] {
+            assert!(known(good), "{good}");
+        }
+        for bad in
+            ["evil.example", "evil.example:80", "localhost.evil.example", "127.0.0.1.evil.example:1", "", "a:b:c"]
+        {
+            assert!(!known(bad), "{bad}");
+        }
+        assert!(!is_host_known(&HeaderMap::new(), "gpu7.cluster"));
+    }
+}
