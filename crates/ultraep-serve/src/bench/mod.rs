@@ -17,7 +17,7 @@ mod sweep;
 pub use check::{SpotCheck, spot_check};
 pub use costs::{COSTS_SCHEMA, Costs, Curve};
 pub use prompts::{Mix, Prompt, PromptSpec, prompts};
-pub use replay::{Balance, PolicySettings, Replay, World};
+pub use replay::{Balance, PolicySettings, Replay, World, sample_loads};
 pub use result::{BENCH_SCHEMA, PolicyResult, PoolSummary, PrefillBench, RatePoint};
 pub use routing::{RecordedPrompt, record};
 pub use sweep::{SweepSpec, sweep};

@@ -19,11 +19,11 @@ use ultraep_baselines::ideal::balanced_counts;
 use ultraep_baselines::{PolicyKind, PolicyParams, build};
 use ultraep_plan::{Plan, Policy, Problem, SplitWorkspace, Topology, Transfers, split_all};
 use ultraep_runtime::Link;
-use ultraep_schedule::{Batch, BatchTime};
+use ultraep_schedule::{Batch, BatchTime, Limits, Request, RequestId, Scheduler};
 
 use super::costs::Costs;
 use super::routing::RecordedPrompt;
-use crate::ServeError;
+use crate::{ServeError, ServedModel};
 
 /// The group and policies that are compared.
 #[derive(Clone, Debug)]
@@ -50,6 +50,74 @@ pub struct World {
     /// Bytes of a row and of an expert.
     pub(crate) row_bytes: u64,
     pub(crate) expert_bytes: u64,
+}
+
+impl World {
+    /// Of recorded routing of `model`.
+    pub fn new(settings: PolicySettings, costs: Costs, pool: Arc<Vec<RecordedPrompt>>, model: &ServedModel) -> Self {
+        let config = model.config();
+        Self {
+            settings,
+            costs,
+            pool,
+            layers: config.layers,
+            top_k: config.top_k,
+            row_bytes: (config.hidden * size_of::<f32>()) as u64,
+            expert_bytes: config.expert_shape().weight_bytes() as u64,
+        }
+    }
+}
+
+/// Most loads that planning is measured on.
+const LOADS_MAX: usize = 24;
+
+/// Loads to measure planning on: of the first batches when the whole pool comes at once, `[N, E]` each.
+pub fn sample_loads(
+    pool: &[RecordedPrompt],
+    limits: &Limits,
+    topology: &Topology,
+    model: &ServedModel,
+) -> Result<Vec<Vec<u32>>, ServeError> {
+    let mut scheduler = Scheduler::new(Limits { queue_max: pool.len().max(1), ..*limits })?;
+    for (id, prompt) in pool.iter().enumerate() {
+        scheduler.admit(Request { id: RequestId(id as u64), prompt_tokens: prompt.tokens, new_tokens: 1 })?;
+    }
+    let (mut batch, mut loads) = (Batch::default(), Vec::new());
+    while loads.len() < LOADS_MAX {
+        scheduler.compose(&mut batch);
+        if batch.is_empty() {
+            break;
+        }
+        for layer in 0..model.config().layers {
+            let mut counts = vec![0; topology.ranks() * topology.experts()];
+            count(
+                &batch,
+                layer,
+                model.config().top_k,
+                topology.experts(),
+                |request| &pool[request as usize],
+                &mut counts,
+            );
+            loads.push(counts);
+        }
+    }
+    Ok(loads)
+}
+
+/// Adds a layer's choices of a batch to `counts`, `[N, E]`.
+fn count<'p>(
+    batch: &Batch,
+    layer: usize,
+    top_k: usize,
+    experts: usize,
+    prompt_of: impl Fn(u64) -> &'p RecordedPrompt,
+    counts: &mut [u32],
+) {
+    for chunk in batch.chunks() {
+        let at = chunk.start as usize * top_k..(chunk.start + chunk.tokens) as usize * top_k;
+        let row = &mut counts[chunk.rank * experts..(chunk.rank + 1) * experts];
+        prompt_of(chunk.request.0).choices[layer][at].iter().for_each(|&expert| row[usize::from(expert)] += 1);
+    }
 }
 
 /// What a policy did over many batches.
@@ -138,12 +206,9 @@ impl<'w> Replay<'w> {
             self.counts = balanced_counts(&self.world.settings.topology, &sums);
             return;
         }
-        for chunk in batch.chunks() {
-            let prompt = &self.world.pool[self.prompt_of[chunk.request.0 as usize] as usize];
-            let at = chunk.start as usize * top_k..(chunk.start + chunk.tokens) as usize * top_k;
-            let row = &mut self.counts[chunk.rank * experts..(chunk.rank + 1) * experts];
-            prompt.choices[layer][at].iter().for_each(|&expert| row[usize::from(expert)] += 1);
-        }
+        let (pool, prompt_of) = (&self.world.pool, &self.prompt_of);
+        let prompt = |request: u64| &pool[prompt_of[request as usize] as usize];
+        count(batch, layer, top_k, experts, prompt, &mut self.counts);
     }
 
     /// The counts of a layer of a batch as replayed, for checks against the real engine.

@@ -82,7 +82,13 @@ fn cell<'a>(plan: &Plan, case: &'a Case, ratio: f64) -> Result<Cell<'a>, CliErro
 
 impl Cell<'_> {
     /// Means over seeds.
-    fn measure(&self, machine: &Machine, grid: &Grid, workload: Option<Workload>, seed: u32) -> Result<Figures, CliError> {
+    fn measure(
+        &self,
+        machine: &Machine,
+        grid: &Grid,
+        workload: Option<Workload>,
+        seed: u32,
+    ) -> Result<Figures, CliError> {
         let loads = self.loads(grid, workload, seed)?;
         let mut all = Vec::new();
         for system in &self.systems {

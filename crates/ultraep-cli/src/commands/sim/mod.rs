@@ -17,8 +17,8 @@ use self::files::{Experiment, Metric, PLANS, Plan, machine, plan, systems};
 use self::record::{CaseRecord, Record, load_words, rows};
 use self::training::{figures, in_parallel, prepare, relate, step};
 use super::write_json;
-use ultraep_sim::Fidelity;
 use crate::error::{CliError, note};
+use ultraep_sim::Fidelity;
 
 pub(crate) const EXAMPLES: &str = "Examples:
   ultraep sim figure-11                    training throughput beside the paper's

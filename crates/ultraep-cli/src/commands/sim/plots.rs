@@ -45,7 +45,8 @@ fn draw(svg: &mut String, title: &str, metric: Metric, bars: &[Bar<'_>]) -> Resu
     let text = |error: DrawingAreaErrorKind<_>| error.to_string();
     let area = SVGBackend::with_string(svg, SIZE).into_drawing_area();
     area.fill(&WHITE).map_err(text)?;
-    let tallest = bars.iter().flat_map(|&(_, _, paper, simulated)| [paper.unwrap_or(0.0), simulated]).fold(0.0, f64::max);
+    let tallest =
+        bars.iter().flat_map(|&(_, _, paper, simulated)| [paper.unwrap_or(0.0), simulated]).fold(0.0, f64::max);
     let mut chart = ChartBuilder::on(&area)
         .caption(format!("{title}: {}", metric.name()), ("sans-serif", 20))
         .margin(12)
@@ -53,13 +54,7 @@ fn draw(svg: &mut String, title: &str, metric: Metric, bars: &[Bar<'_>]) -> Resu
         .y_label_area_size(64)
         .build_cartesian_2d(0.0..bars.len() as f64, 0.0..(tallest * 1.15).max(1e-9))
         .map_err(text)?;
-    chart
-        .configure_mesh()
-        .disable_x_mesh()
-        .disable_x_axis()
-        .y_desc(metric.name())
-        .draw()
-        .map_err(text)?;
+    chart.configure_mesh().disable_x_mesh().disable_x_axis().y_desc(metric.name()).draw().map_err(text)?;
     for (index, (paper, color)) in [(true, PAPER), (false, SIMULATED)].into_iter().enumerate() {
         let boxes = bars.iter().enumerate().filter_map(|(place, bar)| {
             let height = if paper { bar.2? } else { bar.3 };

@@ -64,7 +64,10 @@ pub(super) fn run(plan: &Plan, threads: usize) -> Result<SweepRecord, CliError> 
         return Err(CliError::Input(format!("{}: no [sweep]: experiment \"sweep\" needs it", plan.title)));
     };
     if !plan.systems.iter().any(|name| name == "ideal") {
-        return Err(CliError::Input(format!("{}: systems: a sweep compares with \"ideal\", which is not there", plan.title)));
+        return Err(CliError::Input(format!(
+            "{}: systems: a sweep compares with \"ideal\", which is not there",
+            plan.title
+        )));
     }
     let mut cases = Vec::new();
     let mut left_out = 0;
@@ -75,7 +78,10 @@ pub(super) fn run(plan: &Plan, threads: usize) -> Result<SweepRecord, CliError> 
     }
     if cases.is_empty() || cases.len() > MAX_CONFIGURATIONS {
         let got = cases.len();
-        return Err(CliError::Input(format!("{}: {got} configurations: allowed are 1 to {MAX_CONFIGURATIONS}", plan.title)));
+        return Err(CliError::Input(format!(
+            "{}: {got} configurations: allowed are 1 to {MAX_CONFIGURATIONS}",
+            plan.title
+        )));
     }
     // Large groups first, so that no thread is left with one at the end.
     let mut order: Vec<usize> = (0..cases.len()).collect();
