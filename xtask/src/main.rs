@@ -32,6 +32,12 @@ enum Task {
     Grid,
     /// The planner's speed: plan and own split, medians and worst cases
     Speed,
+    /// The viewer in a real headless Chromium, which must be in PATH
+    Browser {
+        /// Folder for pictures of every view
+        #[arg(long, value_name = "FOLDER")]
+        screenshots: Option<PathBuf>,
+    },
     /// The fabric under failures and the train command under kills and interrupts, again and again
     Soak {
         /// How many times
@@ -41,6 +47,13 @@ enum Task {
     /// The runtime under seeded schedules with faults: `cargo xtask simulate --help`
     #[command(disable_help_flag = true)]
     Simulate {
+        /// For the command behind it
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
+    /// Ranks' processes killed at whatever instruction: `cargo xtask kill-anytime --help`
+    #[command(disable_help_flag = true)]
+    KillAnytime {
         /// For the command behind it
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
@@ -61,8 +74,10 @@ fn main() -> ExitCode {
         Task::Digests => digests(),
         Task::Grid => cargo(["bench", "--locked", "-p", "ultraep-plan", "--bench", "grid"]),
         Task::Speed => cargo(["bench", "--locked", "-p", "ultraep-plan", "--bench", "speed"]),
+        Task::Browser { screenshots } => browser(screenshots),
         Task::Soak { rounds } => soak(rounds),
         Task::Simulate { arguments } => faults("simulate", arguments),
+        Task::KillAnytime { arguments } => faults("kill-anytime", arguments),
         Task::KillPoints { arguments } => faults("kill-points", arguments),
     };
     match result {
@@ -140,6 +155,17 @@ fn digests() -> Result<(), String> {
 fn faults(command: &str, arguments: Vec<String>) -> Result<(), String> {
     let run = ["run", "--quiet", "--locked", "--release", "-p", "ultraep-faults", "--", command];
     cargo(run.into_iter().map(String::from).chain(arguments))
+}
+
+/// The same tests as in `cargo test`, but a missing Chromium is a failure.
+fn browser(screenshots: Option<PathBuf>) -> Result<(), String> {
+    let mut command = Command::new("cargo");
+    command.args(["test", "--quiet", "--locked", "-p", "ultraep-view", "--test", "browser"]).current_dir(root());
+    if let Some(folder) = screenshots {
+        let folder = std::path::absolute(&folder).map_err(|error| format!("{}: {error}", folder.display()))?;
+        command.env("ULTRAEP_SCREENSHOTS", folder);
+    }
+    run(command.env("ULTRAEP_REQUIRE_BROWSER", "1"))
 }
 
 fn soak(rounds: u32) -> Result<(), String> {

@@ -240,6 +240,7 @@ impl Profile {
                     | OperationKind::Get
                     | OperationKind::Signal
                     | OperationKind::AwaitSignal
+                    | OperationKind::Stream
                     | OperationKind::Leave
             )
         };

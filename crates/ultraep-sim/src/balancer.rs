@@ -239,7 +239,7 @@ impl Balancer {
             for (index, &instance) in self.plan.range(expert).zip(self.plan.of(expert)) {
                 upto += u64::from(instance.quota);
                 // Without a plan for it, the master takes all.
-                let until = if planned == 0 { actual } else { actual * upto / planned };
+                let until = (actual * upto).checked_div(planned).unwrap_or(actual);
                 let quota = (until - given) as u32;
                 given = until;
                 self.scaled.push_copies(Instance { quota, ..instance }, self.plan.copies(index) as u16);

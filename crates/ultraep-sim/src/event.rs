@@ -105,14 +105,14 @@ impl EventLevel {
         self.computed.resize(ranks, None);
         self.experts_from.clear();
         self.experts_from.resize(ranks, 0);
-        for rank in 0..ranks {
-            self.links[rank].iter_mut().for_each(|link| link.send_free = ready[rank]);
-            self.dispatch.complete[rank] = ready[rank];
+        for (rank, &ready) in ready.iter().enumerate() {
+            self.links[rank].iter_mut().for_each(|link| link.send_free = ready);
+            self.dispatch.complete[rank] = ready;
             for far in [false, true] {
                 self.wake(rank, far);
             }
             if self.dispatch.awaited[rank] == 0 {
-                self.queue.push(ready[rank], Event::Instance { rank: rank as u16, index: 0 });
+                self.queue.push(ready, Event::Instance { rank: rank as u16, index: 0 });
             }
         }
         while let Some((now, event)) = self.queue.pop() {

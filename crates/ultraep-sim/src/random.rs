@@ -37,7 +37,7 @@ pub(crate) fn exp2(exponent: i64) -> u64 {
     let (whole, part) = (exponent.div_euclid(ONE), exponent.rem_euclid(ONE));
     // Cubic fit of 2^x on [0, 1), coefficients in 2^20ths.
     let x = part << 8;
-    let poly = ((((81_900 * x) >> 20) + 236_900) * x >> 20) + 729_776;
+    let poly = (((((81_900 * x) >> 20) + 236_900) * x) >> 20) + 729_776;
     let mantissa = (1 << 20) + ((poly * x) >> 20);
     if whole >= 0 { (mantissa as u64) << whole } else { (mantissa as u64) >> -whole }
 }

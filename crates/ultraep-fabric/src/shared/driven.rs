@@ -2,6 +2,7 @@
 //! failure record and the rules are those of every other rank; only who decides when to look again is different.
 
 use super::endpoint::{Awaited, Endpoint};
+use super::failure::Failure;
 use super::segment::Segment;
 use crate::operation::OperationKind;
 use crate::sync::Ordering;
@@ -48,6 +49,17 @@ impl Endpoint {
         let awaited = self.awaited(ticket);
         let failure = self.timed_out(awaited, waited);
         self.fail(awaited.kind(), &failure)
+    }
+
+    /// The rank sleeps until tiles of others are there.
+    pub(crate) fn sleeps_for_tiles(&self) {
+        self.set_activity(OperationKind::Stream);
+    }
+
+    /// The rank has waited too long for tiles of `peer`: ends the group.
+    pub(crate) fn expire_tiles(&mut self, peer: Rank, waited: Duration) -> FabricError {
+        let operation = OperationKind::Stream;
+        self.fail(operation, &Failure::Timeout { missing: vec![peer], operation, waited })
     }
 
     /// Refuses a signal that cannot be sent.

@@ -352,6 +352,7 @@ fn first_chunk(engine: &mut RankEngine, tokens: usize) -> Result<[u64; ultraep_r
     let limits = Limits {
         ranks: 1,
         chunk_tokens: tokens as u32,
+        context_per_token: 0,
         kv_tokens_per_rank: tokens as u32,
         sequences_per_rank: 1,
         queue_max: 1,

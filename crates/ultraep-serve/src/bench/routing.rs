@@ -43,6 +43,7 @@ pub fn record(
     let limits = Limits {
         ranks,
         chunk_tokens: CHUNK * ranks as u32,
+        context_per_token: 0,
         kv_tokens_per_rank: longest as u32,
         sequences_per_rank: 1,
         queue_max: prompts.len().max(1),

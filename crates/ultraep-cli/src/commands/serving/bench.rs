@@ -83,7 +83,8 @@ pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<(), CliError> {
     let context = args.prompt_tokens.most as usize + 1;
     let model = ServedModel::load(&args.group.checkpoint, context).map_err(CliError::input)?;
     // Room for several of the longest: the load, not the memory, is to be the limit.
-    let limits = args.group.limits(args.ranks, args.prompt_tokens.most.saturating_mul(4), args.requests as usize)?;
+    let limits =
+        args.group.limits(&model, args.ranks, args.prompt_tokens.most.saturating_mul(4), args.requests as usize)?;
     let settings = settings(args, &model)?;
     let spec =
         PromptSpec { mix: args.mix.mix(), lengths: args.prompt_tokens, count: args.prompts as usize, seed: args.seed };

@@ -16,7 +16,7 @@ use ultraep_plan::Ratio;
 use ultraep_runtime::Link;
 use ultraep_schedule::{Lengths, Limits};
 use ultraep_serve::bench::Mix;
-use ultraep_serve::{GroupConfig, ServeError};
+use ultraep_serve::{GroupConfig, ServeError, ServedModel};
 use ultraep_text::Corpus;
 
 pub(crate) use bench::{Args as BenchArgs, run as bench};
@@ -46,6 +46,10 @@ struct GroupArgs {
     /// Chunk budget: most tokens of a batch over all ranks; each runs at most its even share
     #[arg(long, default_value_t = 2048, value_name = "TOKENS", help_heading = "Batches")]
     chunk: u32,
+    /// Tokens of context whose attention counts as much as a token in the chunk budget, so that ranks with long contexts
+    /// do not hold up the others; 0 counts tokens alone [default: by the model's sizes]
+    #[arg(long, value_name = "TOKENS", help_heading = "Batches")]
+    context_per_token: Option<u32>,
     /// Most sequences on a rank at a time [default: 64, or as many as a rank's share of the chunk budget]
     #[arg(long, value_name = "N", help_heading = "Batches")]
     sequences: Option<usize>,
@@ -69,9 +73,22 @@ impl GroupArgs {
         Link::new(self.link_gbps).ok_or_else(refuse)
     }
 
-    fn limits(&self, ranks: usize, kv_tokens_per_rank: u32, queue_max: usize) -> Result<Limits, CliError> {
-        let mut limits =
-            Limits { ranks, chunk_tokens: self.chunk, kv_tokens_per_rank, sequences_per_rank: 1, queue_max };
+    fn limits(
+        &self,
+        model: &ServedModel,
+        ranks: usize,
+        kv_tokens_per_rank: u32,
+        queue_max: usize,
+    ) -> Result<Limits, CliError> {
+        let by_sizes = u32::try_from(model.config().context_per_token()).unwrap_or(u32::MAX);
+        let mut limits = Limits {
+            ranks,
+            chunk_tokens: self.chunk,
+            context_per_token: self.context_per_token.unwrap_or(by_sizes),
+            kv_tokens_per_rank,
+            sequences_per_rank: 1,
+            queue_max,
+        };
         let share = limits.chunk_tokens_per_rank() as usize;
         limits.sequences_per_rank = self.sequences.unwrap_or_else(|| 64.min(share).max(1));
         limits.validate().map_err(CliError::input)?;

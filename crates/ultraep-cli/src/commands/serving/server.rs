@@ -103,7 +103,7 @@ pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<(), CliError> {
     train::keep_tensors_on_one_thread()?;
     let model = ServedModel::load(&args.group.checkpoint, args.context as usize).map_err(CliError::input)?;
     let kv_tokens = args.kv_tokens.unwrap_or(args.context.saturating_mul(2));
-    let limits = args.group.limits(args.ranks, kv_tokens, args.queue)?;
+    let limits = args.group.limits(&model, args.ranks, kv_tokens, args.queue)?;
     let policies =
         if args.policy == args.decode_policy { vec![args.policy] } else { vec![args.policy, args.decode_policy] };
     let mut group = args.group.group(&limits, policies, Duration::from_secs(args.timeout_s))?;

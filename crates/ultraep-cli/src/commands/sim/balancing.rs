@@ -138,6 +138,7 @@ impl Cell<'_> {
             let target = FitTarget {
                 none_permille: u64::from(permille),
                 historical_permille: None,
+                drift_permille: 0,
                 layers: grid.seeds,
                 microbatches: 1,
             };

@@ -69,6 +69,8 @@ impl Metric {
             Self::TokensPerS => "tokens/s",
             Self::SyncMs => "weight sync ms",
             Self::Relayed => "experts relayed",
+            Self::TtftMs => "mean TTFT ms",
+            Self::RecoveryMs => "recovery ms, once",
         }
     }
 
@@ -86,7 +88,7 @@ impl Metric {
         match self {
             _ if self.is_share() => format!("{:.1}%", 100.0 * value),
             Self::Tflops => format!("{value:.1}"),
-            Self::StepMs | Self::Replicas | Self::Fanout => format!("{value:.1}"),
+            Self::StepMs | Self::Replicas | Self::Fanout | Self::TtftMs | Self::RecoveryMs => format!("{value:.1}"),
             Self::TokensPerS => format!("{value:.0}"),
             _ => format!("{value:.2}"),
         }
@@ -108,6 +110,7 @@ impl Experiment {
             Self::Calibration => "calibration",
             Self::Balancing => "balancing",
             Self::Sweep => "sweep",
+            Self::Prefill => "prefill",
         }
     }
 }

@@ -142,7 +142,7 @@ fn combinations(base: &Case, sweep: &Sweep) -> Vec<Case> {
 /// Whether there is such a group.
 fn exists(case: &Case) -> Result<bool, CliError> {
     let model = super::files::model(&case.model)?;
-    let domain = case.domain.unwrap_or(case.ranks);
+    let domain = case.domain.unwrap_or(1);
     let experts = case.experts.unwrap_or(model.experts);
     Ok(domain > 0 && case.ranks.is_multiple_of(domain) && experts >= case.ranks)
 }

@@ -63,7 +63,7 @@ pub(super) fn prepare(case: &Case, machine_name: &str, seed: u32) -> Result<Read
     };
     let mut spec = StepSpec {
         ranks,
-        domain_ranks: case.domain.unwrap_or(ranks).min(ranks),
+        domain_ranks: case.domain.unwrap_or_else(|| ranks.min(machine.domain_ranks)).min(ranks),
         slots: case.slots,
         batch: Batch { tokens_per_rank: case.tokens, sequence: case.sequence },
         pipeline: Pipeline { stages: case.stages, chunks: case.chunks, microbatches: case.microbatches },
@@ -89,6 +89,7 @@ pub(super) fn prepare(case: &Case, machine_name: &str, seed: u32) -> Result<Read
             let target = FitTarget {
                 none_permille,
                 historical_permille: case.load.eplb,
+                drift_permille: case.load.drift_permille,
                 layers: spec.layers_sampled.min(FIT_LAYERS),
                 microbatches: case.microbatches,
             };
@@ -163,13 +164,16 @@ pub(super) fn figures(report: &StepReport) -> BTreeMap<Metric, f64> {
 
 /// Adds shares of `ideal` and gains over `none` where those were run.
 pub(super) fn relate(all: &mut [(String, BTreeMap<Metric, f64>)]) {
+    // Prefill has no operations a second.
+    let steps = all.iter().any(|(_, figures)| figures.contains_key(&Metric::Tflops));
+    let rated = if steps { Metric::Tflops } else { Metric::TokensPerS };
     let rate = |name: &str, all: &[(String, BTreeMap<Metric, f64>)]| {
-        all.iter().find(|(system, _)| system == name).and_then(|(_, figures)| figures.get(&Metric::Tflops).copied())
+        all.iter().find(|(system, _)| system == name).and_then(|(_, figures)| figures.get(&rated).copied())
     };
     for (metric, other) in [(Metric::OfIdeal, rate("ideal", all)), (Metric::OverNone, rate("none", all))] {
         let Some(other) = other.filter(|&other| other > 0.0) else { continue };
         for (_, figures) in all.iter_mut() {
-            if let Some(own) = figures.get(&Metric::Tflops).copied() {
+            if let Some(own) = figures.get(&rated).copied() {
                 figures.insert(metric, own / other);
             }
         }
