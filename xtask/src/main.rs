@@ -38,6 +38,12 @@ enum Task {
         #[arg(long, value_name = "FOLDER")]
         screenshots: Option<PathBuf>,
     },
+    /// Weight sync and grad reduce of random plans in all formats, on threads and on processes: every bit
+    Streams {
+        /// Plans on each fabric
+        #[arg(long, default_value_t = 1000)]
+        plans: u32,
+    },
     /// The fabric under failures and the train command under kills and interrupts, again and again
     Soak {
         /// How many times
@@ -75,6 +81,7 @@ fn main() -> ExitCode {
         Task::Grid => cargo(["bench", "--locked", "-p", "ultraep-plan", "--bench", "grid"]),
         Task::Speed => cargo(["bench", "--locked", "-p", "ultraep-plan", "--bench", "speed"]),
         Task::Browser { screenshots } => browser(screenshots),
+        Task::Streams { plans } => streams(plans),
         Task::Soak { rounds } => soak(rounds),
         Task::Simulate { arguments } => faults("simulate", arguments),
         Task::KillAnytime { arguments } => faults("kill-anytime", arguments),
@@ -149,6 +156,16 @@ fn digests() -> Result<(), String> {
         }
     }
     Ok(())
+}
+
+/// Groups of the conformance suite's cases that run random plans.
+const STREAM_GROUPS: u32 = 5;
+
+fn streams(plans: u32) -> Result<(), String> {
+    let mut command = Command::new("cargo");
+    command.args(["test", "--locked", "--release", "-p", "ultraep-fabric", "--test", "conformance", "--", "streams_"]);
+    command.env("STREAM_PLANS", plans.div_ceil(STREAM_GROUPS).to_string()).current_dir(root());
+    run(&mut command)
 }
 
 /// A command of `ultraep-faults`.

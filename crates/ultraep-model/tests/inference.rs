@@ -44,6 +44,7 @@ fn runtime(ranks: usize, policy: PolicyKind, max_microbatches: usize) -> Runtime
         top_k: config.top_k,
         policies: PolicyChoice { kinds: vec![policy], params: PolicyParams { min_quota: 1, ..Default::default() } },
         link: Link::default(),
+        transfer: ultraep_runtime::TransferConfig::default(),
         checked: true,
     }
 }

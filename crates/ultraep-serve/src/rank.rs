@@ -59,6 +59,7 @@ impl GroupConfig {
             top_k: config.top_k,
             policies: PolicyChoice { kinds: self.policies.clone(), params: self.params },
             link: self.link,
+            transfer: ultraep_runtime::TransferConfig::default(),
             checked: self.checked,
         })
     }

@@ -21,7 +21,7 @@ impl Direct for Endpoint {
         if self.windows[index].phase != Phase::Open {
             return Err(self.access(kind, "window")(AccessError::Closed));
         }
-        Ok(Reach::new(&self.segment, window, self.rank, &self.reaches))
+        Ok(Reach::new(&self.segment, window, self.rank, &self.windows[index].reaches))
     }
 
     fn wait_until(&mut self, peer: Rank, ready: &dyn Fn() -> bool) -> Result<(), FabricError> {

@@ -29,6 +29,7 @@ pub(crate) fn config(ranks: usize, experts: usize, layers: usize, max_microbatch
             params: PolicyParams { min_quota: 1, ..PolicyParams::default() },
         },
         link: Link::default(),
+        transfer: ultraep_runtime::TransferConfig::default(),
         checked: true,
     }
 }
