@@ -158,16 +158,6 @@ fn digests() -> Result<(), String> {
     Ok(())
 }
 
-/// Groups of the conformance suite's cases that run random plans.
-const STREAM_GROUPS: u32 = 5;
-
-fn streams(plans: u32) -> Result<(), String> {
-    let mut command = Command::new("cargo");
-    command.args(["test", "--locked", "--release", "-p", "ultraep-fabric", "--test", "conformance", "--", "streams_"]);
-    command.env("STREAM_PLANS", plans.div_ceil(STREAM_GROUPS).to_string()).current_dir(root());
-    run(&mut command)
-}
-
 /// A command of `ultraep-faults`.
 fn faults(command: &str, arguments: Vec<String>) -> Result<(), String> {
     let run = ["run", "--quiet", "--locked", "--release", "-p", "ultraep-faults", "--", command];
@@ -183,6 +173,16 @@ fn browser(screenshots: Option<PathBuf>) -> Result<(), String> {
         command.env("ULTRAEP_SCREENSHOTS", folder);
     }
     run(command.env("ULTRAEP_REQUIRE_BROWSER", "1"))
+}
+
+/// Groups of the conformance suite's cases that run random plans.
+const STREAM_GROUPS: u32 = 5;
+
+fn streams(plans: u32) -> Result<(), String> {
+    let mut command = Command::new("cargo");
+    command.args(["test", "--locked", "--release", "-p", "ultraep-fabric", "--test", "conformance", "--", "streams_"]);
+    command.env("STREAM_PLANS", plans.div_ceil(STREAM_GROUPS).to_string()).current_dir(root());
+    run(&mut command)
 }
 
 fn soak(rounds: u32) -> Result<(), String> {

@@ -51,7 +51,7 @@ impl Scenario {
         2 * self.ranks
     }
 
-    /// The runtime's configuration: our policy with replicas of any size, relays, in checked mode.
+    /// The runtime's configuration: our policy with replicas of any size and relays, in checked mode.
     ///
     /// # Errors
     /// [`TopologyError`] for a number of ranks that no group can have.

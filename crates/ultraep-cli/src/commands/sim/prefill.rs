@@ -70,6 +70,7 @@ fn serve(ready: &Ready, case: &Case, system: &System, arrivals: &[Arrival]) -> R
     let limits = Limits {
         ranks: ready.spec.ranks as usize,
         chunk_tokens: case.tokens.saturating_mul(ready.spec.ranks),
+        context_per_token: 0,
         kv_tokens_per_rank: longest.saturating_add(1).saturating_mul(SEQUENCES_PER_RANK as u32),
         sequences_per_rank: SEQUENCES_PER_RANK.min(case.tokens as usize),
         queue_max: arrivals.len().max(1),
