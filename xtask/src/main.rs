@@ -1,5 +1,7 @@
 //! Checks that are commands of their own: `cargo xtask --help`. CI runs them in a small size.
 
+mod memory;
+
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -32,11 +34,23 @@ enum Task {
     Grid,
     /// The planner's speed: plan and own split, medians and worst cases
     Speed,
+    /// The viewer in a real headless Chromium, which must be in PATH
+    Browser {
+        /// Folder for pictures of every view
+        #[arg(long, value_name = "FOLDER")]
+        screenshots: Option<PathBuf>,
+    },
     /// Weight sync and grad reduce of random plans in all formats, on threads and on processes: every bit
     Streams {
         /// Plans on each fabric
         #[arg(long, default_value_t = 1000)]
         plans: u32,
+    },
+    /// Commands that read whole traces take the same memory whatever the size (Linux)
+    Memory {
+        /// Size of the trace that is generated
+        #[arg(long, default_value_t = 4096)]
+        megabytes: u64,
     },
     /// The fabric under failures and the train command under kills and interrupts, again and again
     Soak {
@@ -47,6 +61,13 @@ enum Task {
     /// The runtime under seeded schedules with faults: `cargo xtask simulate --help`
     #[command(disable_help_flag = true)]
     Simulate {
+        /// For the command behind it
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
+    /// Ranks' processes killed at whatever instruction: `cargo xtask kill-anytime --help`
+    #[command(disable_help_flag = true)]
+    KillAnytime {
         /// For the command behind it
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
@@ -67,9 +88,12 @@ fn main() -> ExitCode {
         Task::Digests => digests(),
         Task::Grid => cargo(["bench", "--locked", "-p", "ultraep-plan", "--bench", "grid"]),
         Task::Speed => cargo(["bench", "--locked", "-p", "ultraep-plan", "--bench", "speed"]),
+        Task::Browser { screenshots } => browser(screenshots),
         Task::Streams { plans } => streams(plans),
+        Task::Memory { megabytes } => memory::check(megabytes),
         Task::Soak { rounds } => soak(rounds),
         Task::Simulate { arguments } => faults("simulate", arguments),
+        Task::KillAnytime { arguments } => faults("kill-anytime", arguments),
         Task::KillPoints { arguments } => faults("kill-points", arguments),
     };
     match result {
@@ -143,6 +167,23 @@ fn digests() -> Result<(), String> {
     Ok(())
 }
 
+/// A command of `ultraep-faults`.
+fn faults(command: &str, arguments: Vec<String>) -> Result<(), String> {
+    let run = ["run", "--quiet", "--locked", "--release", "-p", "ultraep-faults", "--", command];
+    cargo(run.into_iter().map(String::from).chain(arguments))
+}
+
+/// The same tests as in `cargo test`, but a missing Chromium is a failure.
+fn browser(screenshots: Option<PathBuf>) -> Result<(), String> {
+    let mut command = Command::new("cargo");
+    command.args(["test", "--quiet", "--locked", "-p", "ultraep-view", "--test", "browser"]).current_dir(root());
+    if let Some(folder) = screenshots {
+        let folder = std::path::absolute(&folder).map_err(|error| format!("{}: {error}", folder.display()))?;
+        command.env("ULTRAEP_SCREENSHOTS", folder);
+    }
+    run(command.env("ULTRAEP_REQUIRE_BROWSER", "1"))
+}
+
 /// Groups of the conformance suite's cases that run random plans.
 const STREAM_GROUPS: u32 = 5;
 
@@ -151,12 +192,6 @@ fn streams(plans: u32) -> Result<(), String> {
     command.args(["test", "--locked", "--release", "-p", "ultraep-fabric", "--test", "conformance", "--", "streams_"]);
     command.env("STREAM_PLANS", plans.div_ceil(STREAM_GROUPS).to_string()).current_dir(root());
     run(&mut command)
-}
-
-/// A command of `ultraep-faults`.
-fn faults(command: &str, arguments: Vec<String>) -> Result<(), String> {
-    let run = ["run", "--quiet", "--locked", "--release", "-p", "ultraep-faults", "--", command];
-    cargo(run.into_iter().map(String::from).chain(arguments))
 }
 
 fn soak(rounds: u32) -> Result<(), String> {

@@ -114,6 +114,22 @@ impl KvCache {
         self.len += tokens;
     }
 
+    /// Appends tokens without attending: keys and values of a context whose outputs nobody wants.
+    ///
+    /// # Panics
+    /// As [`KvCache::attend`].
+    pub fn append_only(&mut self, rotary: &Rotary, qkv: &[f32], ws: &mut CacheWorkspace) {
+        let tokens = qkv.len() / (3 * self.heads * self.head_dim);
+        assert!(self.len + tokens <= self.capacity, "{} + {tokens} tokens in {}", self.len, self.capacity);
+        self.append(rotary, qkv, tokens, ws);
+        self.len += tokens;
+    }
+
+    /// Forgets all tokens from position `len` on. Their values must have been finite numbers.
+    pub fn truncate(&mut self, len: usize) {
+        self.len = self.len.min(len);
+    }
+
     fn padded_dim(&self) -> usize {
         self.head_dim.next_multiple_of(LANES)
     }

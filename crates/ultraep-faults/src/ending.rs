@@ -116,6 +116,30 @@ impl Ending {
         Ok(())
     }
 
+    /// That every rank but `victim`, which was killed some time, has ended well with the results of `profile` or names it.
+    /// Whether the kill came in time to be noticed.
+    ///
+    /// # Errors
+    /// What is not so.
+    pub fn check_killed(&self, profile: &Profile, victim: Rank) -> Result<bool, String> {
+        let Some((blamed, message)) = &self.failure else {
+            return self.check_healthy(profile).map(|()| false);
+        };
+        if *blamed != Some(victim) {
+            return Err(format!("rank {victim} was killed, the group says {message}"));
+        }
+        for (rank, end) in self.ends.iter().enumerate().filter(|&(rank, _)| rank != victim.index()) {
+            match end {
+                RankEnd::Named { culprit, alone: true, .. } if *culprit == victim => {}
+                RankEnd::Finished(digest) if *digest == profile.digests[rank] => {}
+                // It had not joined yet and was refused, which names the victim, too.
+                RankEnd::Failed(message) if message.contains(&format!("rank {victim} was lost")) => {}
+                other => return Err(format!("rank {victim} was killed, rank {rank} says {other}")),
+            }
+        }
+        Ok(true)
+    }
+
     /// That `fault`'s rank is named by the group and by every other rank, except by those that had all they needed when it
     /// struck: those have ended well, with the results of `profile`.
     ///

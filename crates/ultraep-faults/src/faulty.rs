@@ -5,6 +5,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use rustix::process::{Signal, getpid, kill_process};
 use ultraep_fabric::simulated::{Fault, FaultKind, Moment};
+use ultraep_fabric::stream::{Direct, Reach};
 use ultraep_fabric::{
     Capabilities, Completion, Fabric, FabricError, Loss, Operation, OperationKind, Region, Ticket, WindowId,
 };
@@ -104,6 +105,24 @@ impl FaultyEndpoint {
     }
 }
 
+impl Direct for FaultyEndpoint {
+    fn reach(&mut self, window: WindowId) -> Result<Reach, FabricError> {
+        let (kind, number, rank) = (OperationKind::Stream, self.submitted, self.inner.rank());
+        self.strike(Moment::Before(number), kind)?;
+        self.note(kind);
+        self.submitted += 1;
+        let direct = self.inner.direct().ok_or(FabricError::NoDirectAccess { rank })?;
+        let reach = direct.reach(window)?;
+        self.strike(Moment::InFlight(number), kind)?;
+        Ok(reach)
+    }
+
+    fn wait_until(&mut self, peer: Rank, ready: &dyn Fn() -> bool) -> Result<(), FabricError> {
+        let rank = self.inner.rank();
+        self.inner.direct().ok_or(FabricError::NoDirectAccess { rank })?.wait_until(peer, ready)
+    }
+}
+
 impl Fabric for FaultyEndpoint {
     fn rank(&self) -> Rank {
         self.inner.rank()
@@ -137,6 +156,10 @@ impl Fabric for FaultyEndpoint {
 
     fn wait(&mut self, ticket: Ticket) -> Result<Completion, FabricError> {
         self.inner.wait(ticket)
+    }
+
+    fn direct(&mut self) -> Option<&mut dyn Direct> {
+        self.inner.direct().is_some().then_some(self as &mut dyn Direct)
     }
 
     fn leave(mut self: Box<Self>) -> Result<(), FabricError> {

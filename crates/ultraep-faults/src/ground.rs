@@ -4,8 +4,9 @@ use std::io::Read;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
-use ultraep_fabric::processes::{self, BadJoinInfo, JoinInfo};
+use ultraep_fabric::processes::{self, BadJoinInfo, Group, JoinInfo};
 use ultraep_fabric::simulated::{Fault, Simulation, run_simulated};
 use ultraep_fabric::{Fabric, FabricError, GroupError, run_threads};
 use ultraep_plan::{Rank, TopologyError};
@@ -23,7 +24,7 @@ pub enum Ground<'a> {
     Threads,
     /// As processes of this program, which calls [`rank_process`].
     Processes(&'a Path),
-    /// As threads under the schedule of a seed.
+    /// As threads under the schedule of a seed; odd seeds give direct access to peers' windows, even ones only put and get.
     Simulated(u64),
 }
 
@@ -55,8 +56,10 @@ pub enum RunError {
 pub fn run(scenario: &Scenario, ground: Ground<'_>, faults: &[Fault]) -> Result<Ending, RunError> {
     Ok(match ground {
         Ground::Threads => on_threads(scenario, faults.first().copied(), &Arc::new(Bystanders::new(scenario.ranks)))?,
-        Ground::Simulated(seed) => simulated(scenario, &Simulation { seed, faults: faults.to_vec() })?,
-        Ground::Processes(program) => on_processes(scenario, program, faults.first().copied())?,
+        Ground::Simulated(seed) => {
+            simulated(scenario, &Simulation { seed, faults: faults.to_vec(), direct: seed % 2 == 1 })?
+        }
+        Ground::Processes(program) => on_processes(scenario, program, faults.first().copied(), |_| Ok(()))?,
     })
 }
 
@@ -131,7 +134,30 @@ fn simulated(scenario: &Scenario, simulation: &Simulation) -> Result<Ending, Run
     Ok(Ending { failure: failure(run.result), ends: ends.all(), schedule: Some(run.schedule) })
 }
 
-fn on_processes(scenario: &Scenario, program: &Path, fault: Option<Fault>) -> Result<Ending, RunError> {
+/// Runs `scenario` as processes of `program` and kills the process of `rank` from outside after `delay`: at whatever
+/// instruction it is by then, in the fabric's code or out of it.
+///
+/// # Errors
+/// As for [`run`].
+pub fn run_and_kill(scenario: &Scenario, program: &Path, rank: Rank, delay: Duration) -> Result<Ending, RunError> {
+    on_processes(scenario, program, None, |group| {
+        let since = Instant::now();
+        while let Some(left) = delay.checked_sub(since.elapsed()) {
+            if group.supervise(left)? {
+                return Ok(());
+            }
+        }
+        group.kill(rank);
+        Ok(())
+    })
+}
+
+fn on_processes(
+    scenario: &Scenario,
+    program: &Path,
+    fault: Option<Fault>,
+    meanwhile: impl FnOnce(&mut Group) -> Result<(), FabricError>,
+) -> Result<Ending, RunError> {
     let Scenario { ranks, layers, microbatches, timeout } = *scenario;
     let start = |_, info: JoinInfo| {
         let mut command = Command::new(program);
@@ -145,6 +171,7 @@ fn on_processes(scenario: &Scenario, program: &Path, fault: Option<Fault>) -> Re
     };
     let mut group = processes::launch(&scenario.group()?, start)?;
     let outputs: Vec<_> = (0..ranks).map(|rank| group.take_stdout(Rank::new(rank))).collect();
+    meanwhile(&mut group)?;
     let failure = failure(group.wait());
     let mut ends = Vec::new();
     for output in outputs {
@@ -173,7 +200,7 @@ pub fn rank_process(arguments: &[String]) -> Option<Result<RankEnd, RunError>> {
         ranks: number(0)? as usize,
         layers: number(1)? as usize,
         microbatches: number(2)?,
-        timeout: std::time::Duration::from_millis(number(3)?),
+        timeout: Duration::from_millis(number(3)?),
     };
     let fault = sizes.get(4).and_then(|text| text.parse::<FaultText>().ok()).map(|text| text.0);
     Some(join(&scenario, info, fault))

@@ -25,5 +25,5 @@ pub mod seeds;
 pub use ending::{Ending, RankEnd};
 pub use fault_text::{BadFault, FaultText};
 pub use faulty::{Bystanders, FaultyEndpoint};
-pub use ground::{Ground, JOIN_FLAG, RunError, rank_process, run};
+pub use ground::{Ground, JOIN_FLAG, RunError, rank_process, run, run_and_kill};
 pub use scenario::{Profile, Scenario};

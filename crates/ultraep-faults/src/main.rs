@@ -12,7 +12,10 @@ use indicatif::{ProgressBar, ProgressStyle};
 use ultraep_fabric::simulated::{Fault, FaultKind, Schedule};
 use ultraep_faults::enumerate::{KINDS, fault_points};
 use ultraep_faults::leftovers::Leftovers;
-use ultraep_faults::{Ending, FaultText, Ground, Profile, RunError, Scenario, rank_process, run, seeds};
+use ultraep_faults::{
+    Ending, FaultText, Ground, Profile, RankEnd, RunError, Scenario, rank_process, run, run_and_kill, seeds,
+};
+use ultraep_plan::Rank;
 
 /// Ranks that fail on purpose: what the others make of it
 #[derive(Parser)]
@@ -37,6 +40,18 @@ enum Command {
         /// The first of them
         #[arg(long, default_value_t = 0)]
         from: u64,
+    },
+    /// Kill ranks' processes from outside, at whatever instruction they are
+    #[command(after_help = "Example:\n  cargo xtask kill-anytime --rounds 2000")]
+    KillAnytime {
+        #[command(flatten)]
+        sizes: Sizes,
+        /// How many groups
+        #[arg(long, default_value_t = 1000)]
+        rounds: u64,
+        /// The kill comes within so many microseconds of the group's start
+        #[arg(long, default_value_t = 30_000)]
+        within_us: u64,
     },
     /// Lose each rank at each operation in each way: all others name it
     #[command(
@@ -112,6 +127,7 @@ fn main() -> ExitCode {
     }
     let result = match Cli::parse().command {
         Command::Simulate { sizes, seeds, from } => simulate(&sizes.scenario(), from, seeds),
+        Command::KillAnytime { sizes, rounds, within_us } => kill_anytime(&sizes.scenario(), rounds, within_us.max(1)),
         Command::KillPoints { sizes, fabric, every, fault, timeout_ms } => {
             let timeout = Duration::from_millis(timeout_ms);
             kill_points(&sizes.scenario(), fabric, every.max(1), fault, timeout)
@@ -127,17 +143,17 @@ fn main() -> ExitCode {
 }
 
 /// Reports on standard output, for the process that started the group.
-fn as_rank(end: Result<ultraep_faults::RankEnd, RunError>) -> ExitCode {
+fn as_rank(end: Result<RankEnd, RunError>) -> ExitCode {
     match end {
         Ok(end) => {
             println!("{end}");
             match end {
-                ultraep_faults::RankEnd::Finished(_) => ExitCode::SUCCESS,
+                RankEnd::Finished(_) => ExitCode::SUCCESS,
                 _ => ExitCode::FAILURE,
             }
         }
         Err(error) => {
-            eprintln!("error: {error}");
+            println!("{}", RankEnd::Failed(error.to_string()));
             ExitCode::FAILURE
         }
     }
@@ -177,6 +193,27 @@ fn simulate(scenario: &Scenario, from: u64, count: u64) -> Outcome {
     Ok(())
 }
 
+fn kill_anytime(scenario: &Scenario, rounds: u64, within_us: u64) -> Outcome {
+    let profile = scenario.profile()?;
+    let program = std::env::current_exe()?;
+    let (bar, before, mut noticed) = (progress(rounds, "rounds"), Leftovers::now(), 0);
+    for round in 0..rounds {
+        let victim = Rank::new((round % scenario.ranks as u64) as usize);
+        // Evenly spread, in an order that goes back and forth.
+        let delay = Duration::from_micros(round.wrapping_mul(7919) % within_us);
+        let ending = run_and_kill(scenario, &program, victim, delay)?;
+        let result = ending.check_killed(&profile, victim).and_then(|result| before.check().map(|()| result));
+        noticed += u64::from(result.map_err(|why| format!("killed after {delay:?}: {why}"))?);
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    println!(
+        "{rounds} groups: {noticed} lost a rank and every other rank named it, {} had ended before",
+        rounds - noticed
+    );
+    Ok(())
+}
+
 fn kill_points(
     scenario: &Scenario,
     fabric: Where,
@@ -198,7 +235,8 @@ fn kill_points(
     };
     for (number, fault) in points.iter().enumerate() {
         let ground = match fabric {
-            Where::Simulated => Ground::Simulated(number as u64),
+            // Odd seeds: the operations are those of threads.
+            Where::Simulated => Ground::Simulated(2 * number as u64 + 1),
             Where::Threads => Ground::Threads,
             Where::Processes => Ground::Processes(&program),
         };

@@ -10,7 +10,7 @@ use saboteur::{Bug, Saboteur};
 use ultraep_fabric::OperationKind;
 use ultraep_fabric::simulated::{Fault, FaultKind, Moment, Simulation, run_simulated};
 use ultraep_faults::seeds::check_seed;
-use ultraep_faults::{Ending, Ground, Profile, RankEnd, Scenario, run};
+use ultraep_faults::{Ending, Ground, Profile, RankEnd, Scenario, run, run_and_kill};
 use ultraep_plan::Rank;
 
 fn profiled(scenario: Scenario) -> (Scenario, Profile) {
@@ -22,8 +22,8 @@ fn profiled(scenario: Scenario) -> (Scenario, Profile) {
 #[test]
 fn under_every_seed_results_are_those_of_threads_or_all_name_the_cause() {
     let (scenario, profile) = profiled(Scenario { microbatches: 3, ..Scenario::small(4) });
-    let puts = profile.operations.iter().flatten().filter(|&&kind| kind == OperationKind::Put).count();
-    assert!(puts > 10, "the scenario must make replicas: {puts} puts");
+    let streams = profile.operations.iter().flatten().filter(|&&kind| kind == OperationKind::Stream).count();
+    assert!(streams > 10, "the scenario must make replicas: {streams} streams");
     let (mut well, mut badly) = (0, 0);
     for seed in 0..250 {
         let end = check_seed(seed, &scenario, &profile).unwrap_or_else(|why| panic!("{why}"));
@@ -78,12 +78,31 @@ fn processes_that_are_killed_are_named() {
     healthy.check_healthy(&profile).expect("processes compute what threads compute");
 }
 
+/// At whatever instruction: in the fabric's code, before it has joined, after it has left.
+#[test]
+fn processes_that_are_killed_at_any_time_are_named() {
+    let (scenario, profile) = profiled(Scenario { microbatches: 6, ..Scenario::small(3) });
+    let program = Path::new(env!("CARGO_BIN_EXE_ultraep-faults"));
+    let mut noticed = 0;
+    for round in 0..40 {
+        let (victim, delay) = (Rank::new(round % 3), Duration::from_micros(round as u64 * 700));
+        let ending = run_and_kill(&scenario, program, victim, delay).expect("the group starts");
+        let result = ending.check_killed(&profile, victim).unwrap_or_else(|why| panic!("after {delay:?}: {why}"));
+        noticed += usize::from(result);
+    }
+    println!("{noticed} of 40 kills came before the rank had ended");
+}
+
 /// By `SIGSTOP`: it never exits by itself, and the supervisor ends it.
 #[test]
 fn processes_that_stop_are_named_after_the_timeout() {
     let (scenario, profile) = profiled(Scenario { timeout: Duration::from_secs(2), ..Scenario::small(3) });
     let program = Path::new(env!("CARGO_BIN_EXE_ultraep-faults"));
-    all_at_once(&scenario, Ground::Processes(program), &profile, &spread(&profile, FaultKind::Hangs, 3));
+    let mut faults = spread(&profile, FaultKind::Hangs, 3);
+    // And when nobody needs it any more: only the supervisor waits for it to leave.
+    let leaving = profile.operations[2].len() as u64 - 1;
+    faults.push(Fault { rank: Rank::new(2), moment: Moment::Before(leaving), kind: FaultKind::Hangs });
+    all_at_once(&scenario, Ground::Processes(program), &profile, &faults);
 }
 
 /// The runtime as it is, with one operation of one rank done wrong: it shows at once.

@@ -171,7 +171,7 @@ impl RuntimeConfig {
         let slots = |slots: Result<Slots, LayoutError>| slots.ok().and_then(|slots| slots.window_bytes());
         // What has no size has more bytes than a group can be started with.
         let weight_bytes = slots(self.weight_slots()).unwrap_or(usize::MAX);
-        let grad_bytes = slots(self.grad_slots()).unwrap_or(usize::MAX);
+        let grad_bytes = self.grad_bytes(slots(self.grad_slots()).unwrap_or(usize::MAX));
         let row_bytes = self.shape.hidden * size_of::<f32>();
         let rows = self.rows_per_rank();
         let window = |name: &'static str, bytes: usize| WindowSpec { name: name.into(), bytes };
@@ -193,9 +193,8 @@ impl RuntimeConfig {
         Ok(Slots::new(window::SLOT_WEIGHTS, self.layout()?, self.transfer.weights, self.slot_capacity()))
     }
 
-    /// Where replicas' gradients are; none where there are no backward passes.
+    /// Where replicas' gradients are.
     pub(crate) fn grad_slots(&self) -> Result<Slots, LayoutError> {
-        let slots = if self.trains() { self.slot_capacity() } else { 0 };
-        Ok(Slots::new(window::SLOT_GRADS, self.layout()?, self.transfer.gradients, slots))
+        Ok(Slots::new(window::SLOT_GRADS, self.layout()?, self.transfer.gradients, self.slot_capacity()))
     }
 }

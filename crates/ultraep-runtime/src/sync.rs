@@ -1,6 +1,6 @@
 //! Weight sync: from a plan to the bytes in the slots, and what it costs.
 
-use ultraep_fabric::stream::{EngineSpec, Masters, Slots, TileEngine, WeightSync};
+use ultraep_fabric::stream::{EngineSpec, LayoutError, Masters, Slots, TileEngine, WeightSync};
 use ultraep_fabric::{Operation, Region};
 use ultraep_plan::{Rank, TransferClock, TransferPlan, TransferPlanner, Transfers};
 
@@ -66,13 +66,12 @@ impl Carrier {
         let (rank, topology) = (endpoint.rank(), &config.topology);
         let (own, stride) = (topology.masters(rank).len(), config.shape.weight_bytes());
         let (weight_slots, grad_slots) = (config.weight_slots()?, config.grad_slots()?);
-        let of = |masters: &[LayerMasters], region: fn(&LayerMasters) -> &Region| {
+        let of = |region: fn(&LayerMasters) -> &Region| -> Result<Vec<Masters>, LayoutError> {
             let layout = weight_slots.layout();
-            masters.iter().map(|layer| Masters::packed(layout, own, region(layer), stride)).collect::<Result<_, _>>()
+            masters.iter().map(|layer| Masters::packed(layout, own, region(layer), stride)).collect()
         };
-        let weights = of(masters, |layer| &layer.weights)?;
-        let with_gradients = if config.trains() { masters } else { &[] };
-        let grads = of(with_gradients, |layer| &layer.grads)?;
+        let weights = of(|layer| &layer.weights)?;
+        let grads = if config.trains() { of(|layer| &layer.grads)? } else { Vec::new() };
         let transfer = &config.transfer;
         let model = weight_slots.model(config.link.bytes_per_s(), transfer.hop_ns)?;
         let replicas = topology.ranks() * config.slot_capacity();

@@ -14,7 +14,14 @@
 //! ```
 //! use ultraep_schedule::{Batch, Limits, Request, RequestId, Scheduler};
 //!
-//! let limits = Limits { ranks: 2, chunk_tokens: 512, kv_tokens_per_rank: 4096, sequences_per_rank: 8, queue_max: 16 };
+//! let limits = Limits {
+//!     ranks: 2,
+//!     chunk_tokens: 512,
+//!     context_per_token: 0,
+//!     kv_tokens_per_rank: 4096,
+//!     sequences_per_rank: 8,
+//!     queue_max: 16,
+//! };
 //! let mut scheduler = Scheduler::new(limits)?;
 //! scheduler.admit(Request { id: RequestId(7), prompt_tokens: 300, new_tokens: 1 })?;
 //! let mut batch = Batch::default();

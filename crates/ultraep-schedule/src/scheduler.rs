@@ -1,11 +1,11 @@
 //! Chunked prefill with continuous batching.
 //!
 //! ```text
-//! compose:  for each rank, with its share of the chunk budget:
+//! compose:  for each rank, with its share of the chunk budget (in tokens, and in work where context counts):
 //!               one token for every sequence that decodes
-//!               then prompts that were begun, in the order they were begun, as much as fits
+//!               then prompts that were begun, in the order they were begun, as much as fits; the first at least one token
 //!           while a rank has budget left: the request at the head of the queue starts
-//!               on the rank with most budget left among those that have room for all its KV (lowest of equals);
+//!               on the rank with most work left among those that have room for all its KV (lowest of equals);
 //!               when none has room, the queue waits: nothing overtakes
 //! ```
 //!
@@ -101,8 +101,9 @@ struct RankState {
     kv_free: u32,
     /// In the order they were begun.
     sequences: Vec<Sequence>,
-    /// Budget left in the batch that is composed.
-    budget: u32,
+    /// Budget left in the batch that is composed: tokens and work.
+    tokens_left: u32,
+    work_left: u64,
     chunks: Vec<Chunk>,
 }
 
@@ -120,8 +121,13 @@ impl Scheduler {
     /// With nothing to do.
     pub fn new(limits: Limits) -> Result<Self, LimitsError> {
         limits.validate()?;
-        let rank =
-            RankState { kv_free: limits.kv_tokens_per_rank, sequences: Vec::new(), budget: 0, chunks: Vec::new() };
+        let rank = RankState {
+            kv_free: limits.kv_tokens_per_rank,
+            sequences: Vec::new(),
+            tokens_left: 0,
+            work_left: 0,
+            chunks: Vec::new(),
+        };
         let ranks = vec![rank; limits.ranks];
         Ok(Self { limits, queue: VecDeque::new(), ranks, released: Vec::new(), queued_tokens: 0 })
     }
@@ -184,10 +190,10 @@ impl Scheduler {
     pub fn compose(&mut self, batch: &mut Batch) {
         batch.released.clear();
         batch.released.append(&mut self.released);
-        let share = self.limits.chunk_tokens_per_rank();
+        let (share, work) = (self.limits.chunk_tokens_per_rank(), self.limits.work_per_rank());
         for (rank, state) in self.ranks.iter_mut().enumerate() {
-            state.budget = share;
-            state.continue_begun(rank);
+            (state.tokens_left, state.work_left) = (share, work);
+            state.continue_begun(&self.limits, rank);
         }
         self.start_queued();
         batch.chunks.clear();
@@ -204,17 +210,18 @@ impl Scheduler {
         while let Some(&request) = self.queue.front() {
             let kv = request.kv_tokens();
             let room = |state: &RankState| {
-                state.budget > 0
+                state.tokens_left > 0
+                    && state.work_left >= self.limits.work(0, 1)
                     && state.sequences.len() < self.limits.sequences_per_rank
                     && u64::from(state.kv_free) >= kv
             };
             let open = self.ranks.iter().enumerate().filter(|(_, state)| room(state));
-            let Some((rank, _)) = open.max_by_key(|&(rank, state)| (state.budget, std::cmp::Reverse(rank))) else {
+            let Some((rank, _)) = open.max_by_key(|&(rank, state)| (state.work_left, std::cmp::Reverse(rank))) else {
                 break;
             };
             self.queue.pop_front();
             self.queued_tokens -= u64::from(request.prompt_tokens);
-            self.ranks[rank].start(rank, request);
+            self.ranks[rank].start(&self.limits, rank, request);
         }
     }
 
@@ -248,28 +255,48 @@ impl Scheduler {
 
 impl RankState {
     /// Gives the next tokens to everything that was begun: decode first, then prompts.
-    fn continue_begun(&mut self, rank: usize) {
-        for decodes in [true, false] {
-            for sequence in self.sequences.iter_mut().filter(|s| s.decodes() == decodes) {
-                let left = if decodes { 1 } else { sequence.request.prompt_tokens - sequence.computed };
-                let tokens = left.min(self.budget);
-                if tokens > 0 {
-                    self.budget -= tokens;
-                    self.chunks.push(sequence.advance(rank, tokens));
-                }
+    fn continue_begun(&mut self, limits: &Limits, rank: usize) {
+        for at in 0..self.sequences.len() {
+            if self.sequences[at].decodes() {
+                self.advance(limits, rank, at, 1);
+            }
+        }
+        let mut first = true;
+        for at in 0..self.sequences.len() {
+            let Sequence { request, computed } = self.sequences[at];
+            // What decoded above has decoded before: a prompt is never complete at the start of a batch.
+            let left = request.prompt_tokens.saturating_sub(computed);
+            if left > 0 {
+                // The oldest prompt goes on even where its context alone fills the budget.
+                let least = u32::from(std::mem::take(&mut first));
+                let fits = limits.tokens_for(computed, self.work_left).max(least);
+                self.advance(limits, rank, at, left.min(fits));
             }
         }
     }
 
-    fn start(&mut self, rank: usize, request: Request) {
+    /// Runs up to `tokens` tokens of a sequence, as many as the batch has left.
+    fn advance(&mut self, limits: &Limits, rank: usize, at: usize, tokens: u32) -> Option<&mut Chunk> {
+        let tokens = tokens.min(self.tokens_left);
+        if tokens == 0 {
+            return None;
+        }
+        let chunk = self.sequences[at].advance(rank, tokens);
+        self.tokens_left -= tokens;
+        self.work_left = self.work_left.saturating_sub(limits.work(chunk.start, tokens));
+        self.chunks.push(chunk);
+        self.chunks.last_mut()
+    }
+
+    fn start(&mut self, limits: &Limits, rank: usize, request: Request) {
         // `admit` has compared it with the budget of a rank, which has 32 bits.
         let kv = request.kv_tokens() as u32;
         self.kv_free -= kv;
-        let mut sequence = Sequence { request, computed: 0 };
-        let tokens = request.prompt_tokens.min(self.budget);
-        self.budget -= tokens;
-        self.chunks.push(Chunk { reserves: Some(kv), ..sequence.advance(rank, tokens) });
-        self.sequences.push(sequence);
+        self.sequences.push(Sequence { request, computed: 0 });
+        let tokens = request.prompt_tokens.min(limits.tokens_for(0, self.work_left));
+        if let Some(chunk) = self.advance(limits, rank, self.sequences.len() - 1, tokens) {
+            chunk.reserves = Some(kv);
+        }
     }
 
     fn release(&mut self, at: usize, rank: usize, released: &mut Vec<Released>) {

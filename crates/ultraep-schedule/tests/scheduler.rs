@@ -8,8 +8,14 @@ use ultraep_schedule::{
     arrivals, simulate,
 };
 
-const LIMITS: Limits =
-    Limits { ranks: 2, chunk_tokens: 16, kv_tokens_per_rank: 64, sequences_per_rank: 4, queue_max: 8 };
+const LIMITS: Limits = Limits {
+    ranks: 2,
+    chunk_tokens: 16,
+    context_per_token: 0,
+    kv_tokens_per_rank: 64,
+    sequences_per_rank: 4,
+    queue_max: 8,
+};
 
 fn request(id: u64, prompt_tokens: u32, new_tokens: u32) -> Request {
     Request { id: RequestId(id), prompt_tokens, new_tokens }
@@ -102,6 +108,29 @@ fn the_queue_waits_for_kv_in_order_and_cancelling_frees_it() {
 }
 
 #[test]
+fn where_context_counts_chunks_shrink_as_it_grows() {
+    // A token at position p weighs 1 + p / 4; a rank's share is 8, that is 32 quarters.
+    let limits = Limits { context_per_token: 4, ..LIMITS };
+    let mut s = Scheduler::new(limits).unwrap();
+    s.admit(request(0, 40, 1)).unwrap();
+    s.admit(request(1, 2, 1)).unwrap();
+    s.admit(request(2, 9, 1)).unwrap();
+    // 4 + 5 + 6 + 7 + 8 = 30: 5 tokens. On the other rank 4 + 5, then 4 + 5 + 6 + 7 of the 23 that are left.
+    assert_eq!(next(&mut s), [(0, 0, 0, 5), (1, 1, 0, 2), (2, 1, 0, 4)]);
+    // 9 + 10 + 11; 8 + 9 + 10.
+    assert_eq!(next(&mut s), [(0, 0, 5, 3), (2, 1, 4, 3)]);
+    // 12 + 13; 11 + 12.
+    assert_eq!(next(&mut s), [(0, 0, 8, 2), (2, 1, 7, 2)]);
+    // Far in, one token alone is over the budget; it goes on all the same.
+    let mut rest = Vec::new();
+    while !s.is_idle() {
+        rest.extend(next(&mut s).into_iter().filter(|c| c.0 == 0).map(|c| (c.2, c.3)));
+    }
+    assert_eq!(rest.last(), Some(&(39, 1)));
+    assert!(rest.windows(2).all(|w| w[0].0 + w[0].1 == w[1].0 && w[0].1 >= w[1].1), "{rest:?}");
+}
+
+#[test]
 fn limits_must_fit_together() {
     let check = |limits: Limits| limits.validate().unwrap_err();
     assert!(matches!(check(Limits { chunk_tokens: 1, ..LIMITS }), LimitsError::Budget { .. }));
@@ -154,13 +183,13 @@ proptest! {
     /// Whatever happens: budgets hold, positions of a sequence follow each other on one rank, every token comes once, KV is
     /// within its budget and all given back.
     #[test]
-    fn every_batch_keeps_the_rules(steps in steps(), ranks in 1usize..4) {
-        let limits = Limits { ranks, chunk_tokens: 8 * ranks as u32 + ranks as u32 - 1, ..LIMITS };
+    fn every_batch_keeps_the_rules(steps in steps(), ranks in 1usize..4, context in prop_oneof![Just(0u32), 1..60u32]) {
+        let limits = Limits { ranks, chunk_tokens: 8 * ranks as u32 + ranks as u32 - 1, context_per_token: context, ..LIMITS };
         let mut s = Scheduler::new(limits).unwrap();
         let mut live: BTreeMap<u64, (Request, u32, Option<usize>, u32)> = BTreeMap::new();
         let mut ids = 0;
         let mut batch = Batch::default();
-        let drain = std::iter::repeat_n(Step::Compose, 400);
+        let drain = std::iter::repeat_n(Step::Compose, 4000);
         for step in steps.into_iter().chain(drain) {
             match step {
                 Step::Admit(prompt, new) => {
@@ -179,7 +208,16 @@ proptest! {
                 Step::Compose => {
                     s.compose(&mut batch);
                     for rank in 0..ranks {
-                        prop_assert!(batch.tokens_of_rank(rank) <= 8);
+                        prop_assert!(batch.tokens_of_rank(rank) <= u64::from(limits.chunk_tokens_per_rank()));
+                        // What is beyond the budget of work is decode and one token of the oldest prompt.
+                        let weight = |c: &ultraep_schedule::Chunk| {
+                            (c.start..c.start + c.tokens).map(|p| u64::from(context + p)).sum::<u64>()
+                        };
+                        let prompts = batch.of_rank(rank).iter().filter(|c| c.phase == Phase::Prefill);
+                        let oldest_alone = prompts.clone().count() == 1 && prompts.clone().all(|c| c.tokens == 1);
+                        let work: u64 = prompts.map(weight).sum();
+                        let share = u64::from(limits.chunk_tokens_per_rank() * context);
+                        prop_assert!(context == 0 || oldest_alone || work <= share, "{:?}", batch.of_rank(rank));
                         prop_assert!(s.kv_used(rank) <= 64);
                     }
                     for chunk in batch.chunks() {

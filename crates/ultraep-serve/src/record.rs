@@ -1,15 +1,13 @@
-//! The profiling hook: a run folder with the loads and plans of every batch, written off the hot path.
+//! The profiling hook: a run folder with the loads and plans of batches, written off the hot path.
 
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
-use std::thread::JoinHandle;
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 
 use ultraep_plan::Topology;
-use ultraep_run::{RunInfo, RunStatus, RunTrace, RunWriter, UtcTime};
+use ultraep_run::{ProfileSummary, Profiler, ProfilerOptions, RunInfo, RunStatus, RunWriter, UtcTime};
 use ultraep_runtime::LayerRecord;
-use ultraep_trace::{PlanRecord, Record, TraceMeta};
+use ultraep_trace::TraceMeta;
+use ultraep_train::fill_record;
 
 use crate::ServeError;
 
@@ -21,87 +19,54 @@ pub trait Observer: Send + Sync {
     fn ranks_lost(&self, reason: &str);
 }
 
-/// Batches that may wait to be written; more are left out and counted.
-const BACKLOG_MAX: usize = 256;
-
-/// The hot end of a [`Recorder`]. Clones are the same.
-#[derive(Clone)]
-pub struct Feed {
-    to: SyncSender<Vec<LayerRecord>>,
-    dropped: Arc<AtomicU64>,
-}
-
-impl Feed {
-    /// Hands a batch to the recorder; left out and counted when it is too far behind.
-    pub fn batch(&self, records: &[LayerRecord]) {
-        if let Err(TrySendError::Full(_)) = self.to.try_send(records.to_vec()) {
-            self.dropped.fetch_add(1, Ordering::Relaxed);
-        }
-    }
-}
-
-/// Writes a run folder (`docs/run-folder.md`) while the server runs: a step is a batch.
+/// Writes a run folder (`docs/run-folder.md`) while the server runs: a step is a batch. A slow disk costs records, never time.
 pub struct Recorder {
-    feed: Feed,
-    thread: JoinHandle<Result<RunWriter, ServeError>>,
-    folder: PathBuf,
+    writer: RunWriter,
+    profiler: Mutex<(Profiler, u64)>,
 }
 
 impl Recorder {
-    /// Makes `folder` and begins the trace.
-    pub fn create(folder: &Path, info: RunInfo, topology: &Topology, layers: usize) -> Result<Self, ServeError> {
+    /// Makes `folder` and begins the trace; every `every`-th batch is recorded.
+    pub fn create(
+        folder: &Path,
+        info: RunInfo,
+        topology: &Topology,
+        layers: usize,
+        every: u64,
+    ) -> Result<Self, ServeError> {
         let writer = RunWriter::create(folder, info)?;
         let trace = writer.create_trace(TraceMeta::of_topology(topology, layers))?;
-        let (to, batches) = sync_channel(BACKLOG_MAX);
-        let write = move || write(writer, trace, batches);
-        let thread = std::thread::Builder::new().name("recorder".into()).spawn(write);
-        let thread = thread.map_err(ServeError::io("start a thread"))?;
-        Ok(Self { feed: Feed { to, dropped: Arc::default() }, thread, folder: folder.to_path_buf() })
+        // A whole batch must fit, or models of many layers would always lose their last ones.
+        let ring = ProfilerOptions::default().ring.max(2 * layers);
+        let profiler = Profiler::start(trace, ProfilerOptions { every, ring })?;
+        Ok(Self { writer, profiler: Mutex::new((profiler, 0)) })
     }
 
     /// The folder.
     pub fn folder(&self) -> &Path {
-        &self.folder
+        self.writer.folder()
     }
 
-    /// What an [`Observer`] feeds. All clones must be gone before [`Recorder::finish`], which waits for that.
-    pub fn feed(&self) -> Feed {
-        self.feed.clone()
-    }
-
-    /// Ends the run folder when the engine has ended; gives the batches left out because the disk was too slow.
-    pub fn finish(self, status: RunStatus, ended: UtcTime) -> Result<u64, ServeError> {
-        let dropped = self.feed.dropped.load(Ordering::Relaxed);
-        drop(self.feed);
-        let writer = self.thread.join().map_err(|_| ServeError::Ranks("the recorder ended early".into()))??;
-        writer.end(status, ended)?;
-        Ok(dropped)
-    }
-}
-
-fn write(writer: RunWriter, mut trace: RunTrace, batches: Receiver<Vec<LayerRecord>>) -> Result<RunWriter, ServeError> {
-    for (step, records) in batches.into_iter().enumerate() {
-        for record in records {
-            trace.append(&to_record(step as u64, record))?;
+    /// Records the next batch. An error is one that the writer met; nothing is recorded from then on.
+    pub fn batch(&self, records: &[LayerRecord]) -> Result<(), ServeError> {
+        let mut state = self.profiler.lock().unwrap_or_else(PoisonError::into_inner);
+        let (profiler, step) = &mut *state;
+        if profiler.wants(*step) {
+            for record in records {
+                profiler.record(|to| fill_record(to, *step, 0, record))?;
+            }
         }
+        *step += 1;
+        Ok(())
     }
-    trace.finish()?;
-    Ok(writer)
-}
 
-fn to_record(step: u64, record: LayerRecord) -> Record {
-    Record {
-        step,
-        microbatch: 0,
-        layer: record.at.layer as u32,
-        before: record.counts,
-        after: Some(PlanRecord {
-            policy: record.policy.name().to_string(),
-            digest: record.digest,
-            offsets: record.offsets,
-            instances: record.instances,
-            split: Some(record.split),
-        }),
-        top_k: None,
+    /// Ends the run folder; gives what was recorded of it.
+    pub fn finish(self, status: RunStatus, ended: UtcTime) -> Result<ProfileSummary, ServeError> {
+        let Self { mut writer, profiler } = self;
+        let (profiler, _) = profiler.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let summary = profiler.finish()?;
+        writer.update_info(|info| info.profile = Some(summary))?;
+        writer.end(status, ended)?;
+        Ok(summary)
     }
 }

@@ -243,3 +243,35 @@ fn nonsense_never_gives_a_5xx_or_a_hang() {
     bytes.unwrap_or_else(|error| panic!("{error}"));
     assert_eq!(server.complete(json!({ "prompt": "a" })).status, 200);
 }
+
+#[test]
+fn a_load_test_counts_what_the_server_did() {
+    use std::sync::Arc;
+    use ultraep_serve::bench::Prompt;
+    use ultraep_serve::loadtest::{LoadSpec, Target, run};
+
+    let server = server();
+    let pool = (1..5).map(|i| Prompt { domain: "test".into(), tokens: vec![b'a'; 40 * i] }).collect();
+    let pool = Arc::new(pool);
+    let spec = LoadSpec {
+        requests_per_1000_s: 200_000,
+        requests: 60,
+        new_tokens: 1,
+        ttft_limit_ms: 20_000,
+        timeout_ms: 20_000,
+        seed: 1,
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let target = |address| Target::new(&format!("http://{address}"), None).unwrap();
+    let result = runtime.block_on(run(&target(server.address), &pool, &spec, &|_| ()));
+    let lost: usize = result.errors.values().sum();
+    assert_eq!((result.requests, result.finished + lost), (60, 60), "{result:?}");
+    // The queue has eight places: at this rate some may be refused, and nothing else goes wrong.
+    assert!(result.errors.keys().all(|kind| kind == "429") && result.finished > 0, "{result:?}");
+    assert_eq!(result.ttft.served, result.finished);
+    assert!(result.goodput_rps > 0.0 && result.tokens_per_s > 0.0);
+    let gone = server.address;
+    drop(server);
+    let result = runtime.block_on(run(&target(gone), &pool, &LoadSpec { requests: 3, ..spec }, &|_| ()));
+    assert_eq!(result.errors["connection"], 3);
+}

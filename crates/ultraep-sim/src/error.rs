@@ -2,6 +2,7 @@
 
 use ultraep_baselines::BuildError;
 use ultraep_plan::{PlanViolation, ProblemError, SolveError, SplitError, TopologyError, TransferModelError};
+use ultraep_schedule::LimitsError;
 
 use crate::pipeline::PipelineError;
 
@@ -57,6 +58,9 @@ pub enum SimError {
     /// The fabric is none.
     #[error(transparent)]
     Transfer(#[from] TransferModelError),
+    /// The scheduler refused its limits.
+    #[error(transparent)]
+    Limits(LimitsError),
     /// The pipeline schedule is none.
     #[error(transparent)]
     Pipeline(#[from] PipelineError),

@@ -11,8 +11,10 @@ use crate::process::{LoadProcess, ProcessParams, expert_loads};
 pub struct FitTarget {
     /// As routed.
     pub none_permille: u64,
-    /// Under a historical policy; without it nothing drifts.
+    /// Under a historical policy; without it `drift_permille` says how much is new.
     pub historical_permille: Option<u64>,
+    /// Share of the experts' variance that is new in every microbatch, in thousandths, where it is not fitted.
+    pub drift_permille: u32,
     /// Layers looked at.
     pub layers: u32,
     /// Microbatches of each layer.
@@ -50,8 +52,9 @@ pub fn fit_process(
     let range = (0, crate::process::MAX_DEVIATION as u32);
     let as_routed = |deviation, drift| none_permille(parts(deviation, drift), target);
     let (Some(wanted), Some((system, topology, model))) = (target.historical_permille, historical) else {
-        let deviation = bisect(range, target.none_permille, |deviation| as_routed(deviation, 0))?;
-        let params = parts(deviation, 0);
+        let drift = target.drift_permille.min(1000);
+        let deviation = bisect(range, target.none_permille, |deviation| as_routed(deviation, drift))?;
+        let params = parts(deviation, drift);
         return Ok(Fit { params, none_permille: none_permille(params, target)?, historical_permille: None });
     };
     let mut drift = 500;

@@ -6,7 +6,8 @@
 //! heat(layer) = 2^(layer_spread h[layer])
 //! ```
 //!
-//! with standard normal z, w, s, h. `skew` is what history can see, `drift` is what it cannot (new in every microbatch),
+//! with z, w of deviation 1 and heavy tails (a normal number times its own size: a few experts are very hot), s, h standard
+//! normal. `skew` is what history can see, `drift` is what it cannot (new in every microbatch),
 //! `spread` is how much sources differ. A source's choices are shared in proportion to its weights, exactly `tokens top_k` in
 //! all and at most `tokens` for one expert (a token's experts are distinct). Integers throughout.
 
@@ -82,13 +83,25 @@ impl LoadProcess {
 
     /// Counts `lambda[r,e]`, `[N, E]` row-major, into `out`.
     pub fn counts(&mut self, layer: u32, step: u32, microbatch: u32, out: &mut Vec<u32>) {
+        self.counts_of(layer, (step, microbatch), |_| None, out);
+    }
+
+    /// As [`LoadProcess::counts`], at a moment `(step, microbatch)`, for sources with `tokens` of their own (where that is
+    /// `Some`).
+    pub fn counts_of(
+        &mut self,
+        layer: u32,
+        (step, microbatch): (u32, u32),
+        tokens: impl Fn(usize) -> Option<u32>,
+        out: &mut Vec<u32>,
+    ) {
         let ProcessParams { ranks, experts, seed, skew_milli, drift_milli, spread_milli, .. } = self.params;
         let moment = u64::from(step) << 32 | u64::from(microbatch);
         let heat = self.heat(layer);
         let mut lasting = random(seed, SKEW, u64::from(layer), 0);
         let mut fresh = random(seed, DRIFT, u64::from(layer), moment);
         for exponent in &mut self.exponents {
-            let sum = scaled(heavy(&mut lasting), skew_milli) + scaled(normal(&mut fresh), drift_milli);
+            let sum = scaled(heavy(&mut lasting), skew_milli) + scaled(heavy(&mut fresh), drift_milli);
             *exponent = sum * heat / ONE;
         }
         out.clear();
@@ -99,7 +112,7 @@ impl LoadProcess {
             if spread_milli > 0 {
                 self.weigh(|exponent| exponent + scaled(normal(&mut own), spread_milli));
             }
-            self.fill(source, row);
+            self.fill(source, tokens(source).unwrap_or(self.params.tokens_per_rank), row);
         }
     }
 
@@ -128,8 +141,8 @@ impl LoadProcess {
     }
 
     /// Shares the choices of one source over the experts.
-    fn fill(&mut self, source: usize, row: &mut [u32]) {
-        let ProcessParams { ranks, tokens_per_rank, top_k, .. } = self.params;
+    fn fill(&mut self, source: usize, tokens_per_rank: u32, row: &mut [u32]) {
+        let ProcessParams { ranks, top_k, .. } = self.params;
         self.capped.fill(false);
         let mut choices = u128::from(tokens_per_rank) * u128::from(top_k);
         let mut sum: u128 = self.weights.iter().map(|&w| u128::from(w)).sum();

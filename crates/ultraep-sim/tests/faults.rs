@@ -62,7 +62,13 @@ fn recovery_moves_state_of_all_layers() {
 #[test]
 fn a_fit_meets_its_target_and_says_when_it_cannot() {
     let spec = step();
-    let target = |none_permille| FitTarget { none_permille, historical_permille: None, layers: 4, microbatches: 2 };
+    let target = |none_permille| FitTarget {
+        none_permille,
+        historical_permille: None,
+        drift_permille: 0,
+        layers: 4,
+        microbatches: 2,
+    };
     let fit = fit_process(spec.process, &target(1800), None).expect("within reach");
     assert!(fit.none_permille.abs_diff(1800) < 40, "{fit:?}");
     assert!(matches!(fit_process(spec.process, &target(8500), None), Err(SimError::Fit { .. })));

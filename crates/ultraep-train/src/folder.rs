@@ -204,14 +204,14 @@ impl RunFolder {
         }
         for (i, record) in records.iter().enumerate() {
             let microbatch = (i / self.config.layers) as u32;
-            self.profiler.record(|to| fill(to, step, microbatch, record))?;
+            self.profiler.record(|to| fill_record(to, step, microbatch, record))?;
         }
         Ok(())
     }
 }
 
-/// Copies what a layer did, into memory that is there.
-fn fill(to: &mut Record, step: u64, microbatch: u32, record: &LayerRecord) {
+/// Copies what a layer did in a step's microbatch, into memory that is there.
+pub fn fill_record(to: &mut Record, step: u64, microbatch: u32, record: &LayerRecord) {
     (to.step, to.microbatch, to.layer) = (step, microbatch, record.at.layer as u32);
     to.before.clone_from(&record.counts);
     let plan = to.after.get_or_insert_default();

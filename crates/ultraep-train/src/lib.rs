@@ -22,7 +22,7 @@ mod worker;
 pub use checkpoint::{CheckpointInfo, find_checkpoint};
 pub use config::{RouterChoice, TrainConfig};
 pub use error::TrainError;
-pub use folder::{BalanceCount, RunFolder, Summary};
+pub use folder::{BalanceCount, RunFolder, Summary, fill_record};
 pub use rank::{Outcome, RankJob, run_rank};
 pub use report::{Comparison, Observer, Phase, Silent, StepReport};
 pub use weights::Weights;

@@ -14,6 +14,8 @@ const keys = document.getElementById("keys");
 
 let known = null;
 let followed = null;
+// Number of the change that is shown.
+let revision = -1;
 // Where keys lead from here: { next, previous, above, below, up }.
 let ways = {};
 // Grows with every view asked for: what arrives late is not shown.
@@ -127,6 +129,7 @@ async function showMicrobatch(base, links, [step, microbatch, layer], query, ind
     // Settings equal to those in force still ask: a recorded plan is then planned anew.
     links.go(`${here}?${new URLSearchParams(changed.length ? changed : [["policy", chosen.policy]])}`);
   };
+  const splitOf = (expert) => get(`${base}/split?${place}&expert=${expert}${other ? `&${query}` : ""}`);
   const way = (to, text) => (to ? html("a", { href: to }, text) : html("span", { class: "faint" }, text));
   const nodes = [
     html("h1", null, `Step ${step}, microbatch ${microbatch}, layer ${layer}`),
@@ -134,7 +137,7 @@ async function showMicrobatch(base, links, [step, microbatch, layer], query, ind
       way(ways.below, "↓ layer below"), " ", way(ways.above, "layer above ↑")),
     html("p", { class: "faint" }, data.is_recorded ? "The plan is the recorded one." : "No plan was recorded: planned by the settings below."),
     microbatchFigures(data),
-    html("div", { class: "cards" }, whatIfPanel({ settings, known, apply, error, base: data, other }), microbatchCards(data, other)),
+    html("div", { class: "cards" }, whatIfPanel({ settings, known, apply, error, base: data, other }), microbatchCards(data, other, splitOf)),
   ];
   const steps = crumbs(index, [
     html("a", { href: links.layer(layer) }, `layer ${layer}`), html("span", { "aria-current": "page" }, `step ${step}, microbatch ${microbatch}`),
@@ -143,6 +146,7 @@ async function showMicrobatch(base, links, [step, microbatch, layer], query, ind
 }
 
 function showStatus(about, run) {
+  revision = about.revision;
   const isReading = !about.is_read;
   const part = about.records ? Math.floor((100 * about.read) / about.records) : 0;
   status.className = about.is_live && !isReading ? "live" : "";
@@ -154,7 +158,9 @@ function navigate() {
   if (followed !== index) {
     followed = index;
     which.value = String(index);
-    follow(index, () => show({ isLive: true }));
+    follow(index, (change) => {
+      if (change.revision !== revision) show({ isLive: true });
+    });
   }
   show();
   main.focus({ preventScroll: true });

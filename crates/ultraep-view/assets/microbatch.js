@@ -5,8 +5,9 @@ import { heatmap } from "./heatmap.js";
 import { barsLegend, instancesOf, mastersOf, rankBars, remoteWords, timesTable } from "./bars.js";
 import { transferTrees } from "./trees.js";
 
-// Pictures of `data`, and beside them of `asked` where the microbatch was planned with other settings.
-export function microbatchCards(data, asked) {
+// Pictures of `data`, and beside them of `asked` where the microbatch was planned with other settings. `splitOf(expert)`
+// promises the split of one expert; null where nobody can be asked.
+export function microbatchCards(data, asked, splitOf) {
   const plans = [["after balancing", data.plan, "after"]];
   if (asked) plans.push(["what if", asked.plan, "what-if"]);
   const mean = data.total_tokens / data.ranks;
@@ -21,7 +22,7 @@ export function microbatchCards(data, asked) {
       plans.map(([name, plan, kind]) =>
         rankBars({ title: `${name === "what if" ? "What if" : "After balancing"}: ${plan.policy}`, ranks: instancesOf(plan), most, mean, kind }, shared))),
     card("Predicted times of the forward", false, timesCard(data, asked)),
-    card(`Flow of tokens${which}`, false, flow(shown, data.ranks)),
+    card(`Flow of tokens${which}`, false, flowCard(shown, data, splitOf)),
     card(`Replicas${which}`, false, copiesTable(shown)),
     card(`Transfers of weights${which}`, false, transferWords(shown), transferTrees(shown.transfers)),
   ];
@@ -55,6 +56,39 @@ function timesCard(data, asked) {
   ];
 }
 
+// The flow of all experts, or the split of one.
+function flowCard(plan, data, splitOf) {
+  const all = flow(plan, data.ranks);
+  if (!splitOf) return all;
+  const box = html("div", null, all);
+  const choose = html("select", { id: "split-expert", change: async () => {
+    if (choose.value === "all") return box.replaceChildren(all);
+    try {
+      box.replaceChildren(split(await splitOf(Number(choose.value))));
+    } catch (error) {
+      box.replaceChildren(html("p", { class: "error", role: "alert" }, error.message));
+    }
+  } }, html("option", { value: "all" }, "all experts"),
+  data.expert_loads.map((load, expert) => [load, expert]).sort((a, b) => b[0] - a[0] || a[1] - b[1]).map(([load, expert]) =>
+    html("option", { value: String(expert) }, `expert ${expert}: ${count(load)} tokens`)));
+  return html("div", null, html("p", null, html("label", null, "Tokens for ", choose)), box);
+}
+
+function split(of) {
+  const rows = Math.ceil(of.ranks / of.ranks_per_row);
+  const columns = of.instances.length;
+  const per = of.ranks_per_row;
+  const row = (r) => (per > 1 ? `${r * per}+` : String(r));
+  const column = (c) => `${of.instances[c][0]}${of.instances[c][2] ? "" : "*"}`;
+  return heatmap({
+    title: `Split of expert ${of.expert}`, rows, columns, values: of.tokens, square: true,
+    scale: amountScale(Math.max(...of.tokens, 1), "tokens"), rowName: row, columnName: column,
+    summary: `${columns} instances; ` + of.instances.map(([rank, tokens]) => `rank ${rank}: ${count(tokens)}`).join(", "),
+    hint: "rows: source ranks; columns: ranks of the instances, * the master's",
+    describe: (r, c) => `from rank ${row(r)} to the ${of.instances[c][2] ? "replica" : "master"} on rank ${of.instances[c][0]}: ${count(of.tokens[r * columns + c])} of ${count(of.instances[c][1])} tokens`,
+  });
+}
+
 function flow(plan, ranks) {
   const per = plan.flow.ranks_per_group;
   const groups = Math.ceil(ranks / per);
@@ -84,7 +118,7 @@ function copiesTable(plan) {
 function transferWords(plan) {
   const t = plan.transfers;
   if (t.tasks.length === 0) return null;
-  const relays = t.relayed_experts === 0 ? "home ranks send everything" : `relays forward ${t.relayed_experts} experts, up to ${t.depth} hops`;
+  const relays = t.relayed_experts === 0 ? "home ranks send everything" : `relays forward ${t.relayed_experts} ${t.relayed_experts === 1 ? "expert" : "experts"}, up to ${t.depth} hops`;
   return html("p", null, `${relays}: ${time(t.sync_ns)} by the model of chunks, ${time(t.direct_sync_ns)} if home ranks sent everything; ` +
-    `the busiest rank sends ${t.fanout} times. The dark circle is the home rank.`, t.left_out > 0 ? ` ${t.left_out} sends are not drawn.` : "");
+    `the busiest rank sends ${t.fanout} ${t.fanout === 1 ? "time" : "times"}. The dark circle is the home rank.`, t.left_out > 0 ? ` ${t.left_out} sends are not drawn.` : "");
 }

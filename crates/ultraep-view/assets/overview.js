@@ -92,7 +92,7 @@ function layersTable(data, links) {
     links ? html("a", { href: links.layer(line.layer) }, `layer ${line.layer}`) : `layer ${line.layer}`,
     ratio(line.before_mean), ratio(line.before_worst), ratio(line.after_mean), ratio(line.after_worst),
   ]);
-  return table(["layer", "mean as routed", "worst", "mean after", "worst after"], rows);
+  return html("div", { class: "tall" }, table(["layer", "mean as routed", "worst", "mean after", "worst after"], rows));
 }
 
 function runCards(run) {

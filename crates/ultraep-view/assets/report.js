@@ -11,5 +11,5 @@ for (const worst of data.microbatches) {
   document.getElementById("pictures").append(
     html("h2", null, `The worst as routed: step ${worst.step}, microbatch ${worst.microbatch}, layer ${worst.layer}`),
     microbatchFigures(worst),
-    html("div", { class: "cards" }, microbatchCards(worst, null)));
+    html("div", { class: "cards" }, microbatchCards(worst, null, null)));
 }

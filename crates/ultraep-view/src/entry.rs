@@ -81,6 +81,10 @@ impl Entry {
         lock(&self.state)
     }
 
+    pub(crate) fn revision(&self) -> u64 {
+        *self.revision.borrow()
+    }
+
     pub(crate) fn changes(&self) -> watch::Receiver<u64> {
         self.revision.subscribe()
     }

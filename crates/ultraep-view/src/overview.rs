@@ -46,7 +46,9 @@ pub(crate) struct About {
     top_k: Option<usize>,
     notes: Vec<String>,
     settings: WhatIfJson,
-    pub(crate) read: u64,
+    /// Grows with every change.
+    pub(crate) revision: u64,
+    read: u64,
     records: u64,
     /// Whether all that there is was read.
     is_read: bool,
@@ -204,6 +206,7 @@ impl Entry {
             top_k: source.meta.top_k,
             notes,
             settings: source.planned.json(),
+            revision: self.revision(),
             read: state.progress.read,
             records: state.progress.records,
             is_read: state.progress.read == state.progress.records,

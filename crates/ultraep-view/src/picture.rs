@@ -108,7 +108,44 @@ struct Parts {
     total_ns: u64,
 }
 
+/// How the tokens of each source for one expert are shared over its instances.
+#[derive(Debug, Serialize)]
+pub(crate) struct SplitJson {
+    expert: usize,
+    ranks: usize,
+    ranks_per_row: usize,
+    /// Rank, tokens, and 1 for a replica; the first [`FLOW_MAX`].
+    instances: Vec<(usize, u64, u8)>,
+    instances_left_out: usize,
+    /// `[sources, instances]`, row-major.
+    tokens: Vec<u64>,
+}
+
 impl Entry {
+    /// The split of an expert in a microbatch, planned as recorded or, with `asked`, anew.
+    pub(crate) fn split(
+        &self,
+        (step, microbatch, layer): (u64, u32, u32),
+        expert: usize,
+        asked: Option<&WhatIf>,
+    ) -> Result<SplitJson, ViewError> {
+        let meta = &self.source.meta;
+        if expert >= meta.experts {
+            let known = format!("there are 0 to {}", meta.experts - 1);
+            return Err(ViewError::NotFound { what: format!("expert {expert}"), known });
+        }
+        let settings = asked.unwrap_or(&self.source.planned);
+        let found = self.find(step, microbatch, layer, settings.window)?;
+        let recorded = found.record.after.as_ref().filter(|_| asked.is_none());
+        let anatomy = match recorded {
+            Some(plan) => self.recorded_anatomy(plan, found.record.before.clone())?.1,
+            None => {
+                replan(&settings.scenario(meta.ranks, meta.experts)?, &found.record.before, &found.history)?.anatomy
+            }
+        };
+        Ok(SplitJson::of(&self.source.topology, Expert::new(expert), &anatomy))
+    }
+
     /// The picture of a microbatch, planned as recorded or, with `asked`, anew.
     pub(crate) fn picture(
         &self,
@@ -152,14 +189,19 @@ impl Entry {
     }
 
     fn recorded(&self, record: &PlanRecord, counts: Vec<u32>) -> Result<PlanJson, ViewError> {
+        let (scenario, anatomy) = self.recorded_anatomy(record, counts)?;
+        let digest = (record.digest != 0).then_some(record.digest);
+        PlanJson::of(&scenario, &self.source.planned.hardware.name, &record.policy, digest, &anatomy)
+    }
+
+    fn recorded_anatomy(&self, record: &PlanRecord, counts: Vec<u32>) -> Result<(Scenario, Anatomy), ViewError> {
         let settings = &self.source.planned;
         let topology = &self.source.topology;
         let mut scenario = settings.scenario(topology.ranks(), topology.experts())?;
         scenario.topology = topology.clone();
         let plan = plan_of_record(record, topology);
         let anatomy = Anatomy::of(topology, &scenario.params.hardware, counts, plan, record.split.clone())?;
-        let digest = (record.digest != 0).then_some(record.digest);
-        PlanJson::of(&scenario, &settings.hardware.name, &record.policy, digest, &anatomy)
+        Ok((scenario, anatomy))
     }
 }
 
@@ -200,6 +242,27 @@ impl PlanJson {
             transfers: transfers(anatomy),
             times: times(scenario, hardware, anatomy)?,
         })
+    }
+}
+
+impl SplitJson {
+    fn of(topology: &Topology, expert: Expert, anatomy: &Anatomy) -> Self {
+        let ranks = topology.ranks();
+        let ranks_per_row = ranks.div_ceil(FLOW_MAX);
+        let range = anatomy.plan.range(expert);
+        let shown = range.start..range.end.min(range.start + FLOW_MAX);
+        let mut tokens = vec![0; ranks.div_ceil(ranks_per_row) * shown.len()];
+        for (source, row) in anatomy.split.chunks_exact(anatomy.plan.instances().len().max(1)).enumerate() {
+            for (column, &share) in row[shown.clone()].iter().enumerate() {
+                tokens[source / ranks_per_row * shown.len() + column] += u64::from(share);
+            }
+        }
+        let column = |column: usize| tokens.iter().skip(column).step_by(shown.len()).sum();
+        let home = topology.home(expert);
+        let instances = anatomy.plan.instances()[shown.clone()].iter().enumerate();
+        let instances = instances.map(|(place, i)| (i.rank.index(), column(place), u8::from(i.rank != home))).collect();
+        let instances_left_out = range.len() - shown.len();
+        Self { expert: expert.index(), ranks, ranks_per_row, instances, instances_left_out, tokens }
     }
 }
 

@@ -21,6 +21,7 @@ use tokio::sync::Semaphore;
 
 use crate::assets;
 use crate::entry::Entry;
+use crate::settings::WhatIf;
 use crate::{ANSWER_BYTES_MAX, ViewError, Viewer};
 
 /// Requests that read or plan at a time.
@@ -67,6 +68,7 @@ pub async fn serve(
         .route("/api/recordings/{index}/overview", get(overview))
         .route("/api/recordings/{index}/layers/{layer}", get(layer))
         .route("/api/recordings/{index}/microbatch", get(microbatch))
+        .route("/api/recordings/{index}/split", get(split))
         .route("/api/recordings/{index}/events", get(events))
         .fallback(|| async { refusal(StatusCode::NOT_FOUND, "no such page") })
         .layer(middleware::from_fn_with_state(shared.clone(), guard))
@@ -159,13 +161,30 @@ async fn layer(State(shared): State<Shared>, Path((index, layer)): Path<(usize, 
 async fn microbatch(State(shared): State<Shared>, Path(index): Path<usize>, Query(query): Query_) -> Response {
     let entry = shared.viewer.entry(index);
     let work = move || {
-        let entry = entry?;
-        let place = (number(&query, "step")?, number(&query, "microbatch")?, number(&query, "layer")?);
-        let is_asked = query.keys().any(|key| !["step", "microbatch", "layer"].contains(&key.as_str()));
-        let asked = is_asked.then(|| entry.source.planned.with_query(&query)).transpose()?;
-        entry.picture(place, asked.as_ref())
+        let (entry, place) = (entry?, place(&query)?);
+        entry.picture(place, asked(&entry, &query)?.as_ref())
     };
     shared.answer(work).await
+}
+
+/// As [`microbatch`], and `expert`: how the tokens of each source are shared over its instances.
+async fn split(State(shared): State<Shared>, Path(index): Path<usize>, Query(query): Query_) -> Response {
+    let entry = shared.viewer.entry(index);
+    let work = move || {
+        let (entry, place) = (entry?, place(&query)?);
+        entry.split(place, number(&query, "expert")?, asked(&entry, &query)?.as_ref())
+    };
+    shared.answer(work).await
+}
+
+fn place(query: &BTreeMap<String, String>) -> Result<(u64, u32, u32), ViewError> {
+    Ok((number(query, "step")?, number(query, "microbatch")?, number(query, "layer")?))
+}
+
+/// The settings of a query that has any.
+fn asked(entry: &Entry, query: &BTreeMap<String, String>) -> Result<Option<WhatIf>, ViewError> {
+    let is_setting = |key: &String| !["step", "microbatch", "layer", "expert"].contains(&key.as_str());
+    query.keys().any(is_setting).then(|| entry.source.planned.with_query(query)).transpose()
 }
 
 fn number<T: std::str::FromStr>(query: &BTreeMap<String, String>, what: &'static str) -> Result<T, ViewError> {
@@ -200,7 +219,7 @@ impl Shared {
     }
 }
 
-/// An event for every change, at most four a second: how far reading is, and whether more may come.
+/// An event for every change, at most four a second: its number, and whether more may come.
 async fn events(State(shared): State<Shared>, Path(index): Path<usize>) -> Result<impl IntoResponse, ViewError> {
     let entry = shared.viewer.entry(index)?;
     Ok(Sse::new(changes(entry)).keep_alive(KeepAlive::default()))
@@ -208,7 +227,7 @@ async fn events(State(shared): State<Shared>, Path(index): Path<usize>) -> Resul
 
 #[derive(Serialize)]
 struct Change {
-    read: u64,
+    revision: u64,
     is_live: bool,
 }
 
@@ -221,7 +240,7 @@ fn changes(entry: Arc<Entry>) -> impl Stream<Item = Result<Event, Infallible>> {
         }
         receiver.mark_unchanged();
         let about = entry.about(&entry.state());
-        let change = Change { read: about.read, is_live: about.is_live };
+        let change = Change { revision: about.revision, is_live: about.is_live };
         let event = Event::default().json_data(change).ok()?;
         Some((Ok(event), (entry, receiver, false)))
     })

@@ -132,6 +132,12 @@ fn a_microbatch_is_shown_as_recorded_and_planned_again() {
         slow["plan"]["times"]["after"]["experts_ns"].as_u64() > same["plan"]["times"]["after"]["experts_ns"].as_u64()
     );
 
+    let (copy, loads) = (&recorded["plan"]["copies"][0], &recorded["expert_loads"]);
+    let split = json(&served, &place.replace("microbatch?", &format!("split?expert={}&", copy[0])));
+    assert_eq!(sum(&split["tokens"]), loads[copy[0].as_u64().unwrap() as usize].as_u64().unwrap());
+    assert!(split["instances"].as_array().unwrap().iter().any(|i| i[0] == copy[2] && i[1] == copy[3] && i[2] == 1));
+    assert_eq!(get(&served, &place.replace("microbatch?", "split?expert=32&")).0, 404);
+
     let refused =
         ["slots=65", "slots=-1", "domain=3", "beta=0", "beta=x", "policy=best", "min_quota=0", "hardware=/etc/passwd"];
     for query in refused {

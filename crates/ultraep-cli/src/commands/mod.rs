@@ -7,6 +7,7 @@ mod moved;
 mod plan;
 mod recordings;
 mod replay;
+mod serving;
 mod sim;
 mod trace;
 mod train;
@@ -34,6 +35,12 @@ pub(crate) enum Command {
     Replay(Box<replay::Args>),
     /// Simulate training and prefill on a rack, beside what was published
     Sim(sim::Args),
+    /// Serve completions over HTTP: chunked prefill, every layer of every batch balanced
+    Serve(Box<serving::ServeArgs>),
+    /// Load a server with open-loop arrivals of real prompts, and time first tokens
+    Loadtest(Box<serving::LoadTestArgs>),
+    /// Compare policies on prefill under load, in virtual time over recorded routing
+    PrefillBench(Box<serving::BenchArgs>),
     /// Look into recordings and convert them
     #[command(subcommand, arg_required_else_help = false)]
     Trace(trace::Trace),
@@ -58,6 +65,9 @@ impl Command {
             Self::Compare(args) => compare::run(args, out),
             Self::Load(args) => load::run(args),
             Self::Replay(args) => replay::run(args, out),
+            Self::Serve(args) => serving::serve(args, out),
+            Self::Loadtest(args) => serving::loadtest(args, out),
+            Self::PrefillBench(args) => serving::bench(args, out),
             Self::Sim(args) => sim::run(args, out),
             Self::Trace(trace) => trace.run(out),
             Self::View(args) => view::view(args, out),

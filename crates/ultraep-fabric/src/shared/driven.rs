@@ -2,6 +2,7 @@
 //! failure record and the rules are those of every other rank; only who decides when to look again is different.
 
 use super::endpoint::{Awaited, Endpoint};
+use super::failure::Failure;
 use super::segment::Segment;
 use crate::operation::OperationKind;
 use crate::sync::Ordering;
@@ -23,16 +24,13 @@ impl Endpoint {
 
     /// The rank sleeps for this ticket from now on, until [`Endpoint::wakes`].
     pub(crate) fn sleeps(&self, ticket: &Ticket) {
-        self.set_activity(self.awaited(ticket).kind());
+        let kind = self.awaited(ticket).kind();
+        self.segment.control(self.rank).activity.store(kind as u32, Ordering::Relaxed);
     }
 
     /// The rank is awake again.
     pub(crate) fn wakes(&self) {
-        self.set_activity(OperationKind::Compute);
-    }
-
-    fn set_activity(&self, kind: OperationKind) {
-        self.segment.control(self.rank).activity.store(kind as u32, Ordering::Relaxed);
+        self.segment.note_awaited(self.rank, None);
     }
 
     /// Whether a signal that is awaited can still come; for other tickets, yes.
@@ -48,6 +46,17 @@ impl Endpoint {
         let awaited = self.awaited(ticket);
         let failure = self.timed_out(awaited, waited);
         self.fail(awaited.kind(), &failure)
+    }
+
+    /// The rank sleeps until tiles of `peer` are there, until [`Endpoint::wakes`].
+    pub(crate) fn sleeps_for_tiles(&self, peer: Rank) {
+        self.segment.note_awaited(self.rank, Some(peer));
+    }
+
+    /// The rank has waited too long for tiles of `peer`: ends the group.
+    pub(crate) fn expire_tiles(&mut self, peer: Rank, waited: Duration) -> FabricError {
+        let operation = OperationKind::Stream;
+        self.fail(operation, &Failure::Timeout { missing: vec![peer], operation, waited })
     }
 
     /// Refuses a signal that cannot be sent.

@@ -272,15 +272,17 @@ impl Endpoint {
         let others: Vec<Rank> = self.segment.ranks().filter(|&rank| rank != self.rank).collect();
         let activity = |rank: Rank| self.segment.control(rank).activity.load(Ordering::Relaxed);
         let blocked = |rank: &Rank| activity(*rank) != OperationKind::Compute as u32 || self.has_departed(*rank);
-        let waiting = [OperationKind::CorePermit as u32, OperationKind::Stream as u32];
-        let waiting = |rank: &Rank| waiting.contains(&activity(*rank));
+        let queueing = |rank: &Rank| activity(*rank) == OperationKind::CorePermit as u32;
         let entered = |rank: &Rank| self.segment.control(*rank).entered.load(Ordering::Relaxed) >= self.entered;
         let mut missing = others.clone();
         if let Awaited::Phase(_) = awaited {
             missing.retain(|rank| !entered(rank));
-            // Whoever queues for a core or waits for tiles is not the one who hangs, if there is anyone else.
-            if !missing.iter().all(waiting) {
-                missing.retain(|rank| !waiting(rank));
+            // Whoever is blocked for tiles of another one that is missing is late because of that one. Tiles flow one way.
+            let late = missing.clone();
+            missing.retain(|&rank| self.segment.awaited(rank).is_none_or(|peer| peer == rank || !late.contains(&peer)));
+            // Whoever queues for a core is not the one who hangs, if there is anyone else.
+            if !missing.iter().all(queueing) {
+                missing.retain(|rank| !queueing(rank));
             }
         }
         if missing.is_empty() || matches!(awaited, Awaited::Signal { .. }) {

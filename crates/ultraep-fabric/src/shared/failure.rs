@@ -72,8 +72,8 @@ fn load_collective(record: &[AtomicU64]) -> Collective {
 
 impl Segment {
     /// Ends the group, unless it has failed before, and wakes every sleeper. Each rank reports at most once with details
-    /// (it makes no further step after its first), and reporters without a record of their own (the supervisor)
-    /// report losses only.
+    /// (it makes no further step after its first); the supervisor, which has no record of its own, reports losses, or with the
+    /// record of a rank whose process has ended.
     pub(crate) fn fail(&self, reporter: Rank, failure: &Failure) {
         let code = self.record_failure(reporter, failure);
         self.header().failure.0.set(code);

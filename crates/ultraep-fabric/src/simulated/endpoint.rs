@@ -3,6 +3,7 @@
 use super::scheduler::{Content, Place, Scheduler};
 use super::{FaultKind, Stopped};
 use crate::shared::Endpoint;
+use crate::stream::{Direct, Reach};
 use crate::{
     Capabilities, Completion, Fabric, FabricError, Loss, Operation, OperationKind, Region, RemoteSpan, Span, Ticket,
     WindowId,
@@ -24,14 +25,16 @@ pub(super) struct SimulatedEndpoint {
     timeout: Duration,
     /// Operations submitted so far.
     submitted: u64,
+    /// Whether peers' windows can be touched directly.
+    direct: bool,
     /// What a fault made this rank's calls return.
     failed: Option<FabricError>,
 }
 
 impl SimulatedEndpoint {
-    pub(super) fn new(inner: Endpoint, scheduler: Arc<Scheduler>, timeout: Duration) -> Self {
+    pub(super) fn new(inner: Endpoint, scheduler: Arc<Scheduler>, timeout: Duration, direct: bool) -> Self {
         let (rank, ranks) = (inner.rank(), inner.ranks());
-        Self { inner: Some(Box::new(inner)), scheduler, rank, ranks, timeout, submitted: 0, failed: None }
+        Self { inner: Some(Box::new(inner)), scheduler, rank, ranks, timeout, direct, submitted: 0, failed: None }
     }
 
     /// A turn of the scheduler, and what strikes the rank there.
@@ -131,6 +134,40 @@ enum Looked {
     Nothing,
 }
 
+impl Direct for SimulatedEndpoint {
+    fn reach(&mut self, window: WindowId) -> Result<Reach, FabricError> {
+        let (kind, number) = (OperationKind::Stream, self.submitted);
+        self.turn(Place::Submit(number), kind)?;
+        self.submitted += 1;
+        let reach = self.inner()?.reach(window)?;
+        self.turn(Place::InFlight(number), kind)?;
+        Ok(reach)
+    }
+
+    fn wait_until(&mut self, peer: Rank, ready: &dyn Fn() -> bool) -> Result<(), FabricError> {
+        let kind = OperationKind::Stream;
+        let since = self.scheduler.now();
+        loop {
+            self.turn(Place::Elsewhere, kind)?;
+            if ready() {
+                return Ok(());
+            }
+            let (waited, timeout) = (self.scheduler.now() - since, self.timeout);
+            let inner = self.inner()?;
+            inner.check(kind)?;
+            if waited >= timeout {
+                let error = inner.expire_tiles(peer, waited);
+                self.scheduler.changed();
+                return Err(error);
+            }
+            inner.sleeps_for_tiles(peer);
+            // Stores ring no bell here. Longer and longer naps, so that a wait in vain is over soon.
+            self.scheduler.sleep(self.rank, POLL_NAP + waited / 8);
+            self.inner()?.wakes();
+        }
+    }
+}
+
 impl Fabric for SimulatedEndpoint {
     fn rank(&self) -> Rank {
         self.rank
@@ -205,6 +242,10 @@ impl Fabric for SimulatedEndpoint {
             self.scheduler.block(self.rank, timeout - waited);
             self.inner()?.wakes();
         }
+    }
+
+    fn direct(&mut self) -> Option<&mut dyn Direct> {
+        self.direct.then_some(self as &mut dyn Direct)
     }
 
     fn leave(mut self: Box<Self>) -> Result<(), FabricError> {

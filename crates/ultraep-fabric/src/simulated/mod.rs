@@ -16,6 +16,8 @@
 //! any order, until its rank signals, enters a collective or gets from where it put. A signal lands at any time until its rank
 //! enters a collective. A rank that is lost takes some of what has not landed with it.
 //!
+//! The tile engine puts and gets, or touches peers' windows directly, in the order of the turns ([`Simulation::direct`]).
+//!
 //! Each seed has habits of its own (how eagerly messages land, how often ranks change, how long they sleep, whether one of them
 //! is slow), so that many seeds visit very different schedules. A seed and a list of faults give the same schedule and the
 //! same [`Schedule::digest`] on every run, provided that `main` depends on nothing else.
@@ -48,6 +50,9 @@ pub struct Simulation {
     pub seed: u64,
     /// What strikes the ranks.
     pub faults: Vec<Fault>,
+    /// Whether the fabric gives [`Fabric::direct`] access. Then tile engines must have no background workers: those are threads
+    /// that no seed governs, and virtual time would not wait for them.
+    pub direct: bool,
 }
 
 /// One thing that goes wrong.
@@ -137,10 +142,12 @@ where
     let outcomes: Vec<Outcome<T, E>> = thread::scope(|scope| {
         let spawn = |rank: Rank| {
             segment.control(rank).status.start();
-            let (own, scheduler) = (Arc::clone(&segment), Arc::clone(&scheduler));
+            let endpoint = Endpoint::new(Arc::clone(&segment), rank, spec).without_permits();
+            let fabric = SimulatedEndpoint::new(endpoint, Arc::clone(&scheduler), spec.timeout, simulation.direct);
+            let (segment, scheduler) = (Arc::clone(&segment), Arc::clone(&scheduler));
             thread::Builder::new()
                 .name(format!("rank {rank}"))
-                .spawn_scoped(scope, move || run_rank(own, &scheduler, rank, spec, main))
+                .spawn_scoped(scope, move || run_rank(&segment, &scheduler, Box::new(fabric), main))
         };
         // A thread that does not start is a rank that is lost at once; the others then end by themselves.
         let threads: Vec<_> = segment.ranks().map(spawn).collect();
@@ -159,18 +166,11 @@ where
     Ok(Simulated { result: results(&segment, outcomes), schedule })
 }
 
-fn run_rank<T, E, F>(
-    segment: Arc<Segment>,
-    scheduler: &Arc<Scheduler>,
-    rank: Rank,
-    spec: &GroupSpec,
-    main: &F,
-) -> Outcome<T, E>
+fn run_rank<T, E, F>(segment: &Segment, scheduler: &Scheduler, fabric: Box<dyn Fabric>, main: &F) -> Outcome<T, E>
 where
     F: Fn(Box<dyn Fabric>) -> Result<T, E>,
 {
-    let endpoint = Endpoint::new(Arc::clone(&segment), rank, spec).without_permits();
-    let fabric = Box::new(SimulatedEndpoint::new(endpoint, Arc::clone(scheduler), spec.timeout));
+    let rank = fabric.rank();
     scheduler.await_turn(rank);
     // `main` is only called once on this thread, and after a panic nothing of it is used but the message.
     let (loss, outcome) = match catch_unwind(AssertUnwindSafe(|| main(fabric))) {
@@ -190,13 +190,13 @@ impl Simulation {
     /// Without faults.
     #[must_use]
     pub fn new(seed: u64) -> Self {
-        Self { seed, faults: Vec::new() }
+        Self { seed, ..Self::default() }
     }
 
     /// With one fault.
     #[must_use]
     pub fn with_fault(seed: u64, fault: Fault) -> Self {
-        Self { seed, faults: vec![fault] }
+        Self { seed, faults: vec![fault], ..Self::default() }
     }
 }
 

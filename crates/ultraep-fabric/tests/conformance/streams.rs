@@ -55,7 +55,7 @@ pub(crate) const CASES: &[Case] = &[
         name: "stream_from_a_rank_that_hangs",
         ranks: &[3],
         seeds: &[1],
-        needs: &[Need::HostWindows, Need::OneSided, Need::RealTime],
+        needs: &[Need::OneSided, Need::RealTime],
         spec: impatient,
         main: home_hangs,
         verify: names_home_as_missing,
@@ -384,8 +384,8 @@ fn home_fails(fabric: Box<dyn Fabric>, _seed: u64) -> Report {
 fn names_home_as_missing(ending: &Ending) -> Result<(), String> {
     let (rank, why) = ending.failure.as_ref().ok_or("the group ended well")?;
     ensure(*rank == Some(Rank::new(0)), || format!("{rank:?} is named: {why}"))?;
-    let says = why.contains("tile stream timed out") || why.contains("close timed out");
-    ensure(says, || format!("not what was waited for: {why}"))
+    // Who runs into the timeout first depends on the machine: the one that waits for tiles, or one behind it.
+    ensure(why.contains(" timed out "), || format!("not what was waited for: {why}"))
 }
 
 fn names_home_as_lost(ending: &Ending) -> Result<(), String> {

@@ -148,8 +148,10 @@ impl Page {
     /// Waits until a JavaScript condition holds.
     pub(crate) fn wait(&mut self, condition: &str) {
         let start = Instant::now();
-        while self.value(&format!("Boolean({condition})")) != json!(true) {
-            let shown = self.value("document.body.innerText.slice(0, 600)");
+        while self.value(&format!("(() => {{ try {{ return Boolean({condition}); }} catch {{ return false; }} }})()"))
+            != json!(true)
+        {
+            let shown = self.value("document.body?.innerText.slice(0, 600)");
             assert!(start.elapsed() < PATIENCE, "never: {condition}; errors: {:?}; the page: {shown}", self.errors);
             std::thread::sleep(Duration::from_millis(30));
         }
@@ -162,6 +164,7 @@ impl Page {
              const b = e.getBoundingClientRect(); return [b.x + b.width * {right}, b.y + b.height * {down}]; }})()",
             json!(selector)
         );
+        self.wait(&format!("document.querySelector({})", json!(selector)));
         let at = self.value(&find);
         for kind in ["mouseMoved", "mousePressed", "mouseReleased"] {
             let params = json!({ "type": kind, "x": at[0], "y": at[1], "button": "left", "clickCount": 1 });

@@ -62,6 +62,11 @@ fn from_the_overview_to_a_microbatch_and_what_if() {
     page.wait("document.querySelector('#main').dataset.view === 'Microbatch' && document.querySelectorAll('canvas').length === 3");
     assert!(page.text("main").contains("The plan is the recorded one."));
     page.picture("microbatch-light");
+    // The split of one expert in place of the flow of all.
+    let choose =
+        "const s = document.querySelector('#split-expert'); s.selectedIndex = 1; s.dispatchEvent(new Event('change'));";
+    page.value(&format!("(() => {{ {choose} }})()"));
+    page.wait("document.querySelector('canvas[aria-label^=\"Split of expert\"]')");
     assert_clean(&mut page);
 
     // No slots, no replicas: the numbers change, and the address says so.

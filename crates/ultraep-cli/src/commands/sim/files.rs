@@ -7,7 +7,8 @@ use serde::Deserialize;
 use serde::de::{DeserializeOwned, Deserializer, Error};
 use ultraep_baselines::{HistoryParams, PolicyKind};
 use ultraep_plan::{TransferMode, TransferParams};
-use ultraep_sim::{Fidelity, Machine, ModelSpec, SyncRule, System, bounded};
+use ultraep_replay::Hardware;
+use ultraep_sim::{Calibrated, Fidelity, Machine, ModelSpec, SyncRule, System, bounded};
 
 use crate::error::CliError;
 
@@ -18,10 +19,11 @@ macro_rules! built_in {
 }
 
 /// Plans that come with the program.
-pub(super) const PLANS: [(&str, &str); 12] = built_in!(
+pub(super) const PLANS: [(&str, &str); 13] = built_in!(
     "sims",
     "calibrate",
     "figure-11",
+    "figure-12",
     "figure-13",
     "figure-14",
     "figure-15",
@@ -53,6 +55,8 @@ pub(super) enum Experiment {
     Balancing,
     /// Training steps over a grid of configurations.
     Sweep,
+    /// Prefill serving: throughput when saturated, time to the first token at given rates.
+    Prefill,
 }
 
 /// What a simulation measures.
@@ -77,6 +81,8 @@ pub(super) enum Metric {
     Remote,
     TokensPerS,
     SyncMs,
+    TtftMs,
+    RecoveryMs,
     Relayed,
 }
 
@@ -104,6 +110,9 @@ pub(super) struct Load {
     /// Mean imbalance under `eplb`, to fit to.
     #[serde(default, deserialize_with = "imbalance")]
     pub(super) eplb: Option<u64>,
+    /// Share of experts' variance that is new in every microbatch, in thousandths, where `eplb` does not say.
+    #[serde(default, deserialize_with = "bounded::<0, 1000, _, _>")]
+    pub(super) drift_permille: u32,
     /// Lasting difference of experts, thousandths of an octave.
     #[serde(default, deserialize_with = "optional::<0, 6000, _>")]
     pub(super) skew: Option<u32>,
@@ -136,7 +145,7 @@ pub(super) struct Case {
     pub(super) model: String,
     #[serde(default = "n::<64>", deserialize_with = "bounded::<1, 1024, _, _>")]
     pub(super) ranks: u32,
-    /// All ranks unless given.
+    /// All ranks unless given, where they fit the machine's domain; else the machine's domain.
     #[serde(default, deserialize_with = "optional::<1, 1024, _>")]
     pub(super) domain: Option<u32>,
     #[serde(default = "n::<2>", deserialize_with = "bounded::<0, 64, _, _>")]
@@ -202,6 +211,25 @@ pub(super) struct Grid {
     pub(super) paper: Vec<Paper>,
 }
 
+/// Requests of a prefill experiment.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Prefill {
+    /// Arrivals a second, one experiment each; the saturated one comes by itself.
+    pub(super) rates: Vec<u32>,
+    #[serde(default = "n::<2000>", deserialize_with = "bounded::<1, 1000000, _, _>")]
+    pub(super) requests: u32,
+    /// Least tokens of a prompt.
+    #[serde(default = "n::<256>", deserialize_with = "bounded::<1, 1048576, _, _>")]
+    pub(super) least_tokens: u32,
+    /// Most tokens of a prompt.
+    #[serde(default = "n::<32768>", deserialize_with = "bounded::<1, 1048576, _, _>")]
+    pub(super) most_tokens: u32,
+    /// Batches between two placements of historical systems.
+    #[serde(default = "n::<50>", deserialize_with = "bounded::<1, 1000, _, _>")]
+    pub(super) history_batches: u32,
+}
+
 /// Configurations of a sweep: every combination that can exist.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -257,6 +285,7 @@ pub(super) struct Plan {
     pub(super) case: Vec<Case>,
     pub(super) grid: Option<Grid>,
     pub(super) sweep: Option<Sweep>,
+    pub(super) prefill: Option<Prefill>,
     pub(super) calibration: Option<Calibration>,
 }
 
@@ -276,6 +305,9 @@ struct SystemFile {
     min_quota: u32,
     #[serde(default = "n::<3>", deserialize_with = "bounded::<1, 1000, _, _>")]
     history_steps: u32,
+    /// Most variables of a linear program that is solved (`lplb`).
+    #[serde(default = "n::<512>", deserialize_with = "bounded::<0, 100000, _, _>")]
+    max_variables: u32,
     /// Where the numbers are from.
     #[serde(default)]
     #[allow(dead_code, reason = "for people who read the file")]
@@ -364,9 +396,55 @@ pub(super) fn plan(name: &str) -> Result<Plan, CliError> {
     Ok(plan)
 }
 
+/// A machine file: hardware by name, what else is known, what was calibrated.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct MachineFile {
+    name: String,
+    /// A hardware file, as `ultraep replay --hardware` takes it.
+    hardware: String,
+    #[serde(deserialize_with = "bounded::<1, MAX_RATE, _, _>")]
+    scale_out_bytes_per_s: u64,
+    #[serde(deserialize_with = "bounded::<1, MAX_RATE, _, _>")]
+    memory_bytes_per_s: u64,
+    #[serde(deserialize_with = "bounded::<0, MAX_NS, _, _>")]
+    hop_ns: u64,
+    #[serde(deserialize_with = "bounded::<4096, 1073741824, _, _>")]
+    chunk_bytes: u64,
+    #[serde(deserialize_with = "bounded::<1, 65536, _, _>")]
+    chunk_tokens: u32,
+    #[serde(deserialize_with = "bounded::<0, MAX_NS, _, _>")]
+    count_ns: u64,
+    #[serde(deserialize_with = "bounded::<0, MAX_NS, _, _>")]
+    sync_start_ns: u64,
+    calibrated: Calibrated,
+    sources: Vec<String>,
+}
+
+const MAX_RATE: u64 = 1_000_000_000_000_000_000;
+const MAX_NS: u64 = 1_000_000_000;
+
 /// A machine, built in or a file.
 pub(super) fn machine(name: &str) -> Result<Machine, CliError> {
-    parse(name, &find("machine", name, &MACHINES)?)
+    let file: MachineFile = parse(name, &find("machine", name, &MACHINES)?)?;
+    let hardware = Hardware::find(&file.hardware).map_err(|error| CliError::Input(format!("{name}: {error}")))?;
+    Ok(Machine {
+        name: file.name,
+        domain_ranks: hardware.domain_ranks,
+        link_bytes_per_s: hardware.link_bytes_per_s,
+        scale_out_bytes_per_s: file.scale_out_bytes_per_s,
+        memory_bytes_per_s: file.memory_bytes_per_s,
+        hop_ns: file.hop_ns,
+        tile_rows: hardware.tile_rows,
+        gemm_ns: hardware.gemm_ns,
+        chunk_bytes: file.chunk_bytes,
+        chunk_tokens: file.chunk_tokens,
+        count_ns: file.count_ns,
+        reroute_ns: hardware.reroute_ns,
+        sync_start_ns: file.sync_start_ns,
+        calibrated: file.calibrated,
+        sources: hardware.sources.into_iter().chain(file.sources).collect(),
+    })
 }
 
 /// A model, built in or a file.
@@ -405,6 +483,7 @@ pub(super) fn systems(names: &[String], microbatches: u32) -> Result<Vec<System>
             plan_ns: file.plan_ns,
             min_quota: file.min_quota,
             history: HistoryParams { window, interval: window },
+            max_variables: file.max_variables as usize,
         })
     };
     names.iter().map(system).collect()

@@ -4,6 +4,7 @@ mod balancing;
 mod calibration;
 mod files;
 mod plots;
+mod prefill;
 mod record;
 mod sweep;
 mod timeline;
@@ -18,7 +19,7 @@ use self::record::{CaseRecord, Record, load_words, rows};
 use self::training::{figures, in_parallel, prepare, relate, step};
 use super::write_json;
 use crate::error::{CliError, note};
-use ultraep_sim::Fidelity;
+use ultraep_sim::{Fidelity, recovery_ps};
 
 pub(crate) const EXAMPLES: &str = "Examples:
   ultraep sim figure-11                    training throughput beside the paper's
@@ -65,6 +66,7 @@ pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<(), CliError> {
     let mut record = Record::new(&plan, &machine(&plan.machine)?.name);
     record.cases = match plan.experiment {
         Experiment::Balancing => balancing::run(&plan, threads)?,
+        Experiment::Prefill => prefill::run(&plan, threads)?,
         _ => training_cases(&plan, threads)?,
     };
     if let Some(folder) = &args.svg {
@@ -107,8 +109,14 @@ fn training_cases(plan: &Plan, threads: usize) -> Result<Vec<CaseRecord>, CliErr
         let of = || jobs.iter().zip(&reports).filter(|((of, _), _)| *of == index);
         let mut all: Vec<_> = of().map(|((_, system), report)| (system.name.clone(), figures(report))).collect();
         relate(&mut all);
+        if case.lost_ranks > 0 {
+            let spec = &ready[index].spec;
+            let once = recovery_ps(&spec.machine, &spec.model, case.ranks) as f64 / 1e9 * f64::from(case.lost_ranks);
+            all.iter_mut().for_each(|(_, figures)| _ = figures.insert(Metric::RecoveryMs, once));
+        }
         CaseRecord {
             name: case.name.clone(),
+            along: None,
             load: load_words(ready[index].fit.as_ref()),
             rows: rows(&metrics, &all, &case.paper),
             systems: of().map(|(_, report)| report.system.clone()).collect(),

@@ -27,11 +27,21 @@ pub(super) struct Record {
 #[derive(Debug, Default, Serialize)]
 pub(super) struct CaseRecord {
     pub(super) name: String,
+    /// Where it is one of several along an axis: the case they share, the axis and the value on it.
+    pub(super) along: Option<Along>,
     /// The load, in words.
     pub(super) load: String,
     pub(super) rows: Vec<Row>,
     /// Everything that was simulated, in full, where steps were.
     pub(super) systems: Vec<SystemReport>,
+}
+
+/// A point on an axis.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub(super) struct Along {
+    pub(super) case: String,
+    pub(super) axis: &'static str,
+    pub(super) at: f64,
 }
 
 /// One figure.
@@ -69,6 +79,8 @@ impl Metric {
             Self::TokensPerS => "tokens/s",
             Self::SyncMs => "weight sync ms",
             Self::Relayed => "experts relayed",
+            Self::TtftMs => "mean TTFT ms",
+            Self::RecoveryMs => "recovery ms, once",
         }
     }
 
@@ -86,7 +98,7 @@ impl Metric {
         match self {
             _ if self.is_share() => format!("{:.1}%", 100.0 * value),
             Self::Tflops => format!("{value:.1}"),
-            Self::StepMs | Self::Replicas | Self::Fanout => format!("{value:.1}"),
+            Self::StepMs | Self::Replicas | Self::Fanout | Self::TtftMs | Self::RecoveryMs => format!("{value:.1}"),
             Self::TokensPerS => format!("{value:.0}"),
             _ => format!("{value:.2}"),
         }
@@ -108,6 +120,7 @@ impl Experiment {
             Self::Calibration => "calibration",
             Self::Balancing => "balancing",
             Self::Sweep => "sweep",
+            Self::Prefill => "prefill",
         }
     }
 }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
+use indicatif::{ProgressBar, ProgressStyle};
 use ultraep_plan::FULL_SPEED;
 use ultraep_sim::{
     Batch, Fidelity, Fit, FitTarget, Jitter, Mistake, Pipeline, ProcessParams, StepReport, StepSpec, System,
@@ -63,7 +64,7 @@ pub(super) fn prepare(case: &Case, machine_name: &str, seed: u32) -> Result<Read
     };
     let mut spec = StepSpec {
         ranks,
-        domain_ranks: case.domain.unwrap_or(ranks).min(ranks),
+        domain_ranks: case.domain.unwrap_or_else(|| ranks.min(machine.domain_ranks)).min(ranks),
         slots: case.slots,
         batch: Batch { tokens_per_rank: case.tokens, sequence: case.sequence },
         pipeline: Pipeline { stages: case.stages, chunks: case.chunks, microbatches: case.microbatches },
@@ -89,6 +90,7 @@ pub(super) fn prepare(case: &Case, machine_name: &str, seed: u32) -> Result<Read
             let target = FitTarget {
                 none_permille,
                 historical_permille: case.load.eplb,
+                drift_permille: case.load.drift_permille,
                 layers: spec.layers_sampled.min(FIT_LAYERS),
                 microbatches: case.microbatches,
             };
@@ -111,6 +113,7 @@ pub(super) fn in_parallel<T: Send>(
     work: impl Fn(usize) -> Result<T, CliError> + Sync,
 ) -> Result<Vec<T>, CliError> {
     let (next, results) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
+    let bar = progress(count);
     let kept = || results.lock().unwrap_or_else(PoisonError::into_inner);
     std::thread::scope(|scope| {
         for _ in 0..threads.clamp(1, count.max(1)) {
@@ -122,13 +125,22 @@ pub(super) fn in_parallel<T: Send>(
                     }
                     let result = work(index);
                     kept().push((index, result));
+                    bar.inc(1);
                 }
             });
         }
     });
+    bar.finish_and_clear();
     let mut results = results.into_inner().unwrap_or_else(PoisonError::into_inner);
     results.sort_by_key(|(index, _)| *index);
     results.into_iter().map(|(_, result)| result).collect()
+}
+
+/// On stderr, where that is a terminal.
+fn progress(length: usize) -> ProgressBar {
+    let bar = ProgressBar::new(length as u64);
+    let style = ProgressStyle::with_template("{elapsed} [{bar:40}] {pos}/{len}");
+    style.map_or(bar.clone(), |style| bar.with_style(style))
 }
 
 /// One system's step on a prepared case.
@@ -163,13 +175,16 @@ pub(super) fn figures(report: &StepReport) -> BTreeMap<Metric, f64> {
 
 /// Adds shares of `ideal` and gains over `none` where those were run.
 pub(super) fn relate(all: &mut [(String, BTreeMap<Metric, f64>)]) {
+    // Prefill has no operations a second.
+    let steps = all.iter().any(|(_, figures)| figures.contains_key(&Metric::Tflops));
+    let rated = if steps { Metric::Tflops } else { Metric::TokensPerS };
     let rate = |name: &str, all: &[(String, BTreeMap<Metric, f64>)]| {
-        all.iter().find(|(system, _)| system == name).and_then(|(_, figures)| figures.get(&Metric::Tflops).copied())
+        all.iter().find(|(system, _)| system == name).and_then(|(_, figures)| figures.get(&rated).copied())
     };
     for (metric, other) in [(Metric::OfIdeal, rate("ideal", all)), (Metric::OverNone, rate("none", all))] {
         let Some(other) = other.filter(|&other| other > 0.0) else { continue };
         for (_, figures) in all.iter_mut() {
-            if let Some(own) = figures.get(&Metric::Tflops).copied() {
+            if let Some(own) = figures.get(&rated).copied() {
                 figures.insert(metric, own / other);
             }
         }

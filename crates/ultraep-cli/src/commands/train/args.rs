@@ -159,7 +159,7 @@ fn parse_router(name: &str) -> Result<RouterChoice, String> {
 }
 
 /// Cores that ranks share.
-fn cores() -> usize {
+pub(crate) fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }
 
