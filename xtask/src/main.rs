@@ -1,5 +1,7 @@
 //! Checks that are commands of their own: `cargo xtask --help`. CI runs them in a small size.
 
+mod memory;
+
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -44,6 +46,12 @@ enum Task {
         #[arg(long, default_value_t = 1000)]
         plans: u32,
     },
+    /// Commands that read whole traces take the same memory whatever the size (Linux)
+    Memory {
+        /// Size of the trace that is generated
+        #[arg(long, default_value_t = 4096)]
+        megabytes: u64,
+    },
     /// The fabric under failures and the train command under kills and interrupts, again and again
     Soak {
         /// How many times
@@ -82,6 +90,7 @@ fn main() -> ExitCode {
         Task::Speed => cargo(["bench", "--locked", "-p", "ultraep-plan", "--bench", "speed"]),
         Task::Browser { screenshots } => browser(screenshots),
         Task::Streams { plans } => streams(plans),
+        Task::Memory { megabytes } => memory::check(megabytes),
         Task::Soak { rounds } => soak(rounds),
         Task::Simulate { arguments } => faults("simulate", arguments),
         Task::KillAnytime { arguments } => faults("kill-anytime", arguments),
