@@ -252,7 +252,7 @@ impl Scheduler {
     pub(super) fn lose_some_of(&self, rank: Rank) {
         let mut guard = self.lock();
         let state = &mut *guard;
-        // Signals first: one that lands must not overtake a put that is lost.
+        // Signals are all lost: one that landed later would vouch for puts that are lost.
         let random = &mut state.random;
         state.messages.retain(|message| {
             message.from != rank || (matches!(message.content, Content::Put { .. }) && random.chance(512))
