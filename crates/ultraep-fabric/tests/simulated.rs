@@ -236,9 +236,9 @@ fn planted_bugs_are_found_within_few_seeds() {
     let bugs = [
         (Bug::MissingAwait, 8),
         (Bug::SignalBeforePut, 8),
-        (Bug::WaitsForTheLastButOne, 32),
+        (Bug::WaitsForTheLastButOne, 16),
         (Bug::PutAfterClose, 1),
-        (Bug::LooksTooEarly, 16),
+        (Bug::LooksTooEarly, 8),
         (Bug::OtherCollective, 1),
     ];
     for (bug, within) in bugs {
