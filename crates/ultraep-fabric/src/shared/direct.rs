@@ -1,7 +1,6 @@
 //! Direct access to open windows, for the tile engine.
 
 use super::endpoint::{Endpoint, Phase};
-use super::failure::Failure;
 use super::segment::Segment;
 use crate::operation::OperationKind;
 use crate::stream::{Direct, Reach};
@@ -49,7 +48,7 @@ impl Direct for Endpoint {
                 break Err(self.group_error(kind));
             }
             if left.is_zero() {
-                let failure = Failure::Timeout { missing: vec![peer], operation: kind, waited: since.elapsed() };
+                let failure = self.tiles_timed_out(peer, since.elapsed());
                 break Err(self.fail(kind, &failure));
             }
         };

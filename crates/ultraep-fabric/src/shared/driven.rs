@@ -2,7 +2,6 @@
 //! failure record and the rules are those of every other rank; only who decides when to look again is different.
 
 use super::endpoint::{Awaited, Endpoint};
-use super::failure::Failure;
 use super::segment::Segment;
 use crate::operation::OperationKind;
 use crate::sync::Ordering;
@@ -55,8 +54,8 @@ impl Endpoint {
 
     /// The rank has waited too long for tiles of `peer`: ends the group.
     pub(crate) fn expire_tiles(&mut self, peer: Rank, waited: Duration) -> FabricError {
-        let operation = OperationKind::Stream;
-        self.fail(operation, &Failure::Timeout { missing: vec![peer], operation, waited })
+        let failure = self.tiles_timed_out(peer, waited);
+        self.fail(OperationKind::Stream, &failure)
     }
 
     /// Refuses a signal that cannot be sent.

@@ -252,53 +252,6 @@ impl Endpoint {
         Ok(self.signal_value(signal) >= at_least)
     }
 
-    /// That someone is left who could still send a signal that is awaited, unless it has come.
-    pub(super) fn check_signallers(&mut self, signal: usize, at_least: u64) -> Result<(), FabricError> {
-        if self.segment.ranks().all(|rank| rank == self.rank || self.has_departed(rank))
-            && let Some((rank, loss)) = self.segment.departed()
-            && self.signal_value(signal) < at_least
-        {
-            return Err(self.fail(OperationKind::AwaitSignal, &Failure::Lost { rank, loss }));
-        }
-        Ok(())
-    }
-
-    fn has_departed(&self, rank: Rank) -> bool {
-        !self.segment.control(rank).status.is_in_group()
-    }
-
-    /// Who is missing after the timeout.
-    pub(super) fn timed_out(&self, awaited: Awaited, waited: Duration) -> Failure {
-        let others: Vec<Rank> = self.segment.ranks().filter(|&rank| rank != self.rank).collect();
-        let activity = |rank: Rank| self.segment.control(rank).activity.load(Ordering::Relaxed);
-        let blocked = |rank: &Rank| activity(*rank) != OperationKind::Compute as u32 || self.has_departed(*rank);
-        let queueing = |rank: &Rank| activity(*rank) == OperationKind::CorePermit as u32;
-        let entered = |rank: &Rank| self.segment.control(*rank).entered.load(Ordering::Relaxed) >= self.entered;
-        let mut missing = others.clone();
-        if let Awaited::Phase(_) = awaited {
-            missing.retain(|rank| !entered(rank));
-            // Whoever is blocked for tiles of another one that is missing is late because of that one. Tiles flow one way.
-            let late = missing.clone();
-            missing.retain(|&rank| self.segment.awaited(rank).is_none_or(|peer| peer == rank || !late.contains(&peer)));
-            // Whoever queues for a core is not the one who hangs, if there is anyone else.
-            if !missing.iter().all(queueing) {
-                missing.retain(|rank| !queueing(rank));
-            }
-        }
-        if missing.is_empty() || matches!(awaited, Awaited::Signal { .. }) {
-            // Anyone could send the signal (or, of those who have entered, be the one who ends the phase): whoever is not
-            // blocked itself, if there is such a rank.
-            missing = others;
-            if !missing.iter().all(blocked) {
-                missing.retain(|rank| !blocked(rank));
-            }
-        }
-        if missing.is_empty() {
-            missing.push(self.rank);
-        }
-        Failure::Timeout { missing, operation: awaited.kind(), waited }
-    }
-
     pub(super) fn give_permit_back(&mut self) {
         if core::mem::take(&mut self.computing) {
             self.segment.control(self.rank).computing.store(0, Ordering::Relaxed);

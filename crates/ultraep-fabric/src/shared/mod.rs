@@ -1,5 +1,6 @@
 //! The fabric of one machine: ranks over a shared memory segment, whether they are threads or processes.
 
+mod blame;
 mod cause;
 mod collective;
 mod direct;

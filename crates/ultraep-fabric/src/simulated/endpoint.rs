@@ -148,7 +148,9 @@ impl Direct for SimulatedEndpoint {
         let kind = OperationKind::Stream;
         let since = self.scheduler.now();
         loop {
+            // A rank that hangs here does so asleep, as far as others can see.
             self.turn(Place::Elsewhere, kind)?;
+            self.inner()?.wakes();
             if ready() {
                 return Ok(());
             }
@@ -163,7 +165,6 @@ impl Direct for SimulatedEndpoint {
             inner.sleeps_for_tiles(peer);
             // Stores ring no bell here. Longer and longer naps, so that a wait in vain is over soon.
             self.scheduler.sleep(self.rank, POLL_NAP + waited / 8);
-            self.inner()?.wakes();
         }
     }
 }
@@ -213,7 +214,9 @@ impl Fabric for SimulatedEndpoint {
     fn wait(&mut self, ticket: Ticket) -> Result<Completion, FabricError> {
         let mut since = None;
         loop {
+            // A rank that hangs here does so asleep, as far as others can see.
             self.turn(Place::Elsewhere, OperationKind::Compute)?;
+            self.inner()?.wakes();
             let looked = self.look(&ticket);
             if matches!(looked, Ok(Looked::Moved) | Err(_)) {
                 self.scheduler.changed();
@@ -240,7 +243,6 @@ impl Fabric for SimulatedEndpoint {
             }
             inner.sleeps(&ticket);
             self.scheduler.block(self.rank, timeout - waited);
-            self.inner()?.wakes();
         }
     }
 

@@ -31,6 +31,8 @@ impl Random {
 pub(super) struct Habits {
     /// That a message lands before the next rank runs.
     pub(super) lands: u64,
+    /// That a signal lands before the next rank runs, whatever else is on its way.
+    pub(super) rings: u64,
     /// That the rank that runs goes on running.
     pub(super) stays: u64,
     /// That a rank goes to sleep at its turn.
@@ -39,6 +41,9 @@ pub(super) struct Habits {
     pub(super) nap_ns_max: u64,
     /// Pieces into which a put falls at most.
     pub(super) pieces_max: u64,
+    /// Whether the ready rank of the highest priority runs, priorities changing now and then; else any ready rank. The first finds
+    /// bugs that need one rank to be far ahead of another (probabilistic concurrency testing, Burckhardt et al., ASPLOS 2010).
+    pub(super) ranked: bool,
     /// A rank that runs only when no other can, mostly.
     pub(super) slow: Option<usize>,
 }
@@ -49,10 +54,12 @@ impl Habits {
         let most = u64::try_from(timeout.as_nanos()).unwrap_or(u64::MAX) / 1000;
         Self {
             lands: random.one_of(&[0, 16, 128, 512]),
+            rings: random.one_of(&[0, 128, 768]),
             stays: random.one_of(&[0, 512, 896]),
             sleeps: random.one_of(&[0, 8, 100]),
             nap_ns_max: random.one_of(&[1_000, 100_000, most]).clamp(1, most.max(1)),
             pieces_max: random.one_of(&[1, 2, 5]),
+            ranked: random.chance(512),
             slow: (random.below(4) == 0).then(|| random.below(ranks as u64) as usize),
         }
     }

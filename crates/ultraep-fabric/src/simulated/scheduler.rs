@@ -68,6 +68,9 @@ struct State {
     faults: Vec<Fault>,
     members: Vec<Member>,
     running: Option<usize>,
+    /// Of each rank, for habits that go by it; the next rank to fall behind all others gets `lowest`.
+    priorities: Vec<i64>,
+    lowest: i64,
     now_ns: u64,
     messages: Vec<Message>,
     sent: u64,
@@ -91,12 +94,15 @@ impl Scheduler {
         let ranks = segment.ranks().count();
         let mut random = Random::new(simulation.seed);
         let habits = Habits::draw(&mut random, ranks, timeout);
+        let priorities = (0..ranks).map(|_| random.below(1 << 32) as i64).collect();
         let state = State {
             random,
             habits,
             faults: simulation.faults.clone(),
             members: (0..ranks).map(|_| Member { doing: Doing::Ready, turns: 0, news: 0 }).collect(),
             running: None,
+            priorities,
+            lowest: -1,
             now_ns: 0,
             messages: Vec::new(),
             sent: 0,
@@ -252,7 +258,7 @@ impl Scheduler {
     pub(super) fn lose_some_of(&self, rank: Rank) {
         let mut guard = self.lock();
         let state = &mut *guard;
-        // Signals first: one that lands must not overtake a put that is lost.
+        // Signals are all lost: one that landed later would vouch for puts that are lost.
         let random = &mut state.random;
         state.messages.retain(|message| {
             message.from != rank || (matches!(message.content, Content::Put { .. }) && random.chance(512))
@@ -292,6 +298,13 @@ impl Scheduler {
         loop {
             self.notice(state);
             let now_ns = state.now_ns;
+            let rings = state.habits.rings;
+            if state.random.chance(rings)
+                && let Some(index) = state.any_of(|message| matches!(message.content, Content::Signal { .. }))
+            {
+                state.landed_late += 1;
+                self.land(state, index);
+            }
             let landing = state.any_of(|message| message.due_ns <= now_ns);
             let ready: Vec<usize> = (0..state.members.len()).filter(|&index| state.is_ready(index)).collect();
             let odds = state.habits.lands;
@@ -410,6 +423,16 @@ impl State {
 
     /// Who of `ready`, which is not empty, runs next.
     fn pick(&mut self, ready: &[usize], from: Option<usize>) -> usize {
+        if self.habits.ranked {
+            if let Some(from) = from
+                && self.random.chance(16)
+            {
+                self.priorities[from] = self.lowest;
+                self.lowest -= 1;
+            }
+            let highest = ready.iter().copied().max_by_key(|&rank| self.priorities[rank]);
+            return highest.unwrap_or(ready[0]);
+        }
         if let Some(from) = from.filter(|from| ready.contains(from))
             && self.random.chance(self.habits.stays)
         {

@@ -3,7 +3,7 @@
 
 use std::sync::{Arc, Mutex};
 
-use crate::common::{Batch, batch, config, group, runtime};
+use crate::common::{Batch, TOKENS, TOP_K, batch, config, group, runtime};
 use proptest::prelude::*;
 use ultraep_fabric::{Capabilities, Completion, Fabric, FabricError, Operation, Region, Ticket, WindowId, run_threads};
 use ultraep_plan::{ProblemError, Rank};
@@ -227,5 +227,37 @@ proptest! {
         } else {
             prop_assert_eq!(named_by_digest(&errors), Ok(()));
         }
+    }
+
+    /// An expert that does not exist, wherever it is chosen: the rank is refused before it exchanges anything, so the group
+    /// goes on when it chooses again.
+    #[test]
+    fn an_expert_that_does_not_exist_is_refused_before_anything_is_exchanged(
+        place in 0..TOKENS * TOP_K,
+        expert in prop_oneof![Just(EXPERTS as u32), Just(u32::MAX), EXPERTS as u32..],
+    ) {
+        let outputs = |wrong: bool| run_threads(&group(&honest()), |fabric| {
+            let rank = fabric.rank();
+            let mut moe = runtime(honest(), fabric)?;
+            let Batch { x, gates, mut chosen, .. } = batch(rank.index(), EXPERTS, AT);
+            let mut y = vec![0.0; x.len()];
+            let pass = Pass::Train(Recompute::Nothing);
+            if wrong && rank == VICTIM {
+                let right = std::mem::replace(&mut chosen[place], expert);
+                let refused = moe.forward(AT, pass, Routing { experts: &chosen, gates: &gates }, &x, &mut y);
+                let named = matches!(
+                    refused,
+                    Err(RuntimeError::Expert { token, expert: named, experts: EXPERTS })
+                        if (token, named) == (place / TOP_K, expert)
+                );
+                assert!(named, "{refused:?}");
+                chosen[place] = right;
+            }
+            moe.forward(AT, pass, Routing { experts: &chosen, gates: &gates }, &x, &mut y)?;
+            moe.into_endpoint().leave()?;
+            Ok::<_, RuntimeError>(y)
+        });
+        let (refused, plain) = (outputs(true), outputs(false));
+        prop_assert_eq!(refused.map_err(|error| error.to_string()), plain.map_err(|error| error.to_string()));
     }
 }
