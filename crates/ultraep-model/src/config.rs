@@ -89,11 +89,10 @@ impl ModelConfig {
         Ok(())
     }
 
-    /// Tokens of context whose attention is as much work as the projections of a token in a layer: `2 d`, by multiplications
-    /// (`4 d^2` for projections against `2 d` for a token of context). Experts do not count: their work is not done where a
-    /// sequence lives, but spread over the ranks.
+    /// Tokens of context whose attention is as much work as all else that is done for a token in a layer: `2 d + 3 k f / 2`, by
+    /// multiplications (`4 d^2` for projections and `3 k d f` for experts against `2 d` for a token of context).
     pub fn context_per_token(&self) -> usize {
-        2 * self.hidden
+        2 * self.hidden + 3 * self.top_k * self.intermediate / 2
     }
 
     /// Sizes of an expert.

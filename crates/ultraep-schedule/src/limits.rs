@@ -9,7 +9,7 @@ pub struct Limits {
     pub ranks: usize,
     /// Chunk budget: most tokens of a batch over all ranks. Dealt evenly: a rank runs at most the `N`-th part of it.
     pub chunk_tokens: u32,
-    /// Tokens of context whose attention is as much work as all else that is done for a token on its rank. A token at position `p` then
+    /// Tokens of context whose attention is as much work as all else that is done for a token. A token at position `p` then
     /// weighs `1 + p / context_per_token`, and a rank's share of the budget bounds the weight of its tokens, too: chunks shrink
     /// as their context grows, and ranks end a batch together. 0 counts tokens alone.
     pub context_per_token: u32,
