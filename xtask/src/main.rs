@@ -1,5 +1,7 @@
 //! Checks that are commands of their own: `cargo xtask --help`. CI runs them in a small size.
 
+mod memory;
+
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -38,6 +40,18 @@ enum Task {
         #[arg(long, value_name = "FOLDER")]
         screenshots: Option<PathBuf>,
     },
+    /// Weight sync and grad reduce of random plans in all formats, on threads and on processes: every bit
+    Streams {
+        /// Plans on each fabric
+        #[arg(long, default_value_t = 1000)]
+        plans: u32,
+    },
+    /// Commands that read whole traces take the same memory whatever the size (Linux)
+    Memory {
+        /// Size of the trace that is generated
+        #[arg(long, default_value_t = 4096)]
+        megabytes: u64,
+    },
     /// The fabric under failures and the train command under kills and interrupts, again and again
     Soak {
         /// How many times
@@ -75,6 +89,8 @@ fn main() -> ExitCode {
         Task::Grid => cargo(["bench", "--locked", "-p", "ultraep-plan", "--bench", "grid"]),
         Task::Speed => cargo(["bench", "--locked", "-p", "ultraep-plan", "--bench", "speed"]),
         Task::Browser { screenshots } => browser(screenshots),
+        Task::Streams { plans } => streams(plans),
+        Task::Memory { megabytes } => memory::check(megabytes),
         Task::Soak { rounds } => soak(rounds),
         Task::Simulate { arguments } => faults("simulate", arguments),
         Task::KillAnytime { arguments } => faults("kill-anytime", arguments),
@@ -166,6 +182,16 @@ fn browser(screenshots: Option<PathBuf>) -> Result<(), String> {
         command.env("ULTRAEP_SCREENSHOTS", folder);
     }
     run(command.env("ULTRAEP_REQUIRE_BROWSER", "1"))
+}
+
+/// Groups of the conformance suite's cases that run random plans.
+const STREAM_GROUPS: u32 = 5;
+
+fn streams(plans: u32) -> Result<(), String> {
+    let mut command = Command::new("cargo");
+    command.args(["test", "--locked", "--release", "-p", "ultraep-fabric", "--test", "conformance", "--", "streams_"]);
+    command.env("STREAM_PLANS", plans.div_ceil(STREAM_GROUPS).to_string()).current_dir(root());
+    run(&mut command)
 }
 
 fn soak(rounds: u32) -> Result<(), String> {

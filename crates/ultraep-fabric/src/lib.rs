@@ -14,7 +14,8 @@
 //! [`processes::join`] do the same with programs. Both hand out a `Box<dyn Fabric>`: [`Fabric::submit`], [`Fabric::poll`],
 //! [`Fabric::wait`] take an [`Operation`] through its life, [`Fabric::run`] does all at once, [`Fabric::leave`] ends. Memory is
 //! a [`Region`], read and written through guards. `examples/1_hello_ranks.rs` shows all of it on a page,
-//! `examples/2_measure_fabric.rs` measures it.
+//! `examples/2_measure_fabric.rs` measures it. [`simulated`] runs ranks under a seeded scheduler, for tests:
+//! `examples/3_find_a_bug.rs`.
 //!
 //! # How it works
 //! All state that ranks share lies in one segment (`shared/layout.rs` has the table of its sections); references between

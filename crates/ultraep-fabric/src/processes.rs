@@ -272,7 +272,9 @@ impl Group {
                 self.ended(Rank::new(index), status);
             }
         }
-        self.expect_to_leave();
+        if !self.segment.has_failed() {
+            self.expect_to_leave();
+        }
         if self.segment.has_failed() {
             let since = *self.failed.get_or_insert_with(Instant::now);
             // The rank that found the failure may have died before it woke the others.
@@ -294,7 +296,8 @@ impl Group {
         let in_group = |rank: &Rank| self.segment.control(*rank).status.is_in_group();
         let alive = ranks().filter(|(_, member)| member.status.is_none()).map(|(rank, _)| rank);
         let missing: Vec<Rank> = alive.filter(in_group).collect();
-        // The record of a rank whose process has ended: nobody else writes it any more.
+        // The record of a rank whose process has ended: nobody else writes it any more, and the first failure, which there was
+        // not when the process ended, is not in it.
         let ended = ranks().find(|(_, member)| member.status.is_some());
         if let Some((reporter, _)) = ended.filter(|_| !missing.is_empty()) {
             self.segment.fail(reporter, &Failure::Timeout { missing, operation: OperationKind::Leave, waited });

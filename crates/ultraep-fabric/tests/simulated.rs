@@ -187,6 +187,31 @@ fn whatever_strikes_a_rank_at_whatever_turn_the_others_name_it() {
     assert!(struck > 150, "only {struck} faults struck");
 }
 
+/// Rank 0 waits for tiles of a rank that hangs, and the others for both: they name the one that hangs.
+#[test]
+fn who_waits_for_tiles_of_a_hanging_rank_is_not_blamed() {
+    let victim = Rank::new(2);
+    for seed in 0..50 {
+        let fault = Fault { rank: victim, moment: Moment::Before(0), kind: FaultKind::Hangs };
+        let simulation = Simulation { direct: true, ..Simulation::with_fault(seed, fault) };
+        let errors = Mutex::new(Vec::new());
+        let run = run_simulated(&spec(), &simulation, |mut fabric| {
+            let result = match fabric.rank().index() {
+                0 => fabric.direct().expect("it is asked for").wait_until(victim, &|| false),
+                _ => fabric.run(Operation::Barrier, 0).map(drop),
+            };
+            errors.lock().expect("no rank panics while it reports").extend(result.clone().err());
+            result
+        });
+        let result = run.expect("a small group starts").result;
+        assert_eq!(result.err().and_then(|error| error.rank()), Some(victim), "seed {seed}");
+        let errors = errors.into_inner().expect("as above");
+        let named =
+            |error: &FabricError| matches!(error, FabricError::Timeout { missing, .. } if missing[..] == [victim]);
+        assert!(errors.len() == RANKS - 1 && errors.iter().all(named), "seed {seed}: {errors:?}");
+    }
+}
+
 #[test]
 fn a_stall_within_the_timeout_harms_nobody_and_a_longer_one_is_named() {
     let expected = expected();

@@ -4,11 +4,12 @@ use std::time::Duration;
 
 use ultraep_baselines::{PolicyKind, PolicyParams};
 use ultraep_device::ExpertShape;
+use ultraep_fabric::stream::TileSizes;
 use ultraep_fabric::{Fabric, GroupSpec, OperationKind, Region};
-use ultraep_plan::{Rank, Topology, TopologyError, TopologySpec};
+use ultraep_plan::{Rank, Topology, TopologyError, TopologySpec, TransferMode, TransferParams};
 use ultraep_runtime::{
     Endpoint, ExpertParallel, LayerMasters, Link, Pass, PolicyChoice, Recompute, Routing, RuntimeConfig, RuntimeError,
-    VirtualClock, VirtualLayer,
+    TransferConfig, VirtualClock, VirtualLayer,
 };
 use xxhash_rust::xxh64::{Xxh64, xxh64};
 
@@ -50,7 +51,7 @@ impl Scenario {
         2 * self.ranks
     }
 
-    /// The runtime's configuration: our policy with replicas of any size, in checked mode.
+    /// The runtime's configuration: our policy with replicas of any size and relays, in checked mode.
     ///
     /// # Errors
     /// [`TopologyError`] for a number of ranks that no group can have.
@@ -69,6 +70,19 @@ impl Scenario {
                 params: PolicyParams { min_quota: 1, ..PolicyParams::default() },
             },
             link: Link::default(),
+            // Relays wherever an expert has two replicas, several chunks, and no threads but the ranks'.
+            transfer: TransferConfig {
+                params: TransferParams {
+                    mode: TransferMode::Relay,
+                    min_replicas: 2,
+                    max_stripes: 2,
+                    ..TransferParams::default()
+                },
+                weights: TileSizes { tile_bytes: 64, chunk_bytes: 128 },
+                gradients: TileSizes { tile_bytes: 128, chunk_bytes: 256 },
+                reduce_workers: 0,
+                ..TransferConfig::default()
+            },
             checked: true,
         })
     }
@@ -199,7 +213,7 @@ impl Work {
     }
 
     fn finish(mut self) -> Result<u64, RuntimeError> {
-        self.moe.finish_backward();
+        self.moe.finish_backward()?;
         self.moe.endpoint.finish_step()?;
         for layer in 0..self.layers {
             let grads = &self.moe.manager.masters(layer).grads;

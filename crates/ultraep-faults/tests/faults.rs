@@ -22,8 +22,8 @@ fn profiled(scenario: Scenario) -> (Scenario, Profile) {
 #[test]
 fn under_every_seed_results_are_those_of_threads_or_all_name_the_cause() {
     let (scenario, profile) = profiled(Scenario { microbatches: 3, ..Scenario::small(4) });
-    let puts = profile.operations.iter().flatten().filter(|&&kind| kind == OperationKind::Put).count();
-    assert!(puts > 10, "the scenario must make replicas: {puts} puts");
+    let streams = profile.operations.iter().flatten().filter(|&&kind| kind == OperationKind::Stream).count();
+    assert!(streams > 10, "the scenario must make replicas: {streams} streams");
     let (mut well, mut badly) = (0, 0);
     for seed in 0..250 {
         let end = check_seed(seed, &scenario, &profile).unwrap_or_else(|why| panic!("{why}"));

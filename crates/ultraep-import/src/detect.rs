@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use crate::archive::Archive;
 use crate::chain::{Chain, OpenOne};
 use crate::input::read_head;
-use crate::readers::{expert_counts, flame, matrices, megatron, moe_beyond, sglang, tensorrt, uet, ultraep_v1, vllm};
+use crate::readers::{
+    expert_counts, flame, matrices, megatron, moe_beyond, sglang, tensorrt, uet, uet_parquet, ultraep_v1, vllm,
+};
 use crate::{ImportError, OpenOptions, Recording};
 
 /// Bytes at a file's beginning that are looked at.
@@ -137,7 +139,7 @@ fn reader_of(path: &Path) -> Result<OpenOne, ImportError> {
         return Err(unknown(path, "compressed with zstd, which is not read here: unpack it first (zstd -d)"));
     }
     if head.starts_with(b"PAR1") {
-        return Ok(flame::open);
+        return Ok(if uet_parquet::is_ours(path) { uet_parquet::open } else { flame::open });
     }
     if matches!(head.as_slice(), [0x80, 2..=5, ..]) {
         return Err(unknown(path, "a bare pickle: torch.save of PyTorch 1.6 and later writes an archive"));

@@ -19,11 +19,13 @@ mod detect;
 mod error;
 mod input;
 mod npy;
+mod parquet_file;
 mod pickle;
 mod readers;
 mod recording;
 mod regroup;
 mod survey;
+mod write_parquet;
 mod write_uet;
 mod write_v1;
 
@@ -35,5 +37,6 @@ pub use regroup::{
     Grouping, GroupingError, Leftover, MAX_SORT_BYTES, MAX_WINDOW_BYTES, Microbatch, Microbatches, SourceRule, spread,
 };
 pub use survey::{LayerSurvey, Survey, survey};
+pub use write_parquet::{KEY as PARQUET_KEY, WriteParquetError, write_parquet};
 pub use write_uet::{UetWritten, WriteUetError, recorded_topology, write_uet};
 pub use write_v1::{V1Options, V1Written, v1_manifest_path, write_ultra_ep_v1};

@@ -99,6 +99,8 @@ pub enum Format {
     Megatron,
     /// FLAME-MoE parquet.
     FlameMoe,
+    /// Our own traces as parquet.
+    UetParquet,
 }
 
 impl fmt::Display for Format {
@@ -115,6 +117,7 @@ impl fmt::Display for Format {
             Self::TensorRtLlm => "TensorRT-LLM statistics",
             Self::Megatron => "Megatron router trace",
             Self::FlameMoe => "FLAME-MoE parquet",
+            Self::UetParquet => "trace of ours as parquet",
         })
     }
 }

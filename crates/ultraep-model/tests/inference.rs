@@ -13,7 +13,9 @@ use ultraep_model::{
     VOCABULARY, Wanted,
 };
 use ultraep_plan::{Topology, TopologySpec};
-use ultraep_runtime::{Endpoint, ExpertParallel, LayerMasters, Link, Pass, PolicyChoice, Recompute, RuntimeConfig};
+use ultraep_runtime::{
+    Endpoint, ExpertParallel, LayerMasters, Link, Pass, PolicyChoice, Recompute, RuntimeConfig, TransferConfig,
+};
 
 const SEED: u64 = 11;
 const SEQUENCES: usize = 3;
@@ -44,6 +46,7 @@ fn runtime(ranks: usize, policy: PolicyKind, max_microbatches: usize) -> Runtime
         top_k: config.top_k,
         policies: PolicyChoice { kinds: vec![policy], params: PolicyParams { min_quota: 1, ..Default::default() } },
         link: Link::default(),
+        transfer: TransferConfig::default(),
         checked: true,
     }
 }

@@ -1,8 +1,9 @@
 //! Errors of the runtime.
 
 use ultraep_baselines::BuildError;
+use ultraep_fabric::stream::LayoutError;
 use ultraep_fabric::{AccessError, FabricError};
-use ultraep_plan::{AssignError, PlanViolation, ProblemError, SolveError, SplitError};
+use ultraep_plan::{AssignError, PlanViolation, ProblemError, SolveError, SplitError, TransferModelError};
 
 use crate::VirtualLayer;
 
@@ -16,6 +17,12 @@ pub enum RuntimeError {
     /// Memory was used while an operation owned it: a bug in the caller's order of calls.
     #[error("memory in use: {0}")]
     Access(#[from] AccessError),
+    /// Experts have no size, or masters are not where they should be.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    /// The link or the size of experts is outside of what transfers can be planned for.
+    #[error(transparent)]
+    TransferModel(#[from] TransferModelError),
     /// A policy could not be built.
     #[error(transparent)]
     Build(#[from] BuildError),

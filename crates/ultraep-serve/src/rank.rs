@@ -8,7 +8,7 @@ use ultraep_fabric::{Fabric, GroupSpec, Region};
 use ultraep_model::{Inferred, SequenceCache, SequenceChunk, SharedExperts, Transformer, Wanted};
 use ultraep_plan::{Topology, TopologySpec};
 use ultraep_runtime::{
-    Endpoint, ExpertParallel, LayerMasters, LayerRecord, Link, PolicyChoice, RuntimeConfig, StepTime,
+    Endpoint, ExpertParallel, LayerMasters, LayerRecord, Link, PolicyChoice, RuntimeConfig, StepTime, TransferConfig,
 };
 use ultraep_schedule::{Batch, RequestId};
 
@@ -59,6 +59,7 @@ impl GroupConfig {
             top_k: config.top_k,
             policies: PolicyChoice { kinds: self.policies.clone(), params: self.params },
             link: self.link,
+            transfer: TransferConfig::default(),
             checked: self.checked,
         })
     }

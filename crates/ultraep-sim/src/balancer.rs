@@ -43,6 +43,8 @@ pub struct System {
     pub min_quota: u32,
     /// What historical policies remember, in microbatches.
     pub history: HistoryParams,
+    /// Most variables of a linear program that is solved; larger ones are split evenly (`lplb`).
+    pub max_variables: usize,
 }
 
 /// What one layer's microbatch comes to, on every rank. All counts are rows: a token through one expert.
@@ -153,7 +155,7 @@ impl Balancer {
         let params = PolicyParams {
             min_quota: system.min_quota,
             eplb: EplbParams { history: system.history, groups: None },
-            lplb: LplbParams { history: system.history, ..LplbParams::default() },
+            lplb: LplbParams { history: system.history, max_variables: system.max_variables },
             ..PolicyParams::default()
         };
         let planner = match system.sync {

@@ -48,6 +48,7 @@ pub fn plain(policy: PolicyKind) -> System {
         plan_ns: 0,
         min_quota: 1,
         history: HistoryParams::default(),
+        max_variables: 0,
     }
 }
 

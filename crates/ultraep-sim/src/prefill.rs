@@ -121,12 +121,24 @@ struct Server<'a> {
 impl<'a> Server<'a> {
     fn new(spec: &'a PrefillSpec, system: &'a System, topology: Topology) -> Result<Self, SimError> {
         let transfers = spec.machine.transfer_model(&spec.model);
-        let balancer = |_| Balancer::new(system, &topology, transfers);
+        let mut process = LoadProcess::new(spec.process)?;
+        let mut counts = Vec::new();
+        let mut balancer = |layer| {
+            let mut balancer = Balancer::new(system, &topology, transfers)?;
+            // Serving has gone on for a while.
+            if system.policy.is_historical() {
+                for batch in 0..u32::try_from(system.history.interval).unwrap_or(u32::MAX) {
+                    process.counts(layer, 0, batch, &mut counts);
+                    balancer.observe(&counts)?;
+                }
+            }
+            Ok::<_, SimError>(balancer)
+        };
         Ok(Self {
             spec,
             system,
-            process: LoadProcess::new(spec.process)?,
-            balancers: (0..spec.layers_sampled).map(balancer).collect::<Result<_, _>>()?,
+            balancers: (0..spec.layers_sampled).map(&mut balancer).collect::<Result<_, _>>()?,
+            process,
             topology,
             counts: Vec::new(),
             layers: vec![LayerLoad::default(); spec.layers_sampled as usize],

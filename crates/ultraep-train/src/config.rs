@@ -7,7 +7,7 @@ use ultraep_baselines::{EplbParams, HistoryParams, LplbParams, PolicyKind, Polic
 use ultraep_fabric::GroupSpec;
 use ultraep_model::{ModelConfig, RouterKind};
 use ultraep_plan::{Ratio, Topology, TopologySpec};
-use ultraep_runtime::{Link, PolicyChoice, Recompute, RuntimeConfig};
+use ultraep_runtime::{Link, PolicyChoice, Recompute, RuntimeConfig, TransferConfig};
 
 use crate::TrainError;
 
@@ -192,6 +192,7 @@ impl TrainConfig {
             top_k: self.top_k,
             policies: PolicyChoice { kinds, params },
             link: Link::new(self.link_gbps).ok_or(TrainError::Link(self.link_gbps))?,
+            transfer: TransferConfig::default(),
             checked: self.checked,
         })
     }

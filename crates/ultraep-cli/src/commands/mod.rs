@@ -3,6 +3,7 @@
 mod bench;
 mod compare;
 mod load;
+mod moved;
 mod plan;
 mod recordings;
 mod replay;
@@ -11,7 +12,6 @@ mod sim;
 mod trace;
 mod train;
 mod view;
-mod weight_sync;
 
 use std::io::Write;
 
@@ -48,7 +48,7 @@ pub(crate) enum Command {
     View(Box<view::ViewArgs>),
     /// Write a run or recording as one HTML file that opens offline
     Report(Box<view::ReportArgs>),
-    /// Measure how long planning, splitting and rerouting take; predict how long weight sync takes
+    /// Measure how long planning, splitting, rerouting, weight sync and grad reduce take
     #[command(subcommand, arg_required_else_help = false)]
     Bench(bench::Bench),
     /// One rank of a training run, started by `train --fabric processes`

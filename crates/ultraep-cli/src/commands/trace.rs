@@ -8,8 +8,8 @@ use comfy_table::{CellAlignment, Table, presets};
 use serde::Serialize;
 use serde_json::json;
 use ultraep_import::{
-    ImportError, Load, OpenOptions, Piece, RecordingInfo, Sources, Survey, V1Options, WriteUetError, recorded_topology,
-    v1_manifest_path, write_uet, write_ultra_ep_v1,
+    ImportError, Load, OpenOptions, Piece, RecordingInfo, Sources, Survey, V1Options, WriteParquetError, WriteUetError,
+    recorded_topology, v1_manifest_path, write_parquet, write_uet, write_ultra_ep_v1,
 };
 
 use super::recordings::{RecordingArgs, SourceArgs};
@@ -60,7 +60,8 @@ pub(crate) struct ConvertArgs {
     /// The file to write, which must not exist; with --to v1 the folder and the name of the recording in it
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
-    /// Format to write: our own, or UltraEP v1's, which is written from traces of ours and has no sources
+    /// Format to write: our own, parquet with all that a trace of ours holds, or UltraEP v1's, which has no sources; the last
+    /// two are written from traces of ours
     #[arg(long, value_enum, default_value = "uet")]
     to: Target,
     /// Ranks in the EP group [default: as recorded]
@@ -72,6 +73,7 @@ pub(crate) struct ConvertArgs {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 enum Target {
     Uet,
+    Parquet,
     V1,
 }
 
@@ -81,6 +83,7 @@ impl Trace {
             Self::Info(args) => info(args, out),
             Self::Head(args) => head(args, out),
             Self::Convert(args) if args.to == Target::V1 => convert_to_v1(args, out),
+            Self::Convert(args) if args.to == Target::Parquet => convert_to_parquet(args, out),
             Self::Convert(args) => convert(args, out),
         }
     }
@@ -287,14 +290,32 @@ fn convert(args: &ConvertArgs, out: &mut dyn Write) -> Result<(), CliError> {
     Ok(())
 }
 
+impl ConvertArgs {
+    /// The trace of ours that is written for its own ranks.
+    fn trace_as_it_is(&self) -> Result<PathBuf, CliError> {
+        if self.ranks.is_some() {
+            let reason = "--ranks: v1 and parquet are written for the ranks of the trace: convert to .uet first";
+            return Err(CliError::Input(reason.to_owned()));
+        }
+        self.recording.our_trace()
+    }
+}
+
+/// Writes a trace of ours, or of a run, as parquet.
+fn convert_to_parquet(args: &ConvertArgs, out: &mut dyn Write) -> Result<(), CliError> {
+    let trace = args.trace_as_it_is()?;
+    let file = File::create_new(&args.output).map_err(write_error(&args.output))?;
+    let records = write_parquet(&trace, BufWriter::new(file)).map_err(|error| match error {
+        WriteParquetError::Write(_) => CliError::Failure(format!("{}: {error}", args.output.display())),
+        error => CliError::Input(format!("{}: {error}", trace.display())),
+    })?;
+    writeln!(out, "{}: {}", args.output.display(), plural(records as usize, "record"))?;
+    Ok(())
+}
+
 /// Writes a trace of ours, or of a run, in UltraEP v1's layout.
 fn convert_to_v1(args: &ConvertArgs, out: &mut dyn Write) -> Result<(), CliError> {
-    if args.ranks.is_some() {
-        return Err(CliError::Input(
-            "--ranks: v1 is written for the ranks of the trace: convert to .uet first".to_owned(),
-        ));
-    }
-    let trace = args.recording.our_trace()?;
+    let trace = args.trace_as_it_is()?;
     let folder = args.output.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let trace_id = args.output.file_name().and_then(|name| name.to_str()).unwrap_or_default().to_owned();
     let since_1970 = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();

@@ -119,8 +119,8 @@ impl Endpoint {
                 if self.windows[index].phase != Phase::Open {
                     return Err(self.access(kind, "window")(AccessError::Closed));
                 }
-                // SYNC POINT reach: acquires what this rank's workers did in open windows; pairs with `Reach::drop`.
-                if self.reaches.load(Ordering::Acquire) != 0 {
+                // SYNC POINT reach: acquires what this rank's workers did in the window; pairs with `Reach::drop`.
+                if self.windows[index].reaches.load(Ordering::Acquire) != 0 {
                     let (rank, in_flight) = (self.rank, OperationKind::Stream);
                     return Err(FabricError::InFlight { operation: kind, rank, in_flight });
                 }

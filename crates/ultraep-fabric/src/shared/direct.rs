@@ -2,6 +2,7 @@
 
 use super::endpoint::{Endpoint, Phase};
 use super::failure::Failure;
+use super::segment::Segment;
 use crate::operation::OperationKind;
 use crate::stream::{Direct, Reach};
 use crate::sync::Ordering;
@@ -20,7 +21,7 @@ impl Direct for Endpoint {
         if self.windows[index].phase != Phase::Open {
             return Err(self.access(kind, "window")(AccessError::Closed));
         }
-        Ok(Reach::new(&self.segment, window, self.rank, &self.reaches))
+        Ok(Reach::new(&self.segment, window, self.rank, &self.windows[index].reaches))
     }
 
     fn wait_until(&mut self, peer: Rank, ready: &dyn Fn() -> bool) -> Result<(), FabricError> {
@@ -37,7 +38,7 @@ impl Direct for Endpoint {
         self.give_permit_back();
         let control = &std::sync::Arc::clone(&self.segment);
         let control = control.control(self.rank);
-        control.activity.store(kind as u32, Ordering::Relaxed);
+        self.segment.note_awaited(self.rank, Some(peer));
         let since = Instant::now();
         let result = loop {
             let left = self.timeout.saturating_sub(since.elapsed());
@@ -52,8 +53,27 @@ impl Direct for Endpoint {
                 break Err(self.fail(kind, &failure));
             }
         };
-        control.activity.store(OperationKind::Compute as u32, Ordering::Relaxed);
+        self.segment.note_awaited(self.rank, None);
         result?;
         self.take_permit(kind)
+    }
+}
+
+impl Segment {
+    /// The rank is blocked for tiles of a peer, or is so no more.
+    pub(super) fn note_awaited(&self, rank: Rank, peer: Option<Rank>) {
+        let (activity, awaits) = match peer {
+            Some(peer) => (OperationKind::Stream, peer.index() as u32 + 1),
+            None => (OperationKind::Compute, 0),
+        };
+        let control = self.control(rank);
+        control.awaits.store(awaits, Ordering::Relaxed);
+        control.activity.store(activity as u32, Ordering::Relaxed);
+    }
+
+    /// The rank whose tiles a rank is blocked for.
+    pub(super) fn awaited(&self, rank: Rank) -> Option<Rank> {
+        let peer = self.control(rank).awaits.load(Ordering::Relaxed).checked_sub(1)? as usize;
+        (peer < self.layout.ranks).then(|| Rank::new(peer))
     }
 }

@@ -24,16 +24,13 @@ impl Endpoint {
 
     /// The rank sleeps for this ticket from now on, until [`Endpoint::wakes`].
     pub(crate) fn sleeps(&self, ticket: &Ticket) {
-        self.set_activity(self.awaited(ticket).kind());
+        let kind = self.awaited(ticket).kind();
+        self.segment.control(self.rank).activity.store(kind as u32, Ordering::Relaxed);
     }
 
     /// The rank is awake again.
     pub(crate) fn wakes(&self) {
-        self.set_activity(OperationKind::Compute);
-    }
-
-    fn set_activity(&self, kind: OperationKind) {
-        self.segment.control(self.rank).activity.store(kind as u32, Ordering::Relaxed);
+        self.segment.note_awaited(self.rank, None);
     }
 
     /// Whether a signal that is awaited can still come; for other tickets, yes.
@@ -51,9 +48,9 @@ impl Endpoint {
         self.fail(awaited.kind(), &failure)
     }
 
-    /// The rank sleeps until tiles of others are there.
-    pub(crate) fn sleeps_for_tiles(&self) {
-        self.set_activity(OperationKind::Stream);
+    /// The rank sleeps until tiles of `peer` are there, until [`Endpoint::wakes`].
+    pub(crate) fn sleeps_for_tiles(&self, peer: Rank) {
+        self.segment.note_awaited(self.rank, Some(peer));
     }
 
     /// The rank has waited too long for tiles of `peer`: ends the group.

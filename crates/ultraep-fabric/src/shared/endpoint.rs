@@ -45,6 +45,8 @@ pub(super) enum Phase {
 pub(super) struct Window {
     pub(super) region: Region,
     pub(super) phase: Phase,
+    /// Rights of this rank to touch it that live.
+    pub(super) reaches: Arc<AtomicU32>,
 }
 
 /// One rank of a group over a shared segment.
@@ -67,8 +69,6 @@ pub(crate) struct Endpoint {
     pub(super) spins: u32,
     /// The rank's process is gone: nothing it would have done on its way out happens.
     pub(super) vanished: bool,
-    /// Rights to touch open windows that live.
-    pub(super) reaches: Arc<AtomicU32>,
 }
 
 /// What a wait is for.
@@ -97,7 +97,7 @@ impl Endpoint {
                 // through the fabric's copies; this endpoint is the only one of `rank`, so that there is one region and
                 // one state word for the part.
                 let region = unsafe { Region::part(start, bytes, Arc::clone(&segment) as _) };
-                Window { region, phase: Phase::Closed }
+                Window { region, phase: Phase::Closed, reaches: Arc::default() }
             })
             .collect();
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
@@ -114,7 +114,6 @@ impl Endpoint {
             computing: false,
             spins: if spec.ranks <= cores && spec.permits().is_none() { SPINS } else { 0 },
             vanished: false,
-            reaches: Arc::default(),
             segment,
         }
     }
@@ -278,6 +277,9 @@ impl Endpoint {
         let mut missing = others.clone();
         if let Awaited::Phase(_) = awaited {
             missing.retain(|rank| !entered(rank));
+            // Whoever is blocked for tiles of another one that is missing is late because of that one. Tiles flow one way.
+            let late = missing.clone();
+            missing.retain(|&rank| self.segment.awaited(rank).is_none_or(|peer| peer == rank || !late.contains(&peer)));
             // Whoever queues for a core is not the one who hangs, if there is anyone else.
             if !missing.iter().all(queueing) {
                 missing.retain(|rank| !queueing(rank));

@@ -55,6 +55,8 @@ pub(crate) struct Control {
     pub(crate) status: Status,
     /// Kind of the operation that the rank is blocked in; 0 while it computes. A hint for messages.
     pub(crate) activity: AtomicU32,
+    /// The rank whose tiles the rank is blocked for, plus 1; 0 for none. A hint for messages.
+    pub(crate) awaits: AtomicU32,
     /// Whether the rank holds a core permit. A hint for messages.
     pub(crate) computing: AtomicU32,
 }

@@ -160,7 +160,7 @@ impl Direct for SimulatedEndpoint {
                 self.scheduler.changed();
                 return Err(error);
             }
-            inner.sleeps_for_tiles();
+            inner.sleeps_for_tiles(peer);
             // Stores ring no bell here. Longer and longer naps, so that a wait in vain is over soon.
             self.scheduler.sleep(self.rank, POLL_NAP + waited / 8);
             self.inner()?.wakes();

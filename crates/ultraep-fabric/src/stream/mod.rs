@@ -20,7 +20,7 @@
 //!   master's in the plan's order, and zeroes them where they are, in one pass.
 //!
 //! # Unsafe
-//! Only `kernel.rs` (instructions), `job.rs` (addresses within checked places) and `reach.rs` have unsafe code; the scheduling
+//! Only `kernel.rs` (instructions; `plain.rs` offers them on slices), `job.rs` (addresses within checked places) and `reach.rs` have unsafe code; the scheduling
 //! is safe. Memory is soundly shared for two reasons: private regions are held by the job; window parts are open to peers, so
 //! that no reference to them exists, and are touched by copies that may race.
 //!
@@ -33,6 +33,7 @@ mod engine;
 mod job;
 mod kernel;
 mod layout;
+mod plain;
 mod portable;
 mod reach;
 mod schedule;
@@ -46,5 +47,6 @@ pub use job::{GradReduce, Moved, WeightSync};
 pub use layout::{
     Element, ExpertLayout, LayoutError, MasterShard, Masters, SHARD_ALIGN, Shard, UnknownFormat, WeightFormat,
 };
+pub use plain::{PlainCopy, plain_add_and_zero};
 pub use reach::{Direct, Reach};
 pub use slots::{Slots, TileSizes};

@@ -28,17 +28,17 @@ pub trait Direct {
 ///
 /// Why that cannot race with safe code: the window is open on this rank, so every rank has submitted `Open` and has no
 /// guard on its part. A part is given back to its owner when `Close` is complete, which needs this rank's submission, and
-/// this rank's endpoint refuses `Close` while it has a reach.
+/// this rank's endpoint refuses to close the window while there is a reach.
 pub struct Reach {
     segment: Arc<Segment>,
     window: WindowId,
     rank: Rank,
-    /// Reaches of this rank that live.
+    /// Reaches of this rank to this window that live.
     alive: Arc<AtomicU32>,
 }
 
 impl Reach {
-    /// For a window that the caller has found open; `alive` is what its endpoint looks at before it closes one.
+    /// For a window that the caller has found open; `alive` is what its endpoint looks at before it closes it.
     pub(crate) fn new(segment: &Arc<Segment>, window: WindowId, rank: Rank, alive: &Arc<AtomicU32>) -> Self {
         // Relaxed: counted up and looked at by the rank's own thread.
         alive.fetch_add(1, Ordering::Relaxed);

@@ -2,6 +2,8 @@
 //!
 //!     cargo test -p ultraep-fabric --test conformance -- [NAME...] [--seed S] [--list]
 //!
+//! `STREAM_PLANS` in the environment is how many random plans each group moves (`cargo xtask streams`).
+//!
 //! For process groups this binary starts itself again with `--as-rank`.
 
 mod collectives;

@@ -1,6 +1,7 @@
 //! Weight sync and grad reduce of random plans, in every format, against what each expert's bytes must be.
 
-use crate::harness::{Case, Need, Random, Report, all_equal, all_well, digest, ensure, plain, text};
+use crate::harness::{Case, Ending, Need, Random, Report, all_equal, all_well, digest, ensure, plain, text};
+use std::time::Duration;
 use ultraep_fabric::stream::{
     EngineSpec, ExpertLayout, GradReduce, MasterShard, Masters, Shard, Slots, TileEngine, TileSizes, WeightFormat,
     WeightSync,
@@ -49,6 +50,24 @@ pub(crate) const CASES: &[Case] = &[
         spec: windows,
         main: refusals,
         verify: all_equal,
+    },
+    Case {
+        name: "stream_from_a_rank_that_hangs",
+        ranks: &[3],
+        seeds: &[1],
+        needs: &[Need::OneSided, Need::RealTime],
+        spec: impatient,
+        main: home_hangs,
+        verify: names_home_as_missing,
+    },
+    Case {
+        name: "stream_from_a_rank_that_fails",
+        ranks: &[3],
+        seeds: &[1],
+        needs: NEEDS,
+        spec: windows,
+        main: home_fails,
+        verify: names_home_as_lost,
     },
 ];
 
@@ -203,7 +222,7 @@ fn sync(fabric: &mut dyn Fabric, engine: &mut TileEngine, subject: &Subject) -> 
     slots.lower_flags(&part, topology, plan, rank).map_err(text)?;
     run(fabric, Operation::Open { window: WEIGHTS })?;
     let work = WeightSync { slots, topology, plan, masters: &masters };
-    engine.start_sync(fabric, &work).map_err(text)?;
+    engine.start_sync(fabric, &work, 2).map_err(text)?;
     engine.wait(fabric).map_err(text)?;
     run(fabric, Operation::Close { window: WEIGHTS })?;
     let bytes = part.read::<u8>().map_err(text)?;
@@ -280,20 +299,20 @@ fn refusals(mut fabric: Box<dyn Fabric>, seed: u64) -> Report {
     let masters = masters(slots, &subject.shards, &subject, rank, |_, _| 1)?;
     let work = WeightSync { slots, topology, plan, masters: &masters };
     let mut engine = TileEngine::new(EngineSpec { background: 1, ..subject.engine }).map_err(text)?;
-    let closed = engine.start_sync(&mut *fabric, &work);
+    let closed = engine.start_sync(&mut *fabric, &work, 2);
     ensure(matches!(closed, Err(FabricError::Access { .. })), || format!("a closed window: {closed:?}"))?;
     let part = own_part(&*fabric, slots)?;
     slots.lower_flags(&part, topology, plan, rank).map_err(text)?;
     run(&mut *fabric, Operation::Open { window: WEIGHTS })?;
     let few = Slots::new(WEIGHTS, slots.layout().clone(), TileSizes::WEIGHTS, 0);
-    let refused = engine.start_sync(&mut *fabric, &WeightSync { slots: &few, ..work });
+    let refused = engine.start_sync(&mut *fabric, &WeightSync { slots: &few, ..work }, 2);
     ensure(matches!(refused, Err(FabricError::OutOfRange { .. })), || format!("no slots: {refused:?}"))?;
     let half = Slots::new(GRADS, slots.layout().clone(), TileSizes::WEIGHTS, SLOTS);
-    let refused = engine.start_sync(&mut *fabric, &WeightSync { slots: &half, ..work });
+    let refused = engine.start_sync(&mut *fabric, &WeightSync { slots: &half, ..work }, 2);
     ensure(matches!(refused, Err(FabricError::Access { .. })), || format!("another window: {refused:?}"))?;
-    engine.start_sync(&mut *fabric, &work).map_err(text)?;
+    engine.start_sync(&mut *fabric, &work, 2).map_err(text)?;
     if fabric.direct().is_some() {
-        let twice = engine.start_sync(&mut *fabric, &work);
+        let twice = engine.start_sync(&mut *fabric, &work, 2);
         ensure(matches!(twice, Err(FabricError::InFlight { .. })), || format!("twice: {twice:?}"))?;
         let close = fabric.run(Operation::Close { window: WEIGHTS }, 0);
         let refused = matches!(close, Err(FabricError::InFlight { in_flight: OperationKind::Stream, .. }));
@@ -306,4 +325,71 @@ fn refusals(mut fabric: Box<dyn Fabric>, seed: u64) -> Report {
     run(&mut *fabric, Operation::Close { window: WEIGHTS })?;
     fabric.leave().map_err(text)?;
     Ok(1)
+}
+
+fn impatient(ranks: usize) -> GroupSpec {
+    GroupSpec { timeout: Duration::from_millis(300), ..windows(ranks) }
+}
+
+/// A chain 0 -> 1 -> 2 in which rank 0 opens its window, starts nothing, and hangs; or returns an error. Whoever waits for its
+/// tiles says so.
+fn chain(mut fabric: Box<dyn Fabric>, at_home: impl Fn(&mut dyn Fabric) -> Report) -> Report {
+    let spec = TopologySpec { ranks: 3, experts: 3, domain_ranks: 3, slots_per_rank: SLOTS };
+    let topology = Topology::new(spec).map_err(text)?;
+    let mut plan = Plan::default();
+    plan.begin(SplitRule::LocalFirstExact);
+    for expert in 0..3 {
+        let instance = |rank, index| Instance { rank: Rank::new(rank), physical: PhysicalIndex::new(index), quota: 1 };
+        plan.push_instance(instance(expert, 0));
+        (1..3).filter(|_| expert == 0).for_each(|rank| plan.push_instance(instance(rank, 1)));
+        plan.end_expert();
+    }
+    let mut transfers = Transfers::new(&topology);
+    transfers.list(&topology, &plan);
+    let layout = ExpertLayout::new(&WeightFormat::F32.shards(40, 24)).map_err(text)?;
+    let slots = Slots::new(WEIGHTS, layout, TileSizes { tile_bytes: 512, chunk_bytes: 1024 }, SLOTS);
+    let model = slots.model(1_000_000_000, 0).map_err(text)?;
+    let params = TransferParams { mode: TransferMode::Relay, max_stripes: 1, ..TransferParams::default() };
+    let mut planned = TransferPlan::new(&topology);
+    TransferPlanner::new(&topology, model, params).map_err(text)?.plan(&transfers, &mut planned);
+    let rank = fabric.rank();
+    let region = Region::zeroed(slots.layout().bytes());
+    let masters = Masters::packed(slots.layout(), 1, &region, 0).map_err(text)?;
+    slots.lower_flags(&own_part(&*fabric, &slots)?, &topology, &planned, rank).map_err(text)?;
+    run(&mut *fabric, Operation::Open { window: WEIGHTS })?;
+    if rank.index() == 0 {
+        return at_home(&mut *fabric);
+    }
+    let work = WeightSync { slots: &slots, topology: &topology, plan: &planned, masters: &masters };
+    for background in [0, 1] {
+        let mut engine = TileEngine::new(EngineSpec { background, ..EngineSpec::default() }).map_err(text)?;
+        engine.start_sync(&mut *fabric, &work, background).map_err(text)?;
+        engine.wait(&mut *fabric).map_err(text)?;
+    }
+    run(&mut *fabric, Operation::Close { window: WEIGHTS })?;
+    Ok(0)
+}
+
+fn home_hangs(fabric: Box<dyn Fabric>, _seed: u64) -> Report {
+    chain(fabric, |_| {
+        std::thread::sleep(Duration::from_millis(900));
+        Err("(deliberate) it hung".to_owned())
+    })
+}
+
+fn home_fails(fabric: Box<dyn Fabric>, _seed: u64) -> Report {
+    chain(fabric, |_| Err("(deliberate) it gave up".to_owned()))
+}
+
+fn names_home_as_missing(ending: &Ending) -> Result<(), String> {
+    let (rank, why) = ending.failure.as_ref().ok_or("the group ended well")?;
+    ensure(*rank == Some(Rank::new(0)), || format!("{rank:?} is named: {why}"))?;
+    // Who runs into the timeout first depends on the machine: the one that waits for tiles, or one behind it.
+    ensure(why.contains(" timed out "), || format!("not what was waited for: {why}"))
+}
+
+fn names_home_as_lost(ending: &Ending) -> Result<(), String> {
+    let (rank, why) = ending.failure.as_ref().ok_or("the group ended well")?;
+    ensure(*rank == Some(Rank::new(0)), || format!("{rank:?} is named: {why}"))?;
+    ensure(ending.elapsed < Duration::from_secs(5), || format!("it took {:?}", ending.elapsed))
 }

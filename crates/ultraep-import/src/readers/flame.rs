@@ -2,24 +2,21 @@
 //! Tokens only. Codecs: none, snappy and gzip; zstd, LZ4 and Brotli are refused with a word (they would need a C library, or
 //! are not built in).
 //!
-//! Memory: a batch of rows and one page. A page may claim up to 2 GiB, which the parquet library takes on trust, so that
-//! column chunks that claim over [`MAX_CHUNK_BYTES`] are refused before any page is read.
+//! Memory: a batch of rows and one page.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use parquet::basic::{Compression, Type};
-use parquet::column::reader::{ColumnReaderImpl, get_typed_column_reader};
+use parquet::basic::Type;
+use parquet::column::reader::ColumnReaderImpl;
 use parquet::data_type::Int32Type;
-use parquet::errors::ParquetError;
 use parquet::file::reader::{FileReader, SerializedFileReader};
 
 use crate::detect::natural_key;
 use crate::error::{expert_id, layer_id};
+use crate::parquet_file::{MAX_CHUNK_VALUES, check_chunk, column, guarded};
 use crate::{Format, ImportError, OpenOptions, Piece, Place, Problem, Recording, RecordingInfo, Sources};
 
-/// Largest column chunk, expanded, in bytes.
-const MAX_CHUNK_BYTES: i64 = 1 << 30;
 /// Rows read at once.
 const BATCH_ROWS: usize = 4096;
 /// Most files of a recording.
@@ -108,30 +105,6 @@ pub(crate) fn open(path: &Path, options: &OpenOptions) -> Result<Box<dyn Recordi
     }))
 }
 
-fn check_chunk(chunk: &parquet::file::metadata::ColumnChunkMetaData, file_bytes: u64) -> Result<(), Problem> {
-    match chunk.compression() {
-        Compression::UNCOMPRESSED | Compression::SNAPPY | Compression::GZIP(_) => {}
-        other => {
-            let codec = format!("codec {other}: allowed are none, snappy and gzip; write it anew with one of them");
-            return Err(Problem::Unsupported(codec));
-        }
-    }
-    let (packed, expanded) = (chunk.compressed_size(), chunk.uncompressed_size());
-    if u64::try_from(packed).is_ok_and(|packed| packed <= file_bytes) && (0..=MAX_CHUNK_BYTES).contains(&expanded) {
-        return Ok(());
-    }
-    let got = format!("{packed}, {expanded} expanded");
-    Err(Problem::differs("bytes of a column chunk:", got, format!("within the file and {MAX_CHUNK_BYTES}")))
-}
-
-/// The library is meant to return errors on bad files; where it panics after all, that is an error too.
-fn guarded<T>(read: impl FnOnce() -> Result<T, ParquetError>) -> Result<T, Problem> {
-    match std::panic::catch_unwind(std::panic::AssertUnwindSafe(read)) {
-        Ok(result) => result.map_err(|error| Problem::syntax(error.to_string().replace('\n', " "))),
-        Err(_) => Err(Problem::Syntax("the parquet file is damaged".to_owned())),
-    }
-}
-
 impl Flame {
     /// Reads the next batch of rows; false at the end.
     fn read_batch(&mut self) -> Result<bool, Problem> {
@@ -144,9 +117,7 @@ impl Flame {
                 if self.next_group == self.file.num_row_groups() {
                     return Ok(false);
                 }
-                let (file, column, group) = (&self.file, self.column, self.next_group);
-                let reader = guarded(|| file.get_row_group(group)?.get_column_reader(column))?;
-                self.reader = Some(get_typed_column_reader(reader));
+                self.reader = Some(column(&self.file, (self.next_group, self.column), MAX_CHUNK_VALUES)?);
                 self.next_group += 1;
             }
             let Some(reader) = self.reader.as_mut() else { continue };

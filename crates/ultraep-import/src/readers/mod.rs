@@ -8,5 +8,6 @@ pub(crate) mod moe_beyond;
 pub(crate) mod sglang;
 pub(crate) mod tensorrt;
 pub(crate) mod uet;
+pub(crate) mod uet_parquet;
 pub(crate) mod ultraep_v1;
 pub(crate) mod vllm;

@@ -7,7 +7,8 @@ use ultraep_device::ExpertShape;
 use ultraep_fabric::{Fabric, GroupSpec, Region};
 use ultraep_plan::{Topology, TopologySpec};
 use ultraep_runtime::{
-    Endpoint, ExpertParallel, LayerMasters, Link, PolicyChoice, RuntimeConfig, RuntimeError, VirtualLayer,
+    Endpoint, ExpertParallel, LayerMasters, Link, PolicyChoice, RuntimeConfig, RuntimeError, TransferConfig,
+    VirtualLayer,
 };
 
 pub(crate) const SHAPE: ExpertShape = ExpertShape { hidden: 8, intermediate: 4 };
@@ -29,6 +30,7 @@ pub(crate) fn config(ranks: usize, experts: usize, layers: usize, max_microbatch
             params: PolicyParams { min_quota: 1, ..PolicyParams::default() },
         },
         link: Link::default(),
+        transfer: TransferConfig::default(),
         checked: true,
     }
 }

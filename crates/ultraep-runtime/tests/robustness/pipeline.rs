@@ -140,7 +140,7 @@ fn run(steps: &[Step], max_microbatches: usize) -> Result<Vec<Results>, GroupErr
         for next in steps {
             step(&mut moe, next, &mut results)?;
         }
-        moe.finish_backward();
+        moe.finish_backward().expect("a backward that ends");
         assert!(moe.take_records().iter().any(|record| record.replicas() > 0), "the case must make replicas");
         for layer in 0..LAYERS {
             results.grads.push(moe.manager.masters(layer).grads.read::<f32>()?.to_vec());

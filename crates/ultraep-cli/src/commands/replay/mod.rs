@@ -1,6 +1,7 @@
 //! `ultraep replay`: every policy on every layer and microbatch of a recording.
 
 mod report;
+mod single;
 
 use std::io::Write;
 use std::sync::atomic::Ordering;
@@ -60,6 +61,9 @@ pub(crate) struct Args {
     /// Width of an expert, for predicted times
     #[arg(long, default_value_t = 1536, value_name = "SIZE", value_parser = clap::value_parser!(u32).range(1..=1 << 20), requires = "hardware")]
     expert_width: u32,
+    /// Plan this microbatch alone, with all that follows from each plan
+    #[arg(long, value_name = "STEP/MICROBATCH/LAYER")]
+    only: Option<Place>,
     /// Threads that plan [default: all cores]
     #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
@@ -68,11 +72,43 @@ pub(crate) struct Args {
     json: bool,
 }
 
+/// Which microbatch of which layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Place {
+    step: u64,
+    microbatch: u32,
+    layer: u32,
+}
+
+impl std::fmt::Display for Place {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{}/{}", self.step, self.microbatch, self.layer)
+    }
+}
+
+impl std::str::FromStr for Place {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let parse = |text: &str| {
+            let mut parts = text.split('/');
+            let place = Self {
+                step: parts.next()?.parse().ok()?,
+                microbatch: parts.next()?.parse().ok()?,
+                layer: parts.next()?.parse().ok()?,
+            };
+            parts.next().is_none().then_some(place)
+        };
+        parse(text).ok_or_else(|| "allowed are step/microbatch/layer, as 12/0/3".to_owned())
+    }
+}
+
 const DEFAULT_POLICIES: &str = "none,eplb,eplb-exact,llep,greedy,ultraep-v1,ultraep,ideal";
 
 const EXAMPLES: &str = "Examples:
   ultraep replay runs/2026-11-24T14-39-16Z
   ultraep replay log.jsonl.gz --drop-dummy-run --ranks 8,16,32 --slots 1,2,4 --min-quota 1
+  ultraep replay runs/2026-11-24T14-39-16Z --only 12/0/3 --slots 1,2,4
   ultraep replay prompts/ --ranks 32 --microbatch-tokens 512 --scale 16 --hardware h100x8 --domain 8";
 
 /// Sizes of the group tried where the recording does not know its own.
@@ -85,6 +121,9 @@ const SHOW_EVERY: u64 = 64;
 const MAX_SCENARIOS: usize = 4096;
 
 pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<(), CliError> {
+    if let Some(place) = args.only {
+        return single::run(args, place, out);
+    }
     let start = Instant::now();
     let (info, experts) = args.recording.describe()?;
     let hardware = args.hardware.as_deref().map(Hardware::find).transpose().map_err(CliError::input)?;

@@ -9,7 +9,7 @@ use ultraep_sim::{
 };
 
 use super::files::{Case, Grid, Metric, Paper, Plan, machine, model, systems};
-use super::record::{CaseRecord, rows};
+use super::record::{Along, CaseRecord, rows};
 use super::training::in_parallel;
 use crate::error::CliError;
 
@@ -56,7 +56,9 @@ pub(super) fn run(plan: &Plan, threads: usize) -> Result<Vec<CaseRecord>, CliErr
         let paper: Vec<Paper> =
             cell.case.paper.iter().filter(|p| p.ratio.is_none_or(|r| r == cell.ratio)).cloned().collect();
         let load = format!("{} loads ({}) with an imbalance of {}", grid.seeds, grid.workload, cell.ratio);
-        records.push(record(format!("{}, initial {}", cell.case.name, cell.ratio), load, &metrics, figures, &paper));
+        let along = Along { case: cell.case.name.clone(), axis: "initial imbalance", at: cell.ratio };
+        let name = format!("{}, initial {}", cell.case.name, cell.ratio);
+        records.push(CaseRecord { along: Some(along), ..record(name, load, &metrics, figures, &paper) });
     }
     Ok(records)
 }
@@ -64,7 +66,7 @@ pub(super) fn run(plan: &Plan, threads: usize) -> Result<Vec<CaseRecord>, CliErr
 type Figures = Vec<(String, BTreeMap<Metric, f64>)>;
 
 fn record(name: String, load: String, metrics: &[Metric], figures: &Figures, paper: &[Paper]) -> CaseRecord {
-    CaseRecord { name, load, rows: rows(metrics, figures, paper), systems: Vec::new() }
+    CaseRecord { name, along: None, load, rows: rows(metrics, figures, paper), systems: Vec::new() }
 }
 
 fn cell<'a>(plan: &Plan, case: &'a Case, ratio: f64) -> Result<Cell<'a>, CliError> {

@@ -51,3 +51,15 @@ pub(super) fn run(plan: &Plan, out: &mut dyn Write) -> Result<(), CliError> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::files;
+
+    #[test]
+    fn the_machine_file_has_what_calibration_gives() {
+        let plan = files::plan("calibrate").unwrap();
+        let machine = files::machine(&plan.machine).unwrap();
+        assert_eq!(super::constants(&plan).unwrap(), machine.calibrated, "run `ultraep sim calibrate`");
+    }
+}

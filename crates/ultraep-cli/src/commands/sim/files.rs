@@ -305,6 +305,9 @@ struct SystemFile {
     min_quota: u32,
     #[serde(default = "n::<3>", deserialize_with = "bounded::<1, 1000, _, _>")]
     history_steps: u32,
+    /// Most variables of a linear program that is solved (`lplb`).
+    #[serde(default = "n::<512>", deserialize_with = "bounded::<0, 100000, _, _>")]
+    max_variables: u32,
     /// Where the numbers are from.
     #[serde(default)]
     #[allow(dead_code, reason = "for people who read the file")]
@@ -480,6 +483,7 @@ pub(super) fn systems(names: &[String], microbatches: u32) -> Result<Vec<System>
             plan_ns: file.plan_ns,
             min_quota: file.min_quota,
             history: HistoryParams { window, interval: window },
+            max_variables: file.max_variables as usize,
         })
     };
     names.iter().map(system).collect()

@@ -116,6 +116,7 @@ fn training_cases(plan: &Plan, threads: usize) -> Result<Vec<CaseRecord>, CliErr
         }
         CaseRecord {
             name: case.name.clone(),
+            along: None,
             load: load_words(ready[index].fit.as_ref()),
             rows: rows(&metrics, &all, &case.paper),
             systems: of().map(|(_, report)| report.system.clone()).collect(),

@@ -7,7 +7,7 @@ use ultraep_schedule::{Arrival, ArrivalSpec, Lengths, Limits, arrivals};
 use ultraep_sim::{PrefillReport, PrefillSpec, System, simulate_prefill};
 
 use super::files::{Case, Metric, Plan, Prefill, systems};
-use super::record::{CaseRecord, load_words, rows};
+use super::record::{Along, CaseRecord, load_words, rows};
 use super::training::{Ready, in_parallel, prepare, relate};
 use crate::error::CliError;
 
@@ -52,7 +52,8 @@ pub(super) fn run(plan: &Plan, threads: usize) -> Result<Vec<CaseRecord>, CliErr
             };
             let paper = if rate.is_none() { case.paper.as_slice() } else { &[] };
             let load = load_words(ready[index].fit.as_ref());
-            records.push(CaseRecord { name, load, rows: rows(&metrics, &all, paper), systems: Vec::new() });
+            let along = rate.map(|rate| Along { case: case.name.clone(), axis: "requests/s", at: f64::from(rate) });
+            records.push(CaseRecord { name, along, load, rows: rows(&metrics, &all, paper), systems: Vec::new() });
         }
     }
     Ok(records)

@@ -27,11 +27,21 @@ pub(super) struct Record {
 #[derive(Debug, Default, Serialize)]
 pub(super) struct CaseRecord {
     pub(super) name: String,
+    /// Where it is one of several along an axis: the case they share, the axis and the value on it.
+    pub(super) along: Option<Along>,
     /// The load, in words.
     pub(super) load: String,
     pub(super) rows: Vec<Row>,
     /// Everything that was simulated, in full, where steps were.
     pub(super) systems: Vec<SystemReport>,
+}
+
+/// A point on an axis.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub(super) struct Along {
+    pub(super) case: String,
+    pub(super) axis: &'static str,
+    pub(super) at: f64,
 }
 
 /// One figure.

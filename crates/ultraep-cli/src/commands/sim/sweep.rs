@@ -2,10 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::io::Write;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use comfy_table::{CellAlignment, Table, presets};
-use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
 use super::files::{Case, Metric, Plan, Sweep, systems};
@@ -86,14 +84,8 @@ pub(super) fn run(plan: &Plan, threads: usize) -> Result<SweepRecord, CliError> 
     // Large groups first, so that no thread is left with one at the end.
     let mut order: Vec<usize> = (0..cases.len()).collect();
     order.sort_by_key(|&index| std::cmp::Reverse(u64::from(cases[index].ranks).pow(2)));
-    let bar = progress(cases.len());
-    let done = AtomicUsize::new(0);
-    let mut points = in_parallel(order.len(), threads, |place| {
-        let result = point(plan, &cases[order[place]]);
-        bar.set_position(done.fetch_add(1, Ordering::Relaxed) as u64 + 1);
-        result.map(|point| (order[place], point))
-    })?;
-    bar.finish_and_clear();
+    let run = |place: usize| point(plan, &cases[order[place]]).map(|point| (order[place], point));
+    let mut points = in_parallel(order.len(), threads, run)?;
     points.sort_by_key(|(index, _)| *index);
     Ok(SweepRecord {
         schema: "ultraep.sim-sweep/1",
@@ -104,12 +96,6 @@ pub(super) fn run(plan: &Plan, threads: usize) -> Result<SweepRecord, CliError> 
         left_out,
         points: points.into_iter().map(|(_, point)| point).collect(),
     })
-}
-
-fn progress(length: usize) -> ProgressBar {
-    let style = ProgressStyle::with_template("{elapsed} [{bar:40}] {pos}/{len} configurations");
-    let bar = ProgressBar::new(length as u64);
-    style.map_or(bar.clone(), |style| bar.with_style(style))
 }
 
 fn combinations(base: &Case, sweep: &Sweep) -> Vec<Case> {

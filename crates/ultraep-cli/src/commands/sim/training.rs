@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
+use indicatif::{ProgressBar, ProgressStyle};
 use ultraep_plan::FULL_SPEED;
 use ultraep_sim::{
     Batch, Fidelity, Fit, FitTarget, Jitter, Mistake, Pipeline, ProcessParams, StepReport, StepSpec, System,
@@ -112,6 +113,7 @@ pub(super) fn in_parallel<T: Send>(
     work: impl Fn(usize) -> Result<T, CliError> + Sync,
 ) -> Result<Vec<T>, CliError> {
     let (next, results) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
+    let bar = progress(count);
     let kept = || results.lock().unwrap_or_else(PoisonError::into_inner);
     std::thread::scope(|scope| {
         for _ in 0..threads.clamp(1, count.max(1)) {
@@ -123,13 +125,22 @@ pub(super) fn in_parallel<T: Send>(
                     }
                     let result = work(index);
                     kept().push((index, result));
+                    bar.inc(1);
                 }
             });
         }
     });
+    bar.finish_and_clear();
     let mut results = results.into_inner().unwrap_or_else(PoisonError::into_inner);
     results.sort_by_key(|(index, _)| *index);
     results.into_iter().map(|(_, result)| result).collect()
+}
+
+/// On stderr, where that is a terminal.
+fn progress(length: usize) -> ProgressBar {
+    let bar = ProgressBar::new(length as u64);
+    let style = ProgressStyle::with_template("{elapsed} [{bar:40}] {pos}/{len}");
+    style.map_or(bar.clone(), |style| bar.with_style(style))
 }
 
 /// One system's step on a prepared case.

@@ -1,5 +1,5 @@
 //! A small model on a small rack.
-#![allow(dead_code, missing_docs, unreachable_pub, reason = "each test takes what it needs")]
+#![allow(dead_code, reason = "each test takes what it needs")]
 
 use ultraep_baselines::{HistoryParams, PolicyKind};
 use ultraep_plan::TransferParams;
@@ -8,7 +8,7 @@ use ultraep_sim::{
     System,
 };
 
-pub fn model() -> ModelSpec {
+pub(crate) fn model() -> ModelSpec {
     ModelSpec {
         name: "small".to_string(),
         layers: 6,
@@ -25,7 +25,7 @@ pub fn model() -> ModelSpec {
     }
 }
 
-pub fn machine() -> Machine {
+pub(crate) fn machine() -> Machine {
     Machine {
         name: "small".to_string(),
         domain_ranks: 8,
@@ -56,7 +56,7 @@ pub fn machine() -> Machine {
     }
 }
 
-pub fn system(policy: PolicyKind) -> System {
+pub(crate) fn system(policy: PolicyKind) -> System {
     let sync = match policy {
         PolicyKind::None | PolicyKind::Ideal => SyncRule::Never,
         PolicyKind::Eplb => SyncRule::Placement { bytes_per_s: 64_000_000_000 },
@@ -65,10 +65,10 @@ pub fn system(policy: PolicyKind) -> System {
     };
     let plan_ns = if matches!(sync, SyncRule::Transfers(_)) { 100_000 } else { 0 };
     let history = HistoryParams { window: 6, interval: 6 };
-    System { name: policy.name().to_string(), policy, sync, plan_ns, min_quota: 64, history }
+    System { name: policy.name().to_string(), policy, sync, plan_ns, min_quota: 64, history, max_variables: 512 }
 }
 
-pub fn step() -> StepSpec {
+pub(crate) fn step() -> StepSpec {
     let model = model();
     StepSpec {
         machine: machine(),
