@@ -90,7 +90,7 @@ impl ModelConfig {
     }
 
     /// Tokens of context whose attention is as much work as all else that is done for a token in a layer: `2 d + 3 k f / 2`, by
-    /// multiplications (`4 d^2` for projections and `3 k d f` for experts against `2 d` a token of context).
+    /// multiplications (`4 d^2` for projections and `3 k d f` for experts against `2 d` for a token of context).
     pub fn context_per_token(&self) -> usize {
         2 * self.hidden + 3 * self.top_k * self.intermediate / 2
     }

@@ -10,8 +10,8 @@ use ultraep_plan::{Topology, TopologySpec};
 use ultraep_runtime::Link;
 use ultraep_schedule::{Lengths, Limits};
 use ultraep_serve::bench::{
-    Costs, Mix, PolicySettings, Prompt, PromptSpec, RecordedPrompt, SweepSpec, World, prompts, record, sample_loads,
-    spot_check, sweep,
+    COSTS_SCHEMA, Costs, Curve, Mix, PolicySettings, Prompt, PromptSpec, RecordedPrompt, SweepSpec, World, prompts,
+    record, sample_loads, spot_check, sweep,
 };
 use ultraep_text::{Corpus, TextDomain};
 
@@ -56,12 +56,31 @@ fn settings() -> PolicySettings {
     }
 }
 
+/// Costs of no machine, so that no time decides anything here.
+fn costs(settings: &PolicySettings) -> Costs {
+    let per = |ns: u64| Curve::new(vec![(32, 32 * ns)]);
+    Costs {
+        schema: COSTS_SCHEMA.into(),
+        machine: "none".into(),
+        model: [32, 2, 2, 8, 2, 16],
+        dense: per(4000),
+        router: per(200),
+        reroute: per(200),
+        rows: per(100),
+        combine: per(50),
+        expert: per(2000),
+        attention_pairs: Curve::new(vec![(1, 9000), (1000, 9000)]),
+        attention_tokens: per(100),
+        head: per(1000),
+        plan_ns: settings.policies.iter().map(|kind| (kind.name().to_string(), 1000)).collect(),
+        plan_ranks: 4,
+    }
+}
+
 fn world(recorded: Vec<RecordedPrompt>) -> World {
-    let mut costs = Costs::measure(&model(), 32, 1024, "a test".into()).unwrap();
     let settings = settings();
-    let loads = sample_loads(&recorded, &LIMITS, &settings.topology, &model()).unwrap();
-    assert!(!loads.is_empty() && loads.iter().all(|l| l.iter().sum::<u32>() > 0));
-    costs.measure_plans(&settings, &loads).unwrap();
+    let costs = costs(&settings);
+    costs.check(&model()).unwrap();
     World::new(settings, costs, Arc::new(recorded), &model())
 }
 
@@ -113,8 +132,9 @@ fn the_sweep_ranks_policies_and_repeats_itself() {
     assert_eq!(serde_json::to_value(&again).unwrap(), serde_json::to_value(&results).unwrap());
     let of = |kind: PolicyKind| results.iter().find(|r| r.policy == kind.name()).unwrap();
     let (none, ultraep, ideal) = (of(PolicyKind::None), of(PolicyKind::Ultraep), of(PolicyKind::Ideal));
-    assert!(none.imbalance_after > ultraep.imbalance_after && ultraep.imbalance_after >= ideal.imbalance_after);
-    assert!((none.imbalance_before - ultraep.imbalance_before).abs() < 0.3, "the same routing, in other batches");
+    assert!(none.imbalance_after > ultraep.imbalance_after && none.imbalance_after > ideal.imbalance_after);
+    assert!((none.imbalance_before - none.imbalance_after).abs() < 1e-9);
+    assert!(none.throughput_rps < ultraep.throughput_rps, "{none:?} {ultraep:?}");
     assert!(ultraep.peak_tokens < none.peak_tokens && ultraep.replicas_per_layer > 0.0);
     assert_eq!((ideal.replicas_per_layer, ideal.share_of_ideal), (0.0, Some(1.0)));
     for result in &results {
@@ -125,10 +145,17 @@ fn the_sweep_ranks_policies_and_repeats_itself() {
 }
 
 #[test]
-fn costs_of_another_model_are_refused() {
-    let mut costs = Costs::measure(&model(), 8, 300, "a test".into()).unwrap();
+fn costs_are_measured_for_one_model_and_refused_for_another() {
+    let mut costs = Costs::measure(&model(), 8, 600, "a test".into()).unwrap();
+    let settings = settings();
+    let loads = sample_loads(&recorded(&pool(6), 1), &LIMITS, &settings.topology, &model()).unwrap();
+    assert!(!loads.is_empty() && loads.iter().all(|l| l.iter().sum::<u32>() > 0));
+    costs.measure_plans(&settings, &loads).unwrap();
+    assert!(settings.policies.iter().all(|kind| costs.plan_ns[kind.name()] > 0) && costs.plan_ranks == 4);
     costs.check(&model()).unwrap();
     assert!(costs.expert.ns(64) > 0 && costs.attention(8, 300) > costs.attention(8, 0));
+    let short = Costs::measure(&model(), 64, 20, "a test".into()).unwrap();
+    assert!(short.attention(4, 10) > short.attention(4, 0));
     costs.model[0] += 1;
     assert!(costs.check(&model()).unwrap_err().to_string().contains("measured for a model of"));
     let text = serde_json::to_string(&costs).unwrap();

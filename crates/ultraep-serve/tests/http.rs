@@ -54,6 +54,8 @@ fn text_and_tokens_are_the_same_prompt_and_usage_is_counted() {
     let of = |prompt: Value| server.complete(json!({ "prompt": prompt, "max_tokens": 4, "temperature": 0 })).json();
     let (text, tokens) = (of(json!("fn main")), of(json!(b"fn main")));
     assert_eq!(text["choices"], tokens["choices"]);
+    let floats: Vec<f64> = b"fn main".iter().map(|&b| f64::from(b)).collect();
+    assert_eq!(of(json!(floats))["choices"], text["choices"]);
     assert_eq!(text["object"], "text_completion");
     assert_eq!(text["choices"][0]["finish_reason"], "length");
     assert_eq!(text["usage"], json!({ "prompt_tokens": 7, "completion_tokens": 4, "total_tokens": 11 }));
@@ -111,12 +113,14 @@ fn wrong_requests_are_told_what_is_wrong() {
         (json!({}), 400, "prompt"),
         (json!({ "prompt": "" }), 400, "prompt"),
         (json!({ "prompt": [] }), 400, "prompt"),
-        (json!({ "prompt": [256] }), 400, ""),
+        (json!({ "prompt": [256] }), 400, "prompt"),
+        (json!({ "prompt": [1.5] }), 400, ""),
         (json!({ "prompt": long }), 400, "prompt"),
         (json!({ "prompt": vec!["a"; 17] }), 400, "prompt"),
         (json!({ "prompt": "a", "model": "another" }), 404, "model"),
         (json!({ "prompt": "a", "max_tokens": 257 }), 400, "max_tokens"),
-        (json!({ "prompt": "a", "max_tokens": -1 }), 400, ""),
+        (json!({ "prompt": "a", "max_tokens": -1 }), 400, "max_tokens"),
+        (json!({ "prompt": "a", "max_tokens": 1.5 }), 400, ""),
         (json!({ "prompt": "a", "temperature": 3 }), 400, "temperature"),
         (json!({ "prompt": "a", "top_p": -0.5 }), 400, "top_p"),
         (json!({ "prompt": "a", "logprobs": 6 }), 400, "logprobs"),

@@ -123,6 +123,7 @@ impl Costs {
     /// Measures all but plans (see [`Costs::measure_plans`]), for batches of up to `tokens` tokens on a rank and contexts of up
     /// to `context` tokens. Takes seconds.
     pub fn measure(model: &ServedModel, tokens: usize, context: usize, machine: String) -> Result<Self, ServeError> {
+        let tokens = tokens.min(model.context_tokens()).max(1);
         let single = single_rank(model, tokens)?;
         let pairs = attention_pairs(model, tokens, context);
         let combine = combine(model, tokens);
@@ -290,7 +291,10 @@ fn attend_ns(model: &ServedModel, rotary: &Arc<Rotary>, start: usize, tokens: us
 
 fn attention_pairs(model: &ServedModel, tokens: usize, context: usize) -> Curve {
     let rotary = model.rotary();
-    let starts = (8..).map(|i| 1usize << i).take_while(|start| start + tokens <= context.min(rotary.positions()));
+    let positions = context.min(rotary.positions());
+    let tokens = tokens.min(positions / 2).max(1);
+    let last = positions.saturating_sub(tokens).max(1);
+    let starts = (8..).map(|i| 1usize << i).take_while(|&start| start < last).chain([last]);
     let point = |start: usize| {
         let count = (tokens * start + tokens * (tokens + 1) / 2) as u64;
         (start as u64, attend_ns(model, &rotary, start, tokens) * 1000 / count.max(1))

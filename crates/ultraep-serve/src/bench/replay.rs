@@ -129,7 +129,7 @@ pub struct Balance {
     pub weighted_after: f64,
     /// Tokens (choices) of all layers.
     pub tokens: u64,
-    /// Worst imbalance after balancing among layers of full batches.
+    /// Worst imbalance after balancing among layers of batches that count for it.
     pub worst_after: f64,
     /// Most tokens (choices) on a rank in a layer: the activation peak.
     pub peak_tokens: u64,
@@ -161,7 +161,8 @@ pub struct Replay<'w> {
 }
 
 impl<'w> Replay<'w> {
-    /// For requests whose prompts are `prompt_of`. Batches of `full_batch_tokens` count for the worst imbalance.
+    /// For requests whose prompts are `prompt_of`. Batches of at least `full_batch_tokens` tokens count for the worst imbalance: a
+    /// handful of tokens has no balance.
     pub fn new(
         world: &'w World,
         kind: PolicyKind,

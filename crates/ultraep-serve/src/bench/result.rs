@@ -72,7 +72,7 @@ pub struct PolicyResult {
     pub imbalance_before: f64,
     /// Imbalance of layers after balancing, weighted by tokens.
     pub imbalance_after: f64,
-    /// Worst imbalance after balancing of a layer in a full batch.
+    /// Worst imbalance after balancing of a layer, among batches of an eighth of the chunk budget and more.
     pub imbalance_worst: f64,
     /// Most tokens (choices) on a rank in one layer.
     pub peak_tokens: u64,

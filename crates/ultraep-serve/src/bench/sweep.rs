@@ -48,7 +48,7 @@ impl Sweep<'_> {
         };
         let list = arrivals(&spec, &self.pool);
         let prompt_of = list.iter().map(|a| a.prompt as u32).collect();
-        let mut replay = Replay::new(self.world, kind, prompt_of, u64::from(self.limits.chunk_tokens))?;
+        let mut replay = Replay::new(self.world, kind, prompt_of, u64::from(self.limits.chunk_tokens / 8))?;
         let simulation = simulate(self.limits, &list, &mut replay)?;
         let balance = replay.finish()?;
         let ttft = TtftSummary::of(simulation.served.iter().filter_map(Served::ttft_ns).collect());

@@ -1,6 +1,7 @@
 //! The body of `POST /v1/completions`: what is read, what is refused.
 
-use serde::Deserialize;
+use serde::de::{Error, Visitor};
+use serde::{Deserialize, Deserializer};
 
 use super::HttpConfig;
 use super::error::ApiError;
@@ -21,30 +22,70 @@ const NEW_TOKENS_DEFAULT: u64 = 16;
 pub(super) struct Body {
     model: Option<String>,
     prompt: Option<Prompts>,
-    max_tokens: Option<u64>,
+    max_tokens: Option<Whole>,
     temperature: Option<f64>,
     top_p: Option<f64>,
-    seed: Option<i64>,
+    seed: Option<Whole>,
     stop: Option<OneOrMore>,
     stream: Option<bool>,
     stream_options: Option<StreamOptions>,
     echo: Option<bool>,
-    logprobs: Option<u64>,
-    n: Option<u64>,
-    best_of: Option<u64>,
+    logprobs: Option<Whole>,
+    n: Option<Whole>,
+    best_of: Option<Whole>,
     suffix: Option<String>,
     presence_penalty: Option<f64>,
     frequency_penalty: Option<f64>,
     logit_bias: Option<serde_json::Map<String, serde_json::Value>>,
 }
 
+/// A whole number. To JSON Schema `3.0` is one, too.
+#[derive(Clone, Copy, Debug)]
+struct Whole(i64);
+
+impl<'de> Deserialize<'de> for Whole {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Number;
+        impl Visitor<'_> for Number {
+            type Value = Whole;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("a whole number")
+            }
+
+            fn visit_i64<E: Error>(self, value: i64) -> Result<Whole, E> {
+                Ok(Whole(value))
+            }
+
+            fn visit_u64<E: Error>(self, value: u64) -> Result<Whole, E> {
+                i64::try_from(value).map(Whole).map_err(|_| E::custom(format!("{value} is too large")))
+            }
+
+            fn visit_f64<E: Error>(self, value: f64) -> Result<Whole, E> {
+                // Up to 2^53 every whole number has a float of its own.
+                let whole = value.fract() == 0.0 && value.abs() <= 2f64.powi(53);
+                if whole { Ok(Whole(value as i64)) } else { Err(E::custom(format!("{value} is no whole number"))) }
+            }
+        }
+        deserializer.deserialize_any(Number)
+    }
+}
+
+impl Whole {
+    /// The number, if it is at most `most` and not negative.
+    fn up_to(self, most: u64, name: &'static str) -> Result<u64, ApiError> {
+        let number = u64::try_from(self.0).ok().filter(|number| *number <= most);
+        number.ok_or_else(|| ApiError::invalid(name, format!("{}: allowed are 0 to {most}", self.0)))
+    }
+}
+
 #[derive(Debug, Deserialize)]
 #[serde(untagged, expecting = "a text, a list of tokens (0 to 255), or a list of one of these")]
 enum Prompts {
     Text(String),
-    Tokens(Vec<u8>),
+    Tokens(Vec<Whole>),
     Texts(Vec<String>),
-    TokenLists(Vec<Vec<u8>>),
+    TokenLists(Vec<Vec<Whole>>),
 }
 
 #[derive(Debug, Deserialize)]
@@ -81,14 +122,9 @@ impl Body {
             return Err(ApiError::no_model(asked, model.name()));
         }
         self.check_unsupported()?;
-        let new_tokens = self.max_tokens.unwrap_or(NEW_TOKENS_DEFAULT);
         let limit = u64::from(config.new_tokens_max);
-        if new_tokens > limit {
-            return Err(ApiError::invalid("max_tokens", format!("{new_tokens} tokens: allowed are 0 to {limit}")));
-        }
-        if self.logprobs.is_some_and(|top| top > TOP_MAX) {
-            return Err(ApiError::invalid("logprobs", format!("allowed are 0 to {TOP_MAX}")));
-        }
+        let new_tokens = self.max_tokens.map_or(Ok(NEW_TOKENS_DEFAULT.min(limit)), |n| n.up_to(limit, "max_tokens"))?;
+        let top = self.logprobs.map_or(Ok(0), |top| top.up_to(TOP_MAX, "logprobs"))?;
         let (sampling, stop) = (self.sampling()?, self.stops()?);
         let (echo, logprobs) = (self.echo.unwrap_or(false), self.logprobs.is_some());
         let template = Generation {
@@ -96,7 +132,7 @@ impl Body {
             // At most 32 bits: the limit has as many.
             new_tokens: new_tokens as u32,
             score_prompt: echo && logprobs,
-            top: self.logprobs.unwrap_or(0) as usize,
+            top: top as usize,
             sampling,
             stop,
         };
@@ -111,8 +147,8 @@ impl Body {
     }
 
     fn check_unsupported(&self) -> Result<(), ApiError> {
-        let one = |name, value: Option<u64>| match value {
-            None | Some(1) => Ok(()),
+        let one = |name, value: Option<Whole>| match value {
+            None | Some(Whole(1)) => Ok(()),
             Some(_) => Err(ApiError::invalid(name, "only 1 is supported")),
         };
         one("n", self.n)?;
@@ -140,7 +176,11 @@ impl Body {
         }
         let top_p = self.top_p.map(|p| p as f32);
         // Any whole number names a stream of draws.
-        Ok(Sampling { temperature: temperature as f32, top_p, seed: self.seed.unwrap_or(0).cast_unsigned() })
+        Ok(Sampling {
+            temperature: temperature as f32,
+            top_p,
+            seed: self.seed.map_or(0, |seed| seed.0).cast_unsigned(),
+        })
     }
 
     fn stops(&self) -> Result<Vec<Vec<u8>>, ApiError> {
@@ -161,9 +201,9 @@ fn check_prompts(prompts: Option<Prompts>, config: &HttpConfig) -> Result<Vec<Ve
     let prompts = match prompts {
         None => return Err(ApiError::invalid("prompt", "there is none")),
         Some(Prompts::Text(text)) => vec![text.into_bytes()],
-        Some(Prompts::Tokens(tokens)) => vec![tokens],
+        Some(Prompts::Tokens(list)) => vec![tokens(list)?],
         Some(Prompts::Texts(texts)) => texts.into_iter().map(String::into_bytes).collect(),
-        Some(Prompts::TokenLists(lists)) => lists,
+        Some(Prompts::TokenLists(lists)) => lists.into_iter().map(tokens).collect::<Result<_, _>>()?,
     };
     if prompts.is_empty() || prompts.len() > PROMPTS_MAX {
         return Err(ApiError::invalid("prompt", format!("{} prompts: allowed are 1 to {PROMPTS_MAX}", prompts.len())));
@@ -178,4 +218,10 @@ fn check_prompts(prompts: Option<Prompts>, config: &HttpConfig) -> Result<Vec<Ve
         }
     }
     Ok(prompts)
+}
+
+fn tokens(list: Vec<Whole>) -> Result<Vec<u8>, ApiError> {
+    let token = |whole: Whole| u8::try_from(whole.0).map_err(|_| whole.0);
+    let tokens: Result<_, i64> = list.into_iter().map(token).collect();
+    tokens.map_err(|wrong| ApiError::invalid("prompt", format!("token {wrong}: allowed are 0 to 255")))
 }

@@ -265,9 +265,10 @@ fn print(out: &mut dyn Write, result: &PrefillBench) -> Result<(), CliError> {
     writeln!(out, "\n{table}")?;
     writeln!(
         out,
-        "limit: p95 of the time to the first token (TTFT) {} ms. Imbalance weighted by tokens, worst of full batches; both, replicas \
+        "limit: p95 of the time to the first token (TTFT) {} ms. Imbalance weighted by tokens, worst of batches of {} tokens and more; both, replicas \
          and peak at {:.2} requests/s",
         ms(result.ttft_limit_ns),
+        limits.chunk_tokens / 8,
         result.policies.first().map_or(0.0, |p| p.knee.rps)
     )?;
     print_curves(out, result)?;
