@@ -8,6 +8,8 @@
 //!
 //! With `layers_sampled` a few layers stand for all: each for its neighbours.
 
+use std::sync::Arc;
+
 use serde::Serialize;
 use ultraep_plan::{Topology, TopologySpec};
 
@@ -24,6 +26,7 @@ use crate::model::ModelSpec;
 use crate::pipeline::{Op, Pipeline, PipelineError, Schedule};
 use crate::process::{LoadProcess, ProcessParams};
 use crate::random::{normal, random};
+use crate::recorded::RecordedLoads;
 use crate::span::Span;
 
 /// Optimizer traffic of a parameter: gradient, master weight and two moments read, three of them and the weight written.
@@ -80,6 +83,8 @@ pub struct StepSpec {
     pub layers_sampled: u32,
     /// The load.
     pub process: ProcessParams,
+    /// Recorded counts instead; `process` then only gives the shape and the seed.
+    pub recorded: Option<Arc<RecordedLoads>>,
     /// Speed weights of the ranks, `[N]`; empty for full speed.
     pub speeds: Vec<u32>,
     /// Whether the planner knows the speed weights.
@@ -278,7 +283,10 @@ fn loads(
     sums: &mut Sums,
 ) -> Result<Vec<LayerLoad>, SimError> {
     let model = spec.machine.transfer_model(&spec.model);
-    let mut process = LoadProcess::new(spec.process)?;
+    let mut process = match &spec.recorded {
+        Some(recorded) => LoadProcess::recorded(spec.process, Arc::clone(recorded))?,
+        None => LoadProcess::new(spec.process)?,
+    };
     let (microbatches, layers) = (spec.pipeline.microbatches, spec.layers_sampled.min(spec.model.moe_layers()));
     let (mut counts, mut seen, mut all) = (Vec::new(), Vec::new(), Vec::new());
     let mut shared: Option<Balancer> = None;

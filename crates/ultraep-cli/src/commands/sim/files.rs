@@ -1,7 +1,7 @@
 //! Reads plan, model, machine and system files. A bad one is one line: file, line, field, what is allowed.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use serde::de::{DeserializeOwned, Deserializer, Error};
@@ -101,9 +101,11 @@ pub(super) struct Paper {
 }
 
 /// A load process: fitted to mean imbalances, or given.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Load {
+    /// A recording instead: a file or folder that `ultraep replay` reads.
+    pub(super) recording: Option<PathBuf>,
     /// Mean imbalance as routed, to fit to.
     #[serde(default, deserialize_with = "imbalance")]
     pub(super) none: Option<u64>,

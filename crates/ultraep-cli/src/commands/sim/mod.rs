@@ -6,6 +6,7 @@ mod files;
 mod plots;
 mod prefill;
 mod record;
+mod recording;
 mod sweep;
 mod timeline;
 mod training;

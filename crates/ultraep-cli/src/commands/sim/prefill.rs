@@ -21,6 +21,12 @@ pub(super) fn run(plan: &Plan, threads: usize) -> Result<Vec<CaseRecord>, CliErr
     };
     let lengths = Lengths::new(prefill.least_tokens, prefill.most_tokens).map_err(CliError::input)?;
     let pool = lengths.draw(prefill.requests as usize, u64::from(plan.seed));
+    if let Some(case) = plan.case.iter().find(|case| case.load.recording.is_some()) {
+        let name = &case.name;
+        return Err(CliError::Input(format!(
+            "case {name:?}: load: `recording` has batches of its own: allowed in training"
+        )));
+    }
     let ready = in_parallel(plan.case.len(), threads, |index| prepare(&plan.case[index], &plan.machine, plan.seed))?;
     let mut jobs = Vec::new();
     for (case, settings) in plan.case.iter().enumerate() {
