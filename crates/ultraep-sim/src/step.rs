@@ -10,7 +10,7 @@
 
 use std::sync::Arc;
 
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 use ultraep_plan::{Topology, TopologySpec};
 
 use crate::SimError;
@@ -135,8 +135,13 @@ pub struct SystemReport {
     pub peaks: ActivationPeaks,
     /// Events handled; 0 in closed form.
     pub events: u64,
-    /// Digest of all that happened.
+    /// Digest of all that happened; in files as 16 hexadecimal digits.
+    #[serde(serialize_with = "hexadecimal")]
     pub digest: u64,
+}
+
+fn hexadecimal<S: Serializer>(digest: &u64, to: S) -> Result<S::Ok, S::Error> {
+    to.collect_str(&format_args!("{digest:016x}"))
 }
 
 /// All that came out of a step.
