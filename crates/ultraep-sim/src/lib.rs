@@ -34,6 +34,8 @@ mod queue;
 mod random;
 mod recorded;
 mod recovery;
+mod report;
+mod runner;
 mod span;
 mod step;
 
@@ -52,8 +54,9 @@ pub use process::{LoadProcess, ProcessParams};
 pub use queue::EventQueue;
 pub use recorded::RecordedLoads;
 pub use recovery::recovery_ps;
+pub use report::{StepReport, SystemReport};
 pub use span::{Span, Stream};
-pub use step::{Jitter, Mistake, StepReport, StepSpec, SystemReport, simulate_step};
+pub use step::{Jitter, Mistake, StepSpec, simulate_step};
 
 /// Picoseconds in a second.
 pub const PS_PER_S: u128 = 1_000_000_000_000;

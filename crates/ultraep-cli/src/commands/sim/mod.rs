@@ -3,6 +3,7 @@
 mod balancing;
 mod calibration;
 mod files;
+mod plan_file;
 mod plots;
 mod prefill;
 mod record;
@@ -15,7 +16,8 @@ use std::io::Write;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
-use self::files::{Experiment, Metric, PLANS, Plan, machine, plan, systems};
+use self::files::{PLANS, machine, plan, systems};
+use self::plan_file::{Case, Experiment, Metric, Plan};
 use self::record::{CaseRecord, Record, load_words, rows};
 use self::training::{figures, in_parallel, prepare, relate, step};
 use super::write_json;
@@ -106,7 +108,7 @@ fn training_cases(plan: &Plan, threads: usize) -> Result<Vec<CaseRecord>, CliErr
     }
     let run = |job: usize| step(&ready[jobs[job].0], &jobs[job].1, plan.fidelity, false);
     let reports = in_parallel(jobs.len(), threads, run)?;
-    let case = |(index, case): (usize, &files::Case)| {
+    let case = |(index, case): (usize, &Case)| {
         let of = || jobs.iter().zip(&reports).filter(|((of, _), _)| *of == index);
         let mut all: Vec<_> = of().map(|((_, system), report)| (system.name.clone(), figures(report))).collect();
         relate(&mut all);

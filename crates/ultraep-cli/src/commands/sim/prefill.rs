@@ -6,7 +6,8 @@ use ultraep_baselines::HistoryParams;
 use ultraep_schedule::{Arrival, ArrivalSpec, Lengths, Limits, arrivals};
 use ultraep_sim::{PrefillReport, PrefillSpec, System, simulate_prefill};
 
-use super::files::{Case, Metric, Plan, Prefill, systems};
+use super::files::systems;
+use super::plan_file::{Case, Metric, Plan, Prefill};
 use super::record::{Along, CaseRecord, load_words, rows};
 use super::training::{Ready, in_parallel, prepare, relate};
 use crate::error::CliError;

@@ -5,7 +5,7 @@ use std::path::Path;
 use ultraep_import::{Grouping, Microbatch, Microbatches, OpenOptions, SourceRule, open_with};
 use ultraep_sim::RecordedLoads;
 
-use super::files::Case;
+use super::plan_file::Case;
 use crate::error::CliError;
 
 /// Most microbatches kept, over all layers.

@@ -11,7 +11,8 @@ use ultraep_sim::{
     fit_process, simulate_step,
 };
 
-use super::files::{Case, Metric, machine, model, systems};
+use super::files::{machine, model, systems};
+use super::plan_file::{Case, Metric};
 use super::recording;
 use crate::error::CliError;
 
