@@ -136,6 +136,25 @@ fn a_recording_takes_the_place_of_a_generated_load() {
 }
 
 #[test]
+fn the_slowest_machine_that_is_allowed_is_simulated() {
+    let paper = include_str!("../../../sims/paper-rack.toml");
+    let mut machine = String::new();
+    for line in paper.lines() {
+        match line.split_once(" = ") {
+            Some((name, _)) if name.ends_with("_per_s") => machine += &format!("{name} = 1\n"),
+            _ => machine += &format!("{line}\n"),
+        }
+    }
+    let (folder, path) = plan(&SMALL.replace("paper-rack", "MACHINE"));
+    let slow = folder.path().join("slow.toml");
+    fs::write(&slow, machine).expect("written");
+    fs::write(&path, SMALL.replace("paper-rack", slow.to_str().expect("UTF-8"))).expect("written");
+    for fidelity in ["closed-form", "events"] {
+        sim(&[&path, "--fidelity", fidelity]).assert().success();
+    }
+}
+
+#[test]
 fn bad_plans_name_the_line_the_field_and_what_is_allowed() {
     for (from, to, words) in [
         ("ranks = 16", "ranks = 0", "line 11: `ranks = 0`: 0: allowed are 1 to 1024"),

@@ -7,6 +7,7 @@
 //! ```text
 //! LoadProcess ─► counts [N, E] ─► Balancer (real policy, split, transfer planner) ─► LayerLoad
 //!     LayerLoad ─► Fidelity: closed form | events ─► LayerTimes ─► pipeline ─► StepReport
+//!               └► the scheduler's batches (closed form)                   ─► PrefillReport
 //! ```
 //!
 //! Two fidelities stand behind one trait, [`LayerModel`]: [`ClosedForm`] takes the largest of each part over ranks,

@@ -85,14 +85,15 @@ pub(crate) fn report(spec: &StepSpec, system: &System, sums: Sums, group: Group)
     let (experts, dense) = (layers_of_stage * of_experts, layers_of_stage * dense);
     // Gradients in fp32; experts are reduced over the groups, dense parameters over all their ranks.
     let ring =
-        |bytes: u64, members: u64| (u128::from(2 * bytes) * u128::from(members - 1) / u128::from(members)) as u64;
+        |bytes: u64, members: u64| (u128::from(bytes) * 2 * u128::from(members - 1) / u128::from(members)) as u64;
     let groups = u64::from(spec.data_parallel);
-    let bytes = ring(4 * experts, groups) + ring(4 * dense, groups * u64::from(spec.ranks));
+    let bytes = ring(experts.saturating_mul(4), groups).saturating_add(ring(4 * dense, groups * u64::from(spec.ranks)));
     let all_reduce = at_rate_ps(bytes, spec.machine.scale_out_bytes_per_s).saturating_sub(group.last_backward_ps);
     let owned = experts.div_ceil(groups) + dense.div_ceil(groups * u64::from(spec.ranks));
-    let optimizer_ps = at_rate_ps(OPTIMIZER_BYTES * owned, spec.machine.memory_bytes_per_s);
+    let optimizer_ps = at_rate_ps(owned.saturating_mul(OPTIMIZER_BYTES), spec.machine.memory_bytes_per_s);
     let placement_ps = placement_ps(spec, system, &sums);
-    let step_ps = group.timeline_ps + all_reduce + optimizer_ps + placement_ps;
+    let parts = [all_reduce, optimizer_ps, placement_ps];
+    let step_ps = parts.into_iter().fold(group.timeline_ps, u64::saturating_add);
     let count = sums.loads.max(1) as f64;
     let tokens = u64::from(spec.pipeline.microbatches) * u64::from(spec.batch.tokens_per_rank) * u64::from(spec.ranks);
     let seconds = step_ps.max(1) as f64 / 1e12;
@@ -128,7 +129,9 @@ fn placement_ps(spec: &StepSpec, system: &System, sums: &Sums) -> u64 {
     let SyncRule::Placement { bytes_per_s } = system.sync else { return 0 };
     let sampled = u64::from(spec.layers_sampled.min(spec.model.moe_layers()) * spec.groups_sampled).max(1);
     let layers = u64::from(spec.model.moe_layers()).div_ceil(u64::from(spec.pipeline.stages));
-    let moved = STATE_BYTES * spec.model.expert_parameters() * sums.moved * layers / sampled;
+    let state = STATE_BYTES * spec.model.expert_parameters();
+    let moved = u128::from(state) * u128::from(sums.moved) * u128::from(layers) / u128::from(sampled);
+    let moved = u64::try_from(moved).unwrap_or(u64::MAX);
     let steps = (system.history.interval as u64).div_ceil(u64::from(spec.pipeline.microbatches)).max(1);
     at_rate_ps(moved, bytes_per_s) / steps
 }

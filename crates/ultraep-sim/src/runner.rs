@@ -152,7 +152,8 @@ impl<'a> Runner<'a> {
         let bytes = 2 * u64::from(self.spec.model.hidden) * u64::from(self.spec.batch.tokens_per_rank);
         let hand_over = match self.spec.pipeline.stages {
             1 => 0,
-            _ => at_rate_ps(bytes, self.spec.machine.scale_out_bytes_per_s) + 1000 * self.spec.machine.hop_ns,
+            _ => at_rate_ps(bytes, self.spec.machine.scale_out_bytes_per_s)
+                .saturating_add(1000 * self.spec.machine.hop_ns),
         };
         let timeline = schedule.run(hand_over, |op| self.op(op, sums));
         let model: &dyn LayerModel = match self.fidelity {
@@ -202,7 +203,7 @@ impl<'a> Runner<'a> {
     }
 
     fn delay(&mut self, ps: u64) {
-        self.ready.iter_mut().for_each(|time| *time += ps);
+        self.ready.iter_mut().for_each(|time| *time = time.saturating_add(ps));
     }
 
     fn layer(&mut self, op: Op, layer: u32, sums: &mut Sums) {
@@ -228,8 +229,9 @@ impl<'a> Runner<'a> {
             Direction::Forward => sums.forward.add(&times),
             Direction::Backward => {
                 sums.backward.add(&times);
-                let rest = self.work.forward.rest_ps + self.work.backward.rest_ps;
-                self.delay((u128::from(rest) * u128::from(c.outside_permille) / 1000) as u64);
+                let rest = self.work.forward.rest_ps.saturating_add(self.work.backward.rest_ps);
+                let outside = u128::from(rest) * u128::from(c.outside_permille) / 1000;
+                self.delay(u64::try_from(outside).unwrap_or(u64::MAX));
             }
         }
         sums.passes[usize::from(op.direction == Direction::Backward)] += 1;
@@ -238,7 +240,8 @@ impl<'a> Runner<'a> {
             let moment = u64::from(op.microbatch) << 1 | way;
             let mut rng = random(self.spec.process.seed, JITTER, u64::from(layer), moment);
             let deviation = normal(&mut rng).unsigned_abs() * u64::from(self.spec.jitter.percent);
-            self.delay(times.all_to_all_ps / 4096 * deviation / 100);
+            let longer = u128::from(times.all_to_all_ps) * u128::from(deviation) / (100 << 12);
+            self.delay(u64::try_from(longer).unwrap_or(u64::MAX));
         }
     }
 }

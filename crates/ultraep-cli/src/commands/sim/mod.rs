@@ -47,6 +47,12 @@ pub(crate) struct Args {
     /// Write a timeline of the last system but `ideal` on the first case, at the event level (Chrome trace, for Perfetto)
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
+    /// closed-form or events, instead of what the plan says
+    #[arg(long, value_name = "FIDELITY", value_parser = fidelity)]
+    fidelity: Option<Fidelity>,
+    /// Another seed than the plan's
+    #[arg(long, value_name = "SEED")]
+    seed: Option<u32>,
     /// Threads; the result does not depend on them [default: all cores]
     #[arg(long, value_name = "N")]
     threads: Option<NonZeroUsize>,
@@ -57,7 +63,9 @@ pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<(), CliError> {
     let Some(name) = &args.plan else {
         return Err(CliError::Input(format!("no plan: allowed are a file or one of {}", known())));
     };
-    let plan = plan(name)?;
+    let mut plan = plan(name)?;
+    plan.fidelity = args.fidelity.unwrap_or(plan.fidelity);
+    plan.seed = args.seed.unwrap_or(plan.seed);
     let threads = args.threads.or_else(|| std::thread::available_parallelism().ok()).map_or(1, NonZeroUsize::get);
     if plan.experiment == Experiment::Calibration {
         return calibration::run(&plan, out);
@@ -82,6 +90,14 @@ pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<(), CliError> {
         trace(&plan, path)?;
     }
     if args.json { write_json(out, &record) } else { record.print(out) }
+}
+
+fn fidelity(text: &str) -> Result<Fidelity, String> {
+    match text {
+        "closed-form" => Ok(Fidelity::ClosedForm),
+        "events" => Ok(Fidelity::Events),
+        _ => Err("allowed are closed-form and events".to_owned()),
+    }
 }
 
 fn trace(plan: &Plan, path: &Path) -> Result<(), CliError> {

@@ -118,7 +118,7 @@ pub(super) struct Case {
     /// Tokens of a rank in a microbatch.
     #[serde(default = "n::<8192>", deserialize_with = "bounded::<1, 1048576, _, _>")]
     pub(super) tokens: u32,
-    #[serde(default = "n::<4096>", deserialize_with = "bounded::<1, 16777216, _, _>")]
+    #[serde(default = "n::<4096>", deserialize_with = "bounded::<1, 4194304, _, _>")]
     pub(super) sequence: u32,
     #[serde(default = "n::<8>", deserialize_with = "bounded::<1, 4096, _, _>")]
     pub(super) microbatches: u32,
