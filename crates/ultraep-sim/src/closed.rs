@@ -37,24 +37,25 @@ impl ClosedForm {
 fn all_to_all_ps(work: &LayerWork, load: &LayerLoad, direction: Direction) -> u64 {
     let pass = work.pass(direction);
     let near = |sent: u64, received: u64, excess: u64| {
-        let taking = received * pass.link_row_ps + excess * pass.incast_row_ps;
-        taking.max(sent * pass.link_row_ps)
+        let taking =
+            received.saturating_mul(pass.link_row_ps).saturating_add(excess.saturating_mul(pass.incast_row_ps));
+        taking.max(sent.saturating_mul(pass.link_row_ps))
     };
     let (mut dispatch, mut combine, mut far) = (0, 0, 0);
     for r in 0..load.ranks() {
         dispatch = dispatch.max(near(load.sent[r], load.received[r], load.excess[r]));
         combine = combine.max(near(load.received[r], load.sent[r], load.excess_out[r]));
-        far = far.max(load.sent_far[r].max(load.received_far[r]) * pass.far_row_ps);
+        far = far.max(load.sent_far[r].max(load.received_far[r]).saturating_mul(pass.far_row_ps));
     }
-    let one_way = |near: u64| if near.max(far) == 0 { 0 } else { near.max(far) + work.hop_ps };
-    one_way(dispatch) + one_way(combine)
+    let one_way = |near: u64| if near.max(far) == 0 { 0 } else { near.max(far).saturating_add(work.hop_ps) };
+    one_way(dispatch).saturating_add(one_way(combine))
 }
 
 impl LayerModel for ClosedForm {
     fn pass(&mut self, work: &LayerWork, load: &LayerLoad, direction: Direction, ready: &mut [u64]) -> LayerTimes {
         let times = Self::times(work, load, direction);
         let start = ready.iter().copied().max().unwrap_or(0);
-        ready.fill(start + times.total_ps());
+        ready.fill(start.saturating_add(times.total_ps()));
         for part in [times.rest_ps, times.plan_ps, times.sync_ps, times.all_to_all_ps, times.experts_ps] {
             self.digest.update(&part.to_le_bytes());
         }

@@ -22,14 +22,14 @@ pub enum SimError {
         /// Most allowed.
         most: u64,
     },
-    /// A list that must name a number for every rank.
-    #[error("{what}: {got} values for {expected} ranks")]
+    /// A list of the wrong length.
+    #[error("{what}: {got} values where {expected} belong")]
     Length {
         /// Which list.
         what: &'static str,
         /// Its length.
         got: usize,
-        /// Ranks.
+        /// What it must be.
         expected: usize,
     },
     /// The group is none.

@@ -148,9 +148,10 @@ impl EventLevel {
         let (to, rows, excess) = flow.take(rank, far, work.chunk_rows, even_share);
         let (busy, taking) = costs(pass, far, rows, excess);
         let receiver = &mut self.links[to][usize::from(far)];
-        let from = receiver.receive_free.max(now + work.hop_ps);
-        receiver.receive_free = from + taking;
-        let complete = receiver.receive_free.max(now + work.hop_ps + busy);
+        let there = now.saturating_add(work.hop_ps);
+        let from = receiver.receive_free.max(there);
+        receiver.receive_free = from.saturating_add(taking);
+        let complete = receiver.receive_free.max(there.saturating_add(busy));
         flow.complete[to] = flow.complete[to].max(complete);
         flow.awaited[to] -= u64::from(rows);
         if !back && flow.awaited[to] == 0 {
@@ -158,7 +159,7 @@ impl EventLevel {
             self.queue.push(at, Event::Instance { rank: to as u16, index: 0 });
         }
         let own = &mut self.links[rank][usize::from(far)];
-        (own.send_free, own.scheduled) = (now + busy, false);
+        (own.send_free, own.scheduled) = (now.saturating_add(busy), false);
         self.wake(rank, far);
     }
 
@@ -171,11 +172,12 @@ impl EventLevel {
         let fixed = if index == 0 { work.pass(direction).fixed_ps } else { 0 };
         match load.rows_of(rank).get(index) {
             Some(&rows) => {
-                let end = now + at_speed_ps(fixed + work.instance_ps(rows, direction), speed);
+                let work_ps = fixed.saturating_add(work.instance_ps(rows, direction));
+                let end = now.saturating_add(at_speed_ps(work_ps, speed));
                 self.queue.push(end, Event::Instance { rank: rank as u16, index: index as u16 + 1 });
             }
             None => {
-                let end = now + at_speed_ps(fixed, speed);
+                let end = now.saturating_add(at_speed_ps(fixed, speed));
                 self.computed[rank] = Some(end);
                 self.combine.complete[rank] = self.combine.complete[rank].max(end);
                 self.span("experts", rank, Stream::Compute, self.experts_from[rank], end);
@@ -189,11 +191,11 @@ impl EventLevel {
 /// Time of a chunk on its sender's link and on its receiver's.
 fn costs(pass: &PassWork, far: bool, rows: u32, excess: u32) -> (u64, u64) {
     if far {
-        let busy = u64::from(rows) * pass.far_row_ps;
+        let busy = u64::from(rows).saturating_mul(pass.far_row_ps);
         return (busy, busy);
     }
-    let busy = u64::from(rows) * pass.link_row_ps;
-    (busy, busy + u64::from(excess) * pass.incast_row_ps)
+    let busy = u64::from(rows).saturating_mul(pass.link_row_ps);
+    (busy, busy.saturating_add(u64::from(excess).saturating_mul(pass.incast_row_ps)))
 }
 
 impl Flow {
@@ -249,16 +251,17 @@ impl LayerModel for EventLevel {
         if direction == Direction::Forward {
             for (rank, time) in ready.iter_mut().enumerate() {
                 let start = *time;
-                *time += work.rest_ps(rank, direction);
+                *time = time.saturating_add(work.rest_ps(rank, direction));
                 self.span("rest", rank, Stream::Compute, start, *time);
             }
             // The counts are all-gathered: the plan waits for the last rank.
             before_plan = ready.iter().copied().max().unwrap_or(0);
             for (rank, time) in ready.iter_mut().enumerate() {
                 let from = if work.plan_ps > 0 { before_plan } else { *time };
-                *time = from + work.plan_ps + work.sync_ps(load, rank);
-                self.span("plan", rank, Stream::Compute, from, from + work.plan_ps);
-                self.span("weight sync", rank, Stream::Communication, from + work.plan_ps, *time);
+                let planned = from.saturating_add(work.plan_ps);
+                *time = planned.saturating_add(work.sync_ps(load, rank));
+                self.span("plan", rank, Stream::Compute, from, planned);
+                self.span("weight sync", rank, Stream::Communication, planned, *time);
             }
         }
         let sent: Vec<u64> = ready.to_vec();
@@ -274,8 +277,8 @@ impl LayerModel for EventLevel {
             let exposed = work.exposed_backward_ps(load);
             for (rank, time) in ready.iter_mut().enumerate() {
                 let rest = work.rest_ps(rank, direction);
-                self.span("rest", rank, Stream::Compute, *time, *time + rest);
-                *time += rest + exposed;
+                self.span("rest", rank, Stream::Compute, *time, time.saturating_add(rest));
+                *time = time.saturating_add(rest).saturating_add(exposed);
             }
         }
         self.parts(work, load, direction, Moments { begun: &begun, before_plan, sent: &sent, exchanged: &exchanged })

@@ -177,7 +177,8 @@ impl LayerWork {
 
     /// All experts of a rank.
     pub fn experts_ps(&self, load: &LayerLoad, rank: usize, direction: Direction) -> u64 {
-        let full: u64 = load.rows_of(rank).iter().map(|&rows| self.instance_ps(rows, direction)).sum();
+        let full: u64 =
+            load.rows_of(rank).iter().map(|&rows| self.instance_ps(rows, direction)).fold(0, u64::saturating_add);
         at_speed_ps(full.saturating_add(self.pass(direction).fixed_ps), self.speeds[rank])
     }
 
@@ -205,7 +206,7 @@ impl LayerWork {
             return restored.saturating_add(reduced).saturating_sub(self.backward.rest_ps);
         }
         // Gradients are twice as wide as weights.
-        2 * self.collective_ps.saturating_mul(u64::from(load.most_received))
+        self.collective_ps.saturating_mul(2).saturating_mul(u64::from(load.most_received))
     }
 }
 
@@ -227,16 +228,18 @@ pub struct LayerTimes {
 impl LayerTimes {
     /// All of it.
     pub fn total_ps(&self) -> u64 {
-        self.rest_ps + self.plan_ps + self.sync_ps + self.all_to_all_ps + self.experts_ps
+        [self.plan_ps, self.sync_ps, self.all_to_all_ps, self.experts_ps]
+            .into_iter()
+            .fold(self.rest_ps, u64::saturating_add)
     }
 
     /// Adds another pass's parts.
     pub fn add(&mut self, other: &Self) {
-        self.rest_ps += other.rest_ps;
-        self.plan_ps += other.plan_ps;
-        self.sync_ps += other.sync_ps;
-        self.all_to_all_ps += other.all_to_all_ps;
-        self.experts_ps += other.experts_ps;
+        self.rest_ps = self.rest_ps.saturating_add(other.rest_ps);
+        self.plan_ps = self.plan_ps.saturating_add(other.plan_ps);
+        self.sync_ps = self.sync_ps.saturating_add(other.sync_ps);
+        self.all_to_all_ps = self.all_to_all_ps.saturating_add(other.all_to_all_ps);
+        self.experts_ps = self.experts_ps.saturating_add(other.experts_ps);
     }
 
     /// The mean of `count` added ones.

@@ -7,6 +7,7 @@
 //! ```text
 //! LoadProcess ─► counts [N, E] ─► Balancer (real policy, split, transfer planner) ─► LayerLoad
 //!     LayerLoad ─► Fidelity: closed form | events ─► LayerTimes ─► pipeline ─► StepReport
+//!               └► the scheduler's batches (closed form)                   ─► PrefillReport
 //! ```
 //!
 //! Two fidelities stand behind one trait, [`LayerModel`]: [`ClosedForm`] takes the largest of each part over ranks,
@@ -32,7 +33,10 @@ mod prefill;
 mod process;
 mod queue;
 mod random;
+mod recorded;
 mod recovery;
+mod report;
+mod runner;
 mod span;
 mod step;
 
@@ -49,9 +53,11 @@ pub use pipeline::{Op, Pipeline, PipelineError, Schedule, Timeline};
 pub use prefill::{PrefillReport, PrefillSpec, simulate_prefill};
 pub use process::{LoadProcess, ProcessParams};
 pub use queue::EventQueue;
+pub use recorded::RecordedLoads;
 pub use recovery::recovery_ps;
+pub use report::{StepReport, SystemReport};
 pub use span::{Span, Stream};
-pub use step::{Jitter, Mistake, StepReport, StepSpec, SystemReport, simulate_step};
+pub use step::{Jitter, Mistake, StepSpec, simulate_step};
 
 /// Picoseconds in a second.
 pub const PS_PER_S: u128 = 1_000_000_000_000;

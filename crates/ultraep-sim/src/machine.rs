@@ -9,46 +9,33 @@ use crate::model::{ModelSpec, bounded};
 const MAX_RATE: u64 = 1_000_000_000_000_000_000;
 
 /// A rack and what joins racks.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Machine {
     /// For people.
     pub name: String,
     /// Ranks joined by the scale-up fabric.
-    #[serde(deserialize_with = "bounded::<1, 1024, _, _>")]
     pub domain_ranks: u32,
     /// What a rank's scale-up link carries in one direction for weight sync, bytes a second.
-    #[serde(deserialize_with = "bounded::<1, MAX_RATE, _, _>")]
     pub link_bytes_per_s: u64,
     /// What a rank's scale-out link carries in one direction, bytes a second.
-    #[serde(deserialize_with = "bounded::<1, MAX_RATE, _, _>")]
     pub scale_out_bytes_per_s: u64,
     /// What a rank's memory carries, bytes a second.
-    #[serde(deserialize_with = "bounded::<1, MAX_RATE, _, _>")]
     pub memory_bytes_per_s: u64,
     /// Latency of a hop in the fabric.
-    #[serde(deserialize_with = "bounded::<0, 1000000000, _, _>")]
     pub hop_ns: u64,
     /// Rows of a GEMM tile.
-    #[serde(deserialize_with = "bounded::<1, 65536, _, _>")]
     pub tile_rows: u32,
     /// Start of an instance's grouped GEMMs.
-    #[serde(deserialize_with = "bounded::<0, 1000000000, _, _>")]
     pub gemm_ns: u64,
     /// Bytes of a chunk of weights, the unit that a relay forwards.
-    #[serde(deserialize_with = "bounded::<4096, 1073741824, _, _>")]
     pub chunk_bytes: u64,
     /// Tokens of a chunk of the all-to-all at the event level.
-    #[serde(deserialize_with = "bounded::<1, 65536, _, _>")]
     pub chunk_tokens: u32,
     /// All-gather of the counts.
-    #[serde(deserialize_with = "bounded::<0, 1000000000, _, _>")]
     pub count_ns: u64,
     /// Reroute; weight sync runs beside it.
-    #[serde(deserialize_with = "bounded::<0, 1000000000, _, _>")]
     pub reroute_ns: u64,
     /// Start of a weight sync: work list, first look-up, last flag.
-    #[serde(deserialize_with = "bounded::<0, 1000000000, _, _>")]
     pub sync_start_ns: u64,
     /// What `ultraep sim calibrate` fitted.
     pub calibrated: Calibrated,

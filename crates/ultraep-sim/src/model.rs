@@ -30,10 +30,10 @@ pub struct ModelSpec {
     #[serde(deserialize_with = "bounded::<1, 65536, _, _>")]
     pub hidden: u32,
     /// Width of the feed-forward part of layers without experts; 0 where there are none.
-    #[serde(deserialize_with = "bounded::<0, 1048576, _, _>")]
+    #[serde(deserialize_with = "bounded::<0, 262144, _, _>")]
     pub dense_width: u32,
     /// Width of an expert.
-    #[serde(deserialize_with = "bounded::<1, 1048576, _, _>")]
+    #[serde(deserialize_with = "bounded::<1, 65536, _, _>")]
     pub expert_width: u32,
     /// `E`, routed experts of a layer.
     #[serde(deserialize_with = "bounded::<1, 65535, _, _>")]
@@ -58,10 +58,10 @@ pub struct ModelSpec {
 #[serde(deny_unknown_fields)]
 pub struct Attention {
     /// Query heads.
-    #[serde(deserialize_with = "bounded::<1, 1024, _, _>")]
+    #[serde(deserialize_with = "bounded::<1, 256, _, _>")]
     pub heads: u32,
     /// Key and value heads.
-    #[serde(deserialize_with = "bounded::<1, 1024, _, _>")]
+    #[serde(deserialize_with = "bounded::<1, 256, _, _>")]
     pub kv_heads: u32,
     /// Width of a head (without its rotary part, where attention is latent).
     #[serde(deserialize_with = "bounded::<1, 1024, _, _>")]

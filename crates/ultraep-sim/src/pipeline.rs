@@ -106,9 +106,9 @@ impl Schedule {
             ((way * stages as usize + op.stage as usize) * chunks as usize + op.chunk as usize) * microbatches as usize
                 + op.microbatch as usize
         };
-        let mut ends = vec![None; 2 * (stages * chunks * microbatches) as usize];
+        let mut ends: Vec<Option<u64>> = vec![None; 2 * (stages * chunks * microbatches) as usize];
         let mut next = vec![0; stages as usize];
-        let mut free = vec![0; stages as usize];
+        let mut free = vec![0u64; stages as usize];
         let mut timeline = Timeline { busy_ps: vec![0; stages as usize], ..Timeline::default() };
         loop {
             let placed = timeline.ops.len();
@@ -118,14 +118,14 @@ impl Schedule {
                         None => 0,
                         Some(before) => match ends[slot(&before)] {
                             Some(end) if before.stage == op.stage => end,
-                            Some(end) => end + hand_over_ps,
+                            Some(end) => end.saturating_add(hand_over_ps),
                             None => break,
                         },
                     };
                     let start = ready.max(free[stage]);
-                    let end = start + duration_ps(*op);
+                    let end = start.saturating_add(duration_ps(*op));
                     (ends[slot(op)], free[stage]) = (Some(end), end);
-                    timeline.busy_ps[stage] += end - start;
+                    timeline.busy_ps[stage] = timeline.busy_ps[stage].saturating_add(end - start);
                     timeline.total_ps = timeline.total_ps.max(end);
                     timeline.ops.push((*op, start, end));
                     next[stage] += 1;

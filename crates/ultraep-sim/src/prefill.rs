@@ -174,7 +174,7 @@ impl<'a> Server<'a> {
             self.process.counts_of(layer, (crate::fit::HISTORY_STEPS, self.batches), tokens, &mut self.counts);
             balancer.microbatch(&self.counts, load)?;
             let times = ClosedForm::times(&work, load, Direction::Forward);
-            sum += times.total_ps();
+            sum = times.total_ps().saturating_add(sum);
             moved += u64::from(load.moved);
             self.loads += 1;
             self.before += load.imbalance_before();
@@ -188,7 +188,7 @@ impl<'a> Server<'a> {
             SyncRule::Placement { bytes_per_s } => at_rate_ps(moved * self.spec.model.expert_bytes(), bytes_per_s),
             _ => 0,
         };
-        let experts = u128::from(sum + placed) * u128::from(layers) / u128::from(sampled);
+        let experts = (u128::from(sum) + u128::from(placed)) * u128::from(layers) / u128::from(sampled);
         Ok(u64::try_from(experts).unwrap_or(u64::MAX).saturating_add(self.outside_ps(&work, batch)))
     }
 
@@ -213,7 +213,10 @@ impl<'a> Server<'a> {
     fn outside_ps(&self, work: &LayerWork, batch: &ultraep_schedule::Batch) -> u64 {
         let dense = 6 * u64::from(self.spec.model.hidden) * u64::from(self.spec.model.dense_width);
         let most = (0..self.spec.limits.ranks).map(|rank| batch.tokens_of_rank(rank)).max().unwrap_or(0);
-        let each = work.forward.rest_ps + at_rate_ps(most * dense, self.spec.machine.calibrated.forward_flops_per_s);
+        let each = work
+            .forward
+            .rest_ps
+            .saturating_add(at_rate_ps(most * dense, self.spec.machine.calibrated.forward_flops_per_s));
         u64::from(self.spec.model.dense_layers).saturating_mul(each)
     }
 }

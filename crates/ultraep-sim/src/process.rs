@@ -11,9 +11,12 @@
 //! `spread` is how much sources differ. A source's choices are shared in proportion to its weights, exactly `tokens top_k` in
 //! all and at most `tokens` for one expert (a token's experts are distinct). Integers throughout.
 
+use std::sync::Arc;
+
 use crate::SimError;
 use crate::error::within;
 use crate::random::{ONE, exp2, heavy, normal, random};
+use crate::recorded::RecordedLoads;
 
 /// What a [`LoadProcess`] is made from. Deviations are in thousandths of an octave.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,6 +52,7 @@ pub struct LoadProcess {
     exponents: Vec<i64>,
     weights: Vec<u64>,
     capped: Vec<bool>,
+    recorded: Option<Arc<RecordedLoads>>,
 }
 
 const SKEW: u32 = 1;
@@ -73,7 +77,21 @@ impl LoadProcess {
             within(what, u64::from(got), 0, MAX_DEVIATION)?;
         }
         let experts = params.experts as usize;
-        Ok(Self { params, exponents: vec![0; experts], weights: vec![0; experts], capped: vec![false; experts] })
+        Ok(Self {
+            params,
+            exponents: vec![0; experts],
+            weights: vec![0; experts],
+            capped: vec![false; experts],
+            recorded: None,
+        })
+    }
+
+    /// One that gives recorded counts; of `params` only the shape and the seed matter.
+    pub fn recorded(params: ProcessParams, loads: Arc<RecordedLoads>) -> Result<Self, SimError> {
+        let (ranks, experts) = (loads.ranks() as u64, loads.experts() as u64);
+        within("ranks of a load process", u64::from(params.ranks), ranks, ranks)?;
+        within("experts of a load process", u64::from(params.experts), experts, experts)?;
+        Ok(Self { recorded: Some(loads), ..Self::new(params)? })
     }
 
     /// What it was made from.
@@ -96,6 +114,11 @@ impl LoadProcess {
         out: &mut Vec<u32>,
     ) {
         let ProcessParams { ranks, experts, seed, skew_milli, drift_milli, spread_milli, .. } = self.params;
+        if let Some(recorded) = &self.recorded {
+            out.clear();
+            out.extend_from_slice(recorded.counts(layer, step, microbatch));
+            return;
+        }
         let moment = u64::from(step) << 32 | u64::from(microbatch);
         let heat = self.heat(layer);
         let mut lasting = random(seed, SKEW, u64::from(layer), 0);

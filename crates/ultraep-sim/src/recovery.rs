@@ -7,7 +7,7 @@ use crate::model::ModelSpec;
 /// of all layers, read over the scale-out links of the ranks that take them in, evenly.
 pub fn recovery_ps(machine: &Machine, model: &ModelSpec, ranks: u32) -> u64 {
     let each = u64::from(model.experts).div_ceil(u64::from(ranks.max(1)));
-    let bytes = 16 * model.expert_parameters() * each * u64::from(model.moe_layers());
+    let bytes = (16 * model.expert_parameters() * each).saturating_mul(u64::from(model.moe_layers()));
     // One expert of one layer is the least that a rank takes in.
     let takers = u64::from(ranks.saturating_sub(1)).clamp(1, each * u64::from(model.moe_layers()).max(1));
     at_rate_ps(bytes.div_ceil(takers), machine.scale_out_bytes_per_s)

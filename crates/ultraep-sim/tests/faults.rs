@@ -2,11 +2,14 @@
 
 mod common;
 
+use std::sync::Arc;
+
 use common::{step, system};
 use ultraep_baselines::PolicyKind;
 use ultraep_plan::FULL_SPEED;
 use ultraep_sim::{
-    Fidelity, FitTarget, Jitter, Mistake, Pipeline, SimError, StepSpec, fit_process, recovery_ps, simulate_step,
+    Fidelity, FitTarget, Jitter, LoadProcess, Mistake, Pipeline, RecordedLoads, SimError, StepSpec, fit_process,
+    recovery_ps, simulate_step,
 };
 
 fn run(spec: &StepSpec, policy: PolicyKind) -> u64 {
@@ -82,8 +85,27 @@ fn a_bad_step_is_refused() {
         simulate_step(&spec, &system(PolicyKind::None), Fidelity::ClosedForm, false).expect_err("refused").to_string()
     };
     assert!(refused(|s| s.pipeline.stages = 7).contains("7 pipeline parts for 6 layers"));
-    assert!(refused(|s| s.speeds = vec![1]).contains("1 values for 8 ranks"));
+    assert!(refused(|s| s.speeds = vec![1]).contains("speeds: 1 values where 8 belong"));
     assert!(refused(|s| s.domain_ranks = 3).contains("domains of 3"));
     assert!(refused(|s| s.model.dense_layers = 6).contains("layers with experts 0"));
     assert!(refused(|s| s.slots = 65).contains("65 slots"));
+}
+
+#[test]
+fn recorded_counts_take_the_place_of_generated_ones() {
+    let spec = step();
+    let mut process = LoadProcess::new(spec.process).expect("valid");
+    let mut matrix = |layer, step, microbatch| {
+        let mut counts = Vec::new();
+        process.counts(layer, step, microbatch, &mut counts);
+        counts
+    };
+    // Three steps of history and the one that counts.
+    let mut layer = |l| (0..4).flat_map(|s| [matrix(l, s, 0), matrix(l, s, 1)]).collect::<Vec<_>>();
+    let layers = (0..5).map(&mut layer).collect();
+    let recorded = RecordedLoads::new((8, 32), 2, layers).expect("valid");
+    let replayed = StepSpec { recorded: Some(Arc::new(recorded)), ..step() };
+    for policy in [PolicyKind::None, PolicyKind::Eplb, PolicyKind::Ultraep] {
+        assert_eq!(run(&replayed, policy), run(&spec, policy), "{policy}");
+    }
 }

@@ -92,6 +92,7 @@ pub(crate) fn step() -> StepSpec {
             layer_spread_milli: 0,
             seed: 7,
         },
+        recorded: None,
         speeds: Vec::new(),
         speeds_known: true,
         mistake: Mistake::None,

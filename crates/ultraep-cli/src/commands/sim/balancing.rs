@@ -8,7 +8,8 @@ use ultraep_sim::{
     Balancer, FitTarget, LayerLoad, LoadProcess, Machine, ModelSpec, ProcessParams, System, fit_process,
 };
 
-use super::files::{Case, Grid, Metric, Paper, Plan, machine, model, systems};
+use super::files::{machine, model, systems};
+use super::plan_file::{Case, Grid, Metric, Paper, Plan};
 use super::record::{Along, CaseRecord, rows};
 use super::training::in_parallel;
 use crate::error::CliError;

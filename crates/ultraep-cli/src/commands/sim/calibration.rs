@@ -5,7 +5,7 @@ use std::io::Write;
 use ultraep_sim::Calibrated;
 use ultraep_sim::calibrate::{Breakdown, Target, calibrate};
 
-use super::files::{Calibration, Plan};
+use super::plan_file::{Calibration, Plan};
 use super::training::prepare;
 use crate::error::CliError;
 

@@ -3,9 +3,11 @@
 mod balancing;
 mod calibration;
 mod files;
+mod plan_file;
 mod plots;
 mod prefill;
 mod record;
+mod recording;
 mod sweep;
 mod timeline;
 mod training;
@@ -14,7 +16,8 @@ use std::io::Write;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
-use self::files::{Experiment, Metric, PLANS, Plan, machine, plan, systems};
+use self::files::{PLANS, machine, plan, systems};
+use self::plan_file::{Case, Experiment, Metric, Plan};
 use self::record::{CaseRecord, Record, load_words, rows};
 use self::training::{figures, in_parallel, prepare, relate, step};
 use super::write_json;
@@ -44,6 +47,12 @@ pub(crate) struct Args {
     /// Write a timeline of the last system but `ideal` on the first case, at the event level (Chrome trace, for Perfetto)
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
+    /// closed-form or events, instead of what the plan says
+    #[arg(long, value_name = "FIDELITY", value_parser = fidelity)]
+    fidelity: Option<Fidelity>,
+    /// Another seed than the plan's
+    #[arg(long, value_name = "SEED")]
+    seed: Option<u32>,
     /// Threads; the result does not depend on them [default: all cores]
     #[arg(long, value_name = "N")]
     threads: Option<NonZeroUsize>,
@@ -54,7 +63,9 @@ pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<(), CliError> {
     let Some(name) = &args.plan else {
         return Err(CliError::Input(format!("no plan: allowed are a file or one of {}", known())));
     };
-    let plan = plan(name)?;
+    let mut plan = plan(name)?;
+    plan.fidelity = args.fidelity.unwrap_or(plan.fidelity);
+    plan.seed = args.seed.unwrap_or(plan.seed);
     let threads = args.threads.or_else(|| std::thread::available_parallelism().ok()).map_or(1, NonZeroUsize::get);
     if plan.experiment == Experiment::Calibration {
         return calibration::run(&plan, out);
@@ -81,6 +92,14 @@ pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<(), CliError> {
     if args.json { write_json(out, &record) } else { record.print(out) }
 }
 
+fn fidelity(text: &str) -> Result<Fidelity, String> {
+    match text {
+        "closed-form" => Ok(Fidelity::ClosedForm),
+        "events" => Ok(Fidelity::Events),
+        _ => Err("allowed are closed-form and events".to_owned()),
+    }
+}
+
 fn trace(plan: &Plan, path: &Path) -> Result<(), CliError> {
     let case = &plan.case[0];
     let systems = systems(&plan.systems, case.microbatches)?;
@@ -105,7 +124,7 @@ fn training_cases(plan: &Plan, threads: usize) -> Result<Vec<CaseRecord>, CliErr
     }
     let run = |job: usize| step(&ready[jobs[job].0], &jobs[job].1, plan.fidelity, false);
     let reports = in_parallel(jobs.len(), threads, run)?;
-    let case = |(index, case): (usize, &files::Case)| {
+    let case = |(index, case): (usize, &Case)| {
         let of = || jobs.iter().zip(&reports).filter(|((of, _), _)| *of == index);
         let mut all: Vec<_> = of().map(|((_, system), report)| (system.name.clone(), figures(report))).collect();
         relate(&mut all);

@@ -8,7 +8,7 @@ use plotters::coord::Shift;
 use plotters::prelude::*;
 use ultraep_run::write_atomically;
 
-use super::files::Metric;
+use super::plan_file::Metric;
 use super::record::{CaseRecord, Record};
 use crate::error::CliError;
 

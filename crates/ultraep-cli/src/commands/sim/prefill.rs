@@ -6,7 +6,8 @@ use ultraep_baselines::HistoryParams;
 use ultraep_schedule::{Arrival, ArrivalSpec, Lengths, Limits, arrivals};
 use ultraep_sim::{PrefillReport, PrefillSpec, System, simulate_prefill};
 
-use super::files::{Case, Metric, Plan, Prefill, systems};
+use super::files::systems;
+use super::plan_file::{Case, Metric, Plan, Prefill};
 use super::record::{Along, CaseRecord, load_words, rows};
 use super::training::{Ready, in_parallel, prepare, relate};
 use crate::error::CliError;
@@ -21,6 +22,12 @@ pub(super) fn run(plan: &Plan, threads: usize) -> Result<Vec<CaseRecord>, CliErr
     };
     let lengths = Lengths::new(prefill.least_tokens, prefill.most_tokens).map_err(CliError::input)?;
     let pool = lengths.draw(prefill.requests as usize, u64::from(plan.seed));
+    if let Some(case) = plan.case.iter().find(|case| case.load.recording.is_some()) {
+        let name = &case.name;
+        return Err(CliError::Input(format!(
+            "case {name:?}: load: `recording` has batches of its own: allowed in training"
+        )));
+    }
     let ready = in_parallel(plan.case.len(), threads, |index| prepare(&plan.case[index], &plan.machine, plan.seed))?;
     let mut jobs = Vec::new();
     for (case, settings) in plan.case.iter().enumerate() {

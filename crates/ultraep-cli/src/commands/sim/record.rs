@@ -7,7 +7,7 @@ use comfy_table::{CellAlignment, Table, presets};
 use serde::Serialize;
 use ultraep_sim::{Fit, SystemReport};
 
-use super::files::{Experiment, Metric, Paper, Plan};
+use super::plan_file::{Experiment, Metric, Paper, Plan};
 use crate::error::CliError;
 
 /// `ultraep.sim/1`.

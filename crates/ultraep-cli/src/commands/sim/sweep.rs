@@ -6,7 +6,8 @@ use std::io::Write;
 use comfy_table::{CellAlignment, Table, presets};
 use serde::Serialize;
 
-use super::files::{Case, Metric, Plan, Sweep, systems};
+use super::files::{model, systems};
+use super::plan_file::{Case, Metric, Plan, Sweep};
 use super::training::{figures, in_parallel, prepare, relate, step};
 use crate::error::{CliError, note};
 
@@ -127,7 +128,7 @@ fn combinations(base: &Case, sweep: &Sweep) -> Vec<Case> {
 
 /// Whether there is such a group.
 fn exists(case: &Case) -> Result<bool, CliError> {
-    let model = super::files::model(&case.model)?;
+    let model = model(&case.model)?;
     let domain = case.domain.unwrap_or(1);
     let experts = case.experts.unwrap_or(model.experts);
     Ok(domain > 0 && case.ranks.is_multiple_of(domain) && experts >= case.ranks)

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use ultraep_plan::FULL_SPEED;
@@ -11,7 +11,9 @@ use ultraep_sim::{
     fit_process, simulate_step,
 };
 
-use super::files::{Case, Metric, machine, model, systems};
+use super::files::{machine, model, systems};
+use super::plan_file::{Case, Metric};
+use super::recording;
 use crate::error::CliError;
 
 /// Layers that a load process is fitted on at most.
@@ -73,6 +75,7 @@ pub(super) fn prepare(case: &Case, machine_name: &str, seed: u32) -> Result<Read
         recompute: case.recompute,
         layers_sampled: case.layers_sampled.min(model.moe_layers()),
         process,
+        recorded: None,
         speeds,
         speeds_known: case.speeds_known,
         mistake,
@@ -81,10 +84,19 @@ pub(super) fn prepare(case: &Case, machine_name: &str, seed: u32) -> Result<Read
         machine,
     };
     let in_case = |error: ultraep_sim::SimError| CliError::Input(format!("case {:?}: {error}", case.name));
+    if let Some(path) = &case.load.recording {
+        let recorded = recording::read(path, case, spec.ranks, spec.model.experts)?;
+        spec.layers_sampled = spec.layers_sampled.min(recorded.layers() as u32);
+        spec.recorded = Some(Arc::new(recorded));
+        return Ok(Ready { spec, fit: None });
+    }
     let fit = match case.load.none {
         None if case.load.skew.is_some() => None,
         None => {
-            return Err(CliError::Input(format!("case {:?}: load: give `none` (to fit to) or `skew`", case.name)));
+            return Err(CliError::Input(format!(
+                "case {:?}: load: give `none` (to fit to), `skew` or `recording`",
+                case.name
+            )));
         }
         Some(none_permille) => {
             let target = FitTarget {
