@@ -8,7 +8,7 @@ import { histogram, lines } from "./lines.js";
 // to go to.
 export function overviewView(data, links) {
   const about = data.about;
-  const layers = `${data.layers.length} ${data.layers.length === 1 ? "layer" : "layers"}`;
+  const layers = `${data.layer_count} ${data.layer_count === 1 ? "layer" : "layers"}`;
   return [
     html("h1", { class: "path" }, about.title),
     html("p", { class: "faint" },
@@ -92,7 +92,9 @@ function layersTable(data, links) {
     links ? html("a", { href: links.layer(line.layer) }, `layer ${line.layer}`) : `layer ${line.layer}`,
     ratio(line.before_mean), ratio(line.before_worst), ratio(line.after_mean), ratio(line.after_worst),
   ]);
-  return html("div", { class: "tall" }, table(["layer", "mean as routed", "worst", "mean after", "worst after"], rows));
+  const left = data.layer_count - rows.length;
+  return [html("div", { class: "tall" }, table(["layer", "mean as routed", "worst", "mean after", "worst after"], rows)),
+    left > 0 ? html("p", { class: "faint" }, `and ${left} more`) : null];
 }
 
 function runCards(run) {

@@ -78,6 +78,8 @@ pub(crate) struct Overview {
     distribution: Histogram,
     series: Series,
     worst: Vec<Case>,
+    layer_count: usize,
+    /// The first of them.
     layers: Vec<LayerLine>,
     run: Option<RunJson>,
 }
@@ -237,6 +239,7 @@ impl Entry {
             distribution: Histogram::of(&summary.before, &summary.after),
             series: Series::of((0..summary.columns()).filter_map(|column| summary.over_layers(column))),
             worst: summary.worst.iter().map(Case::of).collect(),
+            layer_count: summary.layers.len(),
             layers: summary.layers.iter().take(LAYERS_MAX).map(|(&id, layer)| LayerLine::of(id, layer)).collect(),
             run: state.run.clone(),
         }
