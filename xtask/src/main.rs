@@ -40,6 +40,12 @@ enum Task {
         #[arg(long, value_name = "FOLDER")]
         screenshots: Option<PathBuf>,
     },
+    /// Weight sync and grad reduce of random plans in all formats, on threads and on processes: every bit
+    Streams {
+        /// Plans on each fabric
+        #[arg(long, default_value_t = 1000)]
+        plans: u32,
+    },
     /// Commands that read whole traces take the same memory whatever the size (Linux)
     Memory {
         /// Size of the trace that is generated
@@ -52,6 +58,27 @@ enum Task {
         #[arg(long, default_value_t = 20)]
         rounds: u32,
     },
+    /// The runtime under seeded schedules with faults: `cargo xtask simulate --help`
+    #[command(disable_help_flag = true)]
+    Simulate {
+        /// For the command behind it
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
+    /// Ranks' processes killed at whatever instruction: `cargo xtask kill-anytime --help`
+    #[command(disable_help_flag = true)]
+    KillAnytime {
+        /// For the command behind it
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
+    /// Ranks lost at each operation in each way: `cargo xtask kill-points --help`
+    #[command(disable_help_flag = true)]
+    KillPoints {
+        /// For the command behind it
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
 }
 
 fn main() -> ExitCode {
@@ -62,8 +89,12 @@ fn main() -> ExitCode {
         Task::Grid => cargo(["bench", "--locked", "-p", "ultraep-plan", "--bench", "grid"]),
         Task::Speed => cargo(["bench", "--locked", "-p", "ultraep-plan", "--bench", "speed"]),
         Task::Browser { screenshots } => browser(screenshots),
+        Task::Streams { plans } => streams(plans),
         Task::Memory { megabytes } => memory::check(megabytes),
         Task::Soak { rounds } => soak(rounds),
+        Task::Simulate { arguments } => faults("simulate", arguments),
+        Task::KillAnytime { arguments } => faults("kill-anytime", arguments),
+        Task::KillPoints { arguments } => faults("kill-points", arguments),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -136,6 +167,12 @@ fn digests() -> Result<(), String> {
     Ok(())
 }
 
+/// A command of `ultraep-faults`.
+fn faults(command: &str, arguments: Vec<String>) -> Result<(), String> {
+    let run = ["run", "--quiet", "--locked", "--release", "-p", "ultraep-faults", "--", command];
+    cargo(run.into_iter().map(String::from).chain(arguments))
+}
+
 /// The same tests as in `cargo test`, but a missing Chromium is a failure.
 fn browser(screenshots: Option<PathBuf>) -> Result<(), String> {
     let mut command = Command::new("cargo");
@@ -145,6 +182,16 @@ fn browser(screenshots: Option<PathBuf>) -> Result<(), String> {
         command.env("ULTRAEP_SCREENSHOTS", folder);
     }
     run(command.env("ULTRAEP_REQUIRE_BROWSER", "1"))
+}
+
+/// Groups of the conformance suite's cases that run random plans.
+const STREAM_GROUPS: u32 = 5;
+
+fn streams(plans: u32) -> Result<(), String> {
+    let mut command = Command::new("cargo");
+    command.args(["test", "--locked", "--release", "-p", "ultraep-fabric", "--test", "conformance", "--", "streams_"]);
+    command.env("STREAM_PLANS", plans.div_ceil(STREAM_GROUPS).to_string()).current_dir(root());
+    run(&mut command)
 }
 
 fn soak(rounds: u32) -> Result<(), String> {

@@ -300,6 +300,31 @@ fn bench_weight_sync_predicts_by_a_model() {
     ultraep(&one).assert().success().stdout(contains("predicted by a model").and(contains("of bound"))).stderr("");
 }
 
+/// Weight sync and grad reduce are measured beside the machine's limit, whatever the format; replicas are checked by the command.
+#[test]
+fn bench_measures_what_is_moved() {
+    let small = ["--ranks", "3", "--ratio", "2", "--expert-bytes", "20000,70000", "--iterations", "1"];
+    for format in ["bf16", "fp8-e8m0"] {
+        let more = ["--format", format, "--tile-bytes", "4096", "--chunk-bytes", "16384", "--workers", "1", "--json"];
+        let record = json(&[&["bench", "weight-sync"][..], &small, &more].concat());
+        assert_eq!((record["schema"].as_str(), record["source"].as_str()), (Some("ultraep.moved/1"), Some("measured")));
+        let lines = record["lines"].as_array().unwrap();
+        assert_eq!(lines.len(), 2);
+        for line in lines {
+            let (bytes, replicas) = (line["expert_bytes"].as_u64().unwrap(), line["replicas"].as_u64().unwrap());
+            assert!(replicas > 0 && line["limit_ns"].as_u64() > Some(0), "{line}");
+            for of_mode in line["modes"].as_array().unwrap() {
+                assert_eq!(of_mode["written_bytes"].as_u64(), Some(bytes * replicas), "every replica once: {of_mode}");
+                assert!(of_mode["p50_ns"].as_u64() > Some(0) && of_mode["predicted_ns"].as_u64() > Some(0));
+            }
+        }
+    }
+    let record = json(&[&["bench", "grad-reduce"][..], &small, &["--json"]].concat());
+    let line = &record["lines"][0];
+    assert_eq!(line["modes"][0]["read_bytes"], line["modes"][0]["written_bytes"]);
+    ultraep(&[&["bench", "grad-reduce"][..], &small].concat()).assert().success().stdout(contains("of limit"));
+}
+
 fn predicted_direct(line: &serde_json::Value) -> u64 {
     line["modes"].as_array().unwrap().iter().find(|m| m["mode"] == "direct").unwrap()["predicted_ns"].as_u64().unwrap()
 }
@@ -370,7 +395,9 @@ fn bad_input_is_one_clear_line() {
         (words("bench plan --tokens 4294967295"), "tokens in all: allowed are up to 2147483647"),
         (words("bench plan --workload worst"), "no workload \"worst\": allowed are balanced, "),
         (words("bench split --iterations 0"), "allowed are 1 to 10000000"),
-        (words("bench weight-sync"), "measuring is not built yet: add --model"),
+        (words("bench weight-sync --ratio 2,99"), "ratio 99: this workload reaches"),
+        (words("bench weight-sync --format fp4"), "no format is called `fp4`: allowed are bf16, f16, f32, fp8-f32"),
+        (words("bench weight-sync --model --expert-bytes 1000,2000"), "--expert-bytes: --model takes one size"),
         (words("bench weight-sync --model --chunk-bytes 0"), "in chunks of 0: allowed are 1 to 4096 chunks"),
         (words("bench weight-sync --model --chunk-bytes 64"), "in chunks of 64: allowed are 1 to 4096 chunks"),
         (words("bench weight-sync --model --hop-ns 5000000000"), "hop of 5000000000 ns: allowed are 0 to 4294967295"),
@@ -396,6 +423,7 @@ fn help_has_examples_and_version_is_printed() {
         &["bench", "split"],
         &["bench", "reroute"],
         &["bench", "weight-sync"],
+        &["bench", "grad-reduce"],
     ] {
         let args = [command, &["--help"]].concat();
         ultraep(&args).assert().success().stdout(contains("Examples:\n  ultraep ")).stderr("");

@@ -208,9 +208,9 @@ fn started(bench: &Bench, arguments: &[&str]) -> (Child, BufReader<std::process:
     let mut child = command.args(arguments).stderr(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
     let stderr = BufReader::new(child.stderr.take().unwrap());
     let deadline = Instant::now() + Duration::from_secs(60);
-    let saved =
-        || fs::read_dir(bench.path("runs")).ok()?.next()?.ok()?.path().join("checkpoints").read_dir().ok()?.next();
-    while saved().is_none() {
+    // A checkpoint that is whole: one still being written has another name.
+    let run = || fs::read_dir(bench.path("runs")).ok()?.next()?.ok();
+    while run().is_none_or(|run| ultraep_train::find_checkpoint(&run.path()).is_err()) {
         assert!(Instant::now() < deadline, "no step within a minute");
         std::thread::sleep(Duration::from_millis(50));
     }

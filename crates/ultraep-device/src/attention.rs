@@ -1,12 +1,13 @@
 //! Causal multi-head self-attention with rotary position embedding, forward and backward.
 //!
 //! Input is the fused projection `qkv`, `[sequences * tokens, 3 * heads * head_dim]`, each row `q`, `k`, `v` side by side;
-//! output is `[sequences * tokens, heads * head_dim]`. Probabilities are not kept: backward recomputes them, head by
-//! head, so that the scratch memory is one head's.
+//! output is `[sequences * tokens, heads * head_dim]`. The forward is [`crate::cache`]'s, over a cache that starts empty.
+//! Probabilities are not kept: backward recomputes them, head by head, so that the scratch memory is one head's.
 //!
 //! Rotary embedding (Su et al., RoFormer, section 3.2.2), in the half-split form: element `i` of the first half of a
 //! head is rotated with element `i` of the second half by `position / 10000^(2i / head_dim)`.
 
+use crate::cache::{CacheWorkspace, KvCache};
 use crate::math;
 use crate::matmul::{Matrix, MatrixMut, Output, multiply, multiply_transposed, transposed_multiply};
 
@@ -42,7 +43,12 @@ impl Rotary {
         Self { cos: angles(f64::cos), sin: angles(f64::sin), half }
     }
 
-    fn rotate(&self, position: usize, row: &[f32], out: &mut [f32], direction: f32) {
+    /// Positions in the tables.
+    pub fn positions(&self) -> usize {
+        self.cos.len().checked_div(self.half).unwrap_or(0)
+    }
+
+    pub(crate) fn rotate(&self, position: usize, row: &[f32], out: &mut [f32], direction: f32) {
         let table = position * self.half..(position + 1) * self.half;
         let (cos, sin) = (&self.cos[table.clone()], &self.sin[table]);
         let ((a, b), (out_a, out_b)) = (row.split_at(self.half), out.split_at_mut(self.half));
@@ -63,6 +69,8 @@ pub struct AttentionWorkspace {
     d_scores: Vec<f32>,
     d_q: Vec<f32>,
     d_k: Vec<f32>,
+    cache: Option<KvCache>,
+    forward: CacheWorkspace,
 }
 
 impl AttentionShape {
@@ -107,19 +115,15 @@ impl AttentionShape {
         }
     }
 
-    /// `out = softmax(causal(q kᵀ / sqrt(head_dim))) v`.
+    /// `out = softmax(causal(q kᵀ / sqrt(head_dim))) v`, by the kernel that serving uses ([`crate::cache`]).
     pub fn forward(self, rotary: &Rotary, qkv: &[f32], out: &mut [f32], ws: &mut AttentionWorkspace) {
-        let Self { tokens, head_dim, .. } = self;
-        self.resize(ws);
-        for sequence in 0..self.sequences {
-            for head in 0..self.heads {
-                let origin = self.origin(sequence, head);
-                self.attend(rotary, qkv, origin, ws);
-                let v = Matrix::strided(&qkv[origin + 2 * self.width()..], tokens, head_dim, self.stride());
-                let at = sequence * tokens * self.width() + head * head_dim;
-                let out = MatrixMut::strided(&mut out[at..], tokens, head_dim, self.width());
-                multiply(Matrix::new(&ws.probabilities, tokens, tokens), v, out, Output::Replace);
-            }
+        let rows = self.tokens * self.width();
+        let fits = |c: &KvCache| c.fits(self.heads, self.head_dim, self.tokens);
+        let cache = ws.cache.take().filter(fits);
+        let cache = ws.cache.insert(cache.unwrap_or_else(|| KvCache::new(self.heads, self.head_dim, self.tokens)));
+        for (qkv, out) in qkv.chunks_exact(3 * rows).zip(out.chunks_exact_mut(rows)).take(self.sequences) {
+            cache.clear();
+            cache.attend(rotary, qkv, out, &mut ws.forward);
         }
     }
 

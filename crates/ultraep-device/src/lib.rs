@@ -8,6 +8,7 @@
 //! bitwise equal whatever plan its tokens were balanced by; see [`ROW_TILE`].
 
 pub mod attention;
+pub mod cache;
 pub mod expert;
 pub mod math;
 pub mod matmul;

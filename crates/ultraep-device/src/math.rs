@@ -79,10 +79,16 @@ pub fn swiglu_backward(fc1: &mut [f32], hidden: &mut [f32], d_hidden: &[f32], in
 
 /// `row = softmax(scale * row)`, with the largest element subtracted first; the sum runs in [`dot`]'s fixed order.
 pub fn softmax(row: &mut [f32], scale: f32) {
-    let largest = row.iter().fold(f32::NEG_INFINITY, |m, &x| m.max(x));
-    let sum = Arch::new().dispatch(
+    Arch::new().dispatch(
         #[inline(always)]
         || {
+            let mut largest = [f32::NEG_INFINITY; LANES];
+            let chunks = row.chunks_exact(LANES);
+            chunks.remainder().iter().zip(&mut largest).for_each(|(&x, l)| *l = l.max(x));
+            for chunk in chunks {
+                largest.iter_mut().zip(chunk).for_each(|(l, &x)| *l = if x > *l { x } else { *l });
+            }
+            let largest = largest.iter().fold(f32::NEG_INFINITY, |m, &x| m.max(x));
             let mut partial = [0f32; LANES];
             let mut chunks = row.chunks_exact_mut(LANES);
             for chunk in &mut chunks {
@@ -95,11 +101,10 @@ pub fn softmax(row: &mut [f32], scale: f32) {
                 *x = exp((*x - largest) * scale);
                 *p += *x;
             }
-            partial.iter().sum::<f32>()
+            let inverse = 1.0 / partial.iter().sum::<f32>();
+            row.iter_mut().for_each(|x| *x *= inverse);
         },
     );
-    let inverse = 1.0 / sum;
-    row.iter_mut().for_each(|x| *x *= inverse);
 }
 
 /// Gradient of [`softmax`]'s input from that of its output `d` (overwritten) and its output `p`.

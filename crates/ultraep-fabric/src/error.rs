@@ -108,6 +108,12 @@ pub enum FabricError {
         /// Why.
         reason: JoinError,
     },
+    /// This backend's windows cannot be touched by loads and stores.
+    #[error("rank {rank}: this fabric gives no direct access to windows")]
+    NoDirectAccess {
+        /// The caller.
+        rank: Rank,
+    },
     /// The group cannot be started as specified.
     #[error("group of ranks: {what}: {asked} asked, at most {limit} possible")]
     Spec {

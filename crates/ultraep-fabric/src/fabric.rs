@@ -1,5 +1,6 @@
 //! The trait that carries every backend.
 
+use crate::stream::Direct;
 use crate::{Completion, FabricError, Operation, Region, Ticket, WindowId};
 use ultraep_plan::Rank;
 
@@ -70,6 +71,12 @@ pub trait Fabric: Send {
     fn run(&mut self, operation: Operation<'_>, stamp: u64) -> Result<Completion, FabricError> {
         let ticket = self.submit(operation, stamp)?;
         self.wait(ticket)
+    }
+
+    /// Loads and stores to peers' parts of open windows, where windows are memory of this machine; `None` where they are not, and
+    /// put and get must do.
+    fn direct(&mut self) -> Option<&mut dyn Direct> {
+        None
     }
 
     /// Ends this rank's part properly. Dropping an endpoint instead means that the rank was lost: ranks that wait for it,

@@ -14,7 +14,8 @@
 //! [`processes::join`] do the same with programs. Both hand out a `Box<dyn Fabric>`: [`Fabric::submit`], [`Fabric::poll`],
 //! [`Fabric::wait`] take an [`Operation`] through its life, [`Fabric::run`] does all at once, [`Fabric::leave`] ends. Memory is
 //! a [`Region`], read and written through guards. `examples/1_hello_ranks.rs` shows all of it on a page,
-//! `examples/2_measure_fabric.rs` measures it.
+//! `examples/2_measure_fabric.rs` measures it. [`simulated`] runs ranks under a seeded scheduler, for tests:
+//! `examples/3_find_a_bug.rs`.
 //!
 //! # How it works
 //! All state that ranks share lies in one segment (`shared/layout.rs` has the table of its sections); references between
@@ -36,14 +37,14 @@
 //! | permits    | `Permits::word`              | `give_back`: nothing but order                            | `ask` |
 //! | signal     | a signal word                | `signal`: the rank's earlier puts                         | `signal_value` |
 //! | event      | `Doorbell::event`            | `ring`: the signal word                                   | `sleep_unless` |
-//! | failure    | `Header::failure`, and bit 0 of each futex word | `fail`: the reporter's record; that the group has failed | `failure`; every waiter |
+//! | failure    | `Cause::word`, and bit 0 of each futex word | `Cause::set`: the reporter's record; `mark_failed`: that the group has failed | `Cause::get`; every waiter |
 //! | borrow     | `Borrow::state` of a region  | the end of a guard, hold or epoch: the content            | the start of the next |
-//! | status     | `Control::status`            | `join` and `depart`: that a rank is there or gone         | the supervisor, `departed` |
+//! | status     | `Status::word`               | `start`, `go`: that a rank is there or gone               | `gone`: the supervisor, who meets a gone rank |
 //!
 //! Two places need a sequentially consistent fence at both ends, as each side writes one word and reads the other's (store
 //! buffering): `generation` against `sleepers` (`turn` / `sleep`), and `event` against `listening` (`ring` / `sleep_unless`).
 //! Either the sleeper sees the change, or the waker sees the sleeper. `tests/loom.rs` explores the interleavings of all of
-//! these but the failure record and the status.
+//! these.
 //!
 //! Relaxed words: those ordered by `turn` and `generation` (the control block, sizes, stamp), and hints for messages
 //! (`activity`, `computing`, `Permits::taken`).
@@ -56,7 +57,9 @@ mod operation;
 pub mod processes;
 mod region;
 mod shared;
+pub mod simulated;
 mod spec;
+pub mod stream;
 mod sync;
 #[cfg(test)]
 mod tests;

@@ -137,7 +137,7 @@ impl Operation<'_> {
 
 macro_rules! operation_kinds {
     ($($name:ident = $code:literal, $text:literal;)*) => {
-        /// The kinds of operation, and the two other things that a rank may wait for. For errors.
+        /// The kinds of operation, and the other things that a rank may wait for. For errors.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
         #[non_exhaustive]
         #[repr(u8)]
@@ -179,6 +179,7 @@ operation_kinds! {
     AllReduceSumF32 = 10, "all-reduce";
     CorePermit = 11, "core permit";
     Leave = 12, "leave";
+    Stream = 20, "tile stream";
 }
 
 /// A collective as its ranks compare it.

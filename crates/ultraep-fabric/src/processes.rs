@@ -5,8 +5,7 @@
 //! [`join`] with the [`JoinInfo`] from its command line. A child that dies marks its rank lost in the segment, so that the
 //! others end with an error that names it; children die with the parent; the segment goes with the last mapping.
 
-use crate::shared::{Endpoint, Failure, Layout, SEALS, STATUS_ABSENT, STATUS_RUNNING, Segment};
-use crate::sync::Ordering;
+use crate::shared::{Endpoint, Failure, Layout, SEALS, Segment};
 use crate::{Fabric, FabricError, GroupError, GroupSpec, JoinError, Loss, OperationKind, PROTOCOL_VERSION, ProcessEnd};
 use core::fmt;
 use core::marker::PhantomData;
@@ -85,7 +84,8 @@ pub fn launch(spec: &GroupSpec, mut command: impl FnMut(Rank, JoinInfo) -> Comma
     let file = memory_file(layout.total_bytes)?;
     let segment = Segment::map(rustix::fd::AsFd::as_fd(&file), layout)?;
     segment.initialise(spec);
-    let mut group = Group { segment, members: Vec::new(), timeout: spec.timeout, failed: None, _thread: PhantomData };
+    let mut group =
+        Group { segment, members: Vec::new(), timeout: spec.timeout, failed: None, ended: None, _thread: PhantomData };
     for rank in group.segment.ranks() {
         let info = JoinInfo { fd: file.as_raw_fd(), rank };
         // On an error the group is dropped, which kills and reaps the members so far.
@@ -94,7 +94,7 @@ pub fn launch(spec: &GroupSpec, mut command: impl FnMut(Rank, JoinInfo) -> Comma
     Ok(group)
 }
 
-fn memory_file(bytes: usize) -> Result<OwnedFd, FabricError> {
+pub(crate) fn memory_file(bytes: usize) -> Result<OwnedFd, FabricError> {
     let failed = |call| move |error: rustix::io::Errno| FabricError::os(call, error);
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     let file = memfd_create(c"ultraep-fabric", flags).map_err(failed("memfd_create"))?;
@@ -115,9 +115,7 @@ pub fn join(spec: &GroupSpec, info: JoinInfo) -> Result<Box<dyn Fabric>, FabricE
     let fd = unsafe { BorrowedFd::borrow_raw(info.fd) };
     let layout = check_identity(spec, info, fd).map_err(refuse)?;
     let segment = Arc::new(Segment::map(fd, layout)?);
-    let status = &segment.control(rank).status;
-    // SYNC POINT status: pairs with the supervisor's load in `ended`, and decides who is the rank if two try.
-    if status.compare_exchange(STATUS_ABSENT, STATUS_RUNNING, Ordering::AcqRel, Ordering::Relaxed).is_err() {
+    if !segment.control(rank).status.start() {
         return Err(refuse(JoinError::Taken));
     }
     // SAFETY: the descriptor that `launch` let this process inherit for this very call (the segment says so, and that no one
@@ -163,6 +161,8 @@ pub struct Group {
     timeout: Duration,
     /// When the supervisor first saw that the group has failed.
     failed: Option<Instant>,
+    /// When a process ended last.
+    ended: Option<Instant>,
     _thread: PhantomData<*const ()>,
 }
 
@@ -242,7 +242,8 @@ impl Group {
 
     /// Supervises until all ranks have ended, and reaps them.
     ///
-    /// A child that ended by a signal, with a code other than 0, or without leaving, marks its rank lost. After the first
+    /// A child that ended by a signal, with a code other than 0, or without leaving, marks its rank lost. When some have left
+    /// and ended, those that have neither left nor ended are named after the group's timeout. After the first
     /// failure the rest have [`GRACE`] to end by themselves, then they are killed.
     ///
     /// # Errors
@@ -267,8 +268,12 @@ impl Group {
             let ended = member.child.try_wait().map_err(|error| FabricError::os("wait for a rank's process", error))?;
             if let Some(status) = ended {
                 member.status = Some(status);
+                self.ended = Some(Instant::now());
                 self.ended(Rank::new(index), status);
             }
+        }
+        if !self.segment.has_failed() {
+            self.expect_to_leave();
         }
         if self.segment.has_failed() {
             let since = *self.failed.get_or_insert_with(Instant::now);
@@ -279,6 +284,24 @@ impl Group {
             }
         }
         Ok(self.members.iter().all(|member| member.status.is_some()))
+    }
+
+    /// A rank that has left needs no other, so nobody but the supervisor waits for those that have not: they have as long as
+    /// any wait.
+    fn expect_to_leave(&self) {
+        let Some(waited) = self.ended.map(|ended| ended.elapsed()).filter(|waited| *waited >= self.timeout) else {
+            return;
+        };
+        let ranks = || self.segment.ranks().zip(&self.members);
+        let in_group = |rank: &Rank| self.segment.control(*rank).status.is_in_group();
+        let alive = ranks().filter(|(_, member)| member.status.is_none()).map(|(rank, _)| rank);
+        let missing: Vec<Rank> = alive.filter(in_group).collect();
+        // The record of a rank whose process has ended: nobody else writes it any more, and the first failure, which there was
+        // not when the process ended, is not in it.
+        let ended = ranks().find(|(_, member)| member.status.is_some());
+        if let Some((reporter, _)) = ended.filter(|_| !missing.is_empty()) {
+            self.segment.fail(reporter, &Failure::Timeout { missing, operation: OperationKind::Leave, waited });
+        }
     }
 
     /// Sleeps until a living member ends, at most `limit`.
@@ -294,9 +317,7 @@ impl Group {
 
     /// A rank's process has ended: unless it ended well, the rank is lost.
     fn ended(&self, rank: Rank, status: ExitStatus) {
-        let control = self.segment.control(rank);
-        // SYNC POINT status: pairs with `join` and `depart`.
-        let in_group = matches!(control.status.load(Ordering::Acquire), STATUS_ABSENT | STATUS_RUNNING);
+        let in_group = self.segment.control(rank).status.is_in_group();
         let loss = match (status.signal(), status.code()) {
             (Some(signal), _) => Loss::Killed { signal },
             (None, code) => Loss::Exited { code: code.unwrap_or(0) },

@@ -13,7 +13,7 @@ pub const SIGNALS: usize = 64;
 pub const MAX_WINDOWS: usize = 1024;
 
 /// Version of the layout and protocol of the shared segment. Ranks of another version are refused when they join.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;
 
 /// What a group is started with. Everything is sized here; nothing is allocated while running.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -1,5 +1,5 @@
 //! The one place atomics and the futex come from, so that a model checker can replace them: `tests/loom.rs` compiles the
-//! files that synchronise (`borrow.rs`, `shared/{turnstile,permits,doorbell,word}.rs`) against loom's.
+//! files that synchronise (`borrow.rs`, `shared/{cause,doorbell,permits,status,turnstile,word}.rs`) against loom's.
 //!
 //! Every acquire/release pair of the crate is marked `SYNC POINT` at both ends; the crate's documentation has the table.
 

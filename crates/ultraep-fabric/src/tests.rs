@@ -1,10 +1,15 @@
 //! What the conformance suite cannot see from outside: the segment's table, failure words, borrow states, copies.
 
 use crate::operation::{Collective, OperationKind};
-use crate::shared::{Failure, Layout, Segment};
-use crate::{AccessError, FabricError, FabricKind, GroupSpec, Loss, Region, copy};
+use crate::processes::{self, memory_file};
+use crate::shared::{Failure, Layout, MAGIC, Segment};
+use crate::sync::Ordering;
+use crate::{AccessError, FabricError, FabricKind, GroupSpec, Loss, PROTOCOL_VERSION, Region, copy};
 use core::time::Duration;
 use proptest::prelude::*;
+use rustix::fd::{AsFd, AsRawFd, OwnedFd};
+use rustix::fs::{SealFlags, fcntl_add_seals, ftruncate};
+use rustix::io::Errno;
 use ultraep_plan::Rank;
 
 fn spec(ranks: usize, windows: &[usize]) -> GroupSpec {
@@ -74,6 +79,52 @@ fn failures_survive_the_segment() {
         segment.fail(Rank::new(1), &Failure::Lost { rank: Rank::new(1), loss: Loss::Panicked });
         assert_eq!((segment.failure().as_ref(), segment.has_failed()), (Some(&failure), true));
     }
+}
+
+/// A file as `launch` makes it, for a group whose header `alter` has changed.
+fn segment_file(spec: &GroupSpec, alter: impl Fn(&Segment)) -> OwnedFd {
+    let layout = Layout::new(spec).expect("a small group");
+    let file = memory_file(layout.total_bytes).expect("memory");
+    let segment = Segment::map(file.as_fd(), layout).expect("a mapping");
+    segment.initialise(spec);
+    alter(&segment);
+    file
+}
+
+#[test]
+fn a_rank_of_another_version_or_configuration_is_refused_with_both_named() {
+    let spec = GroupSpec { config_digest: 0xabc, ..spec(2, &[100]) };
+    let refused = |file: &OwnedFd, spec: &GroupSpec| {
+        let info = format!("{}:1", file.as_raw_fd()).parse().expect("descriptor and rank");
+        processes::join(spec, info).err().expect("refused").to_string()
+    };
+    let later = segment_file(&spec, |segment| segment.header().version.store(7, Ordering::Relaxed));
+    assert_eq!(
+        refused(&later, &spec),
+        format!("rank 1 cannot join: protocol version {PROTOCOL_VERSION}, the group has 7")
+    );
+    let file = segment_file(&spec, |_| {});
+    let other = GroupSpec { config_digest: 0xdef, ..spec.clone() };
+    let digests = "rank 1 cannot join: config digest 0000000000000def, the group has 0000000000000abc";
+    assert_eq!(refused(&file, &other), digests);
+    let wider = GroupSpec { config_digest: 0xabc, ..self::spec(2, &[5000]) };
+    assert!(refused(&file, &wider).contains("windows differ"));
+    let torn = segment_file(&spec, |segment| segment.header().magic.store(MAGIC ^ 1, Ordering::Relaxed));
+    assert!(refused(&torn, &spec).contains("is not the segment of a group"));
+    // Nothing was closed or taken by those who were refused.
+    let info = format!("{}:1", file.as_raw_fd()).parse().expect("descriptor and rank");
+    core::mem::forget(file); // The one who joins closes it.
+    let fabric = processes::join(&spec, info).expect("the group's own configuration");
+    assert_eq!(fabric.rank(), Rank::new(1));
+}
+
+#[test]
+fn the_size_of_a_segment_is_sealed() {
+    let file = memory_file(8192).expect("memory");
+    for bytes in [0, 4096, 16_384] {
+        assert_eq!(ftruncate(&file, bytes), Err(Errno::PERM), "{bytes} bytes");
+    }
+    assert_eq!(fcntl_add_seals(&file, SealFlags::WRITE), Err(Errno::PERM), "the seals are sealed, too");
 }
 
 #[test]

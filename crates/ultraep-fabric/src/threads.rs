@@ -1,7 +1,6 @@
 //! EP ranks as threads of this process.
 
-use crate::shared::{Endpoint, Failure, STATUS_RUNNING, Segment};
-use crate::sync::Ordering;
+use crate::shared::{Endpoint, Failure, Segment};
 use crate::{Fabric, FabricError, GroupError, GroupSpec, Loss};
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -10,11 +9,13 @@ use std::thread;
 use ultraep_plan::Rank;
 
 /// How a rank's thread ended.
-enum Outcome<T, E> {
+pub(crate) enum Outcome<T, E> {
     Returned(T),
     Failed(E),
     Panicked(String),
     NotStarted(FabricError),
+    /// It ended between two instructions, without a word of its own (simulated ranks).
+    Stopped,
 }
 
 /// Runs `main` on each rank of a group, each a thread of its own, and returns their results in rank order.
@@ -35,7 +36,7 @@ where
     let main = &main;
     let outcomes: Vec<Outcome<T, E>> = thread::scope(|scope| {
         let spawn = |rank: Rank| {
-            segment.control(rank).status.store(STATUS_RUNNING, Ordering::Relaxed);
+            segment.control(rank).status.start();
             let own = Arc::clone(&segment);
             thread::Builder::new()
                 .name(format!("rank {rank}"))
@@ -73,13 +74,13 @@ where
     outcome
 }
 
-fn panic_message(panic: &(dyn Any + Send)) -> String {
+pub(crate) fn panic_message(panic: &(dyn Any + Send)) -> String {
     let text = panic.downcast_ref::<&str>().copied();
     text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message").to_owned()
 }
 
 /// All results, or the failure that came first.
-fn results<T, E>(segment: &Segment, outcomes: Vec<Outcome<T, E>>) -> Result<Vec<T>, GroupError<E>> {
+pub(crate) fn results<T, E>(segment: &Segment, outcomes: Vec<Outcome<T, E>>) -> Result<Vec<T>, GroupError<E>> {
     let Some(error) = segment.failure_error(crate::OperationKind::Compute) else {
         // Without a failure every rank has returned a value.
         return Ok(outcomes.into_iter().filter_map(Outcome::value).collect());
@@ -93,7 +94,7 @@ fn results<T, E>(segment: &Segment, outcomes: Vec<Outcome<T, E>>) -> Result<Vec<
         Some(Outcome::Failed(error)) => GroupError::Failed { rank, error },
         Some(Outcome::Panicked(message)) => GroupError::Panicked { rank, message },
         Some(Outcome::NotStarted(error)) => GroupError::Start(error),
-        Some(Outcome::Returned(_)) | None => GroupError::Fabric { rank, error },
+        Some(Outcome::Returned(_) | Outcome::Stopped) | None => GroupError::Fabric { rank, error },
     })
 }
 

@@ -1,5 +1,6 @@
-//! Explores the interleavings of the fabric's turnstile, permits, doorbell and borrow word, compiled here against loom's
-//! atomics. The futex is a model that loses a wake-up wherever the real one would: who sleeps with no one left to wake it
+//! Explores the interleavings of the fabric's turnstile, permits, doorbell, borrow word, failure word and status, and of the
+//! tile engine's counter and flags, compiled here against loom's atomics. The futex is a model that loses a wake-up wherever
+//! the real one would: who sleeps with no one left to wake it
 //! is a deadlock, which loom reports.
 //!
 //! Loom runs each model once an interleaving, so a model that passes holds for all of them (within the stated number of
@@ -10,14 +11,22 @@
 
 #[path = "../src/borrow.rs"]
 mod borrow;
+#[path = "../src/shared/cause.rs"]
+mod cause;
 #[path = "../src/shared/doorbell.rs"]
 mod doorbell;
 #[path = "../src/shared/permits.rs"]
 mod permits;
+#[path = "../src/stream/schedule.rs"]
+mod schedule;
+#[path = "../src/shared/status.rs"]
+mod status;
 #[path = "../src/shared/turnstile.rs"]
 mod turnstile;
 #[path = "../src/shared/word.rs"]
 mod word;
+#[path = "../src/stream/worker.rs"]
+mod worker;
 
 /// Stands in for the crate's `sync` module.
 mod sync {
@@ -53,6 +62,7 @@ mod sync {
 }
 
 use borrow::{Borrow, OPEN, WRITER};
+use cause::Cause;
 use core::time::Duration;
 use doorbell::Doorbell;
 use loom::cell::UnsafeCell;
@@ -60,6 +70,7 @@ use loom::sync::Arc;
 use loom::sync::atomic::{AtomicU64, Ordering};
 use loom::thread;
 use permits::{Asked, Permits};
+use status::{Gone, Status};
 use turnstile::{Entered, Turnstile};
 use word::FAILED;
 
@@ -248,5 +259,215 @@ fn borrows_exclude_each_other() {
         }
         others.into_iter().for_each(|other| other.join().expect("all end well"));
         assert_eq!(borrow.begin(WRITER), Ok(()));
+    });
+}
+
+/// Two ranks report at once, with details: whoever looks sees the whole record of the one that was first.
+#[test]
+fn the_first_failure_comes_with_its_record() {
+    explore(3, || {
+        let shared = Arc::new((Cause::default(), [AtomicU64::new(0), AtomicU64::new(0)]));
+        let reporter = |me: usize| {
+            let shared = Arc::clone(&shared);
+            move || {
+                let (cause, records) = &*shared;
+                records[me].store(100 + me as u64, Ordering::Relaxed);
+                cause.set(1 + me as u64);
+                cause.get().expect("someone has set it")
+            }
+        };
+        let others = [thread::spawn(reporter(0)), thread::spawn(reporter(1))];
+        let (cause, records) = &*shared;
+        let seen = cause.get();
+        if let Some(code) = seen {
+            assert_eq!(records[code as usize - 1].load(Ordering::Relaxed), 99 + code, "a cause without its record");
+        }
+        let reported = others.map(|other| other.join().expect("reporters end well"));
+        assert_eq!(reported[0], reported[1], "two first failures");
+        assert!(cause.is_set() && seen.is_none_or(|code| code == reported[0]));
+    });
+}
+
+/// A rank fails the group while another is on its way to sleep in a phase: that one wakes, and knows why.
+#[test]
+fn who_wakes_from_a_failed_phase_knows_the_cause() {
+    explore(3, || {
+        let shared = Arc::new((Turnstile::default(), Cause::default()));
+        let reporter = Arc::clone(&shared);
+        let reporter = thread::spawn(move || {
+            reporter.1.set(7);
+            reporter.0.fail();
+        });
+        let (turnstile, cause) = &*shared;
+        assert!(!pass(turnstile, 2, &mut 0, 1), "a phase of two ended with one");
+        assert_eq!(cause.get(), Some(7));
+        reporter.join().expect("the reporter ends well");
+    });
+}
+
+/// The same for one that waits for a core permit.
+#[test]
+fn who_is_refused_a_permit_knows_the_cause() {
+    explore(3, || {
+        let shared = Arc::new((Permits::default(), Cause::default()));
+        shared.0.initialise(1);
+        assert_eq!(shared.0.ask(), Asked::Granted);
+        let waiter = Arc::clone(&shared);
+        let waiter = thread::spawn(move || {
+            let (permits, cause) = &*waiter;
+            while let Asked::NoneFree(word) = permits.ask() {
+                permits.sleep(word, LIMIT);
+            }
+            assert_eq!(cause.get(), Some(7), "refused without a cause");
+        });
+        shared.1.set(7);
+        shared.0.fail();
+        waiter.join().expect("the waiter ends well");
+    });
+}
+
+/// The same for one that waits for a signal.
+#[test]
+fn who_wakes_from_a_failed_wait_for_a_signal_knows_the_cause() {
+    explore(3, || {
+        let shared = Arc::new((Doorbell::default(), Cause::default()));
+        let reporter = Arc::clone(&shared);
+        let reporter = thread::spawn(move || {
+            reporter.1.set(7);
+            reporter.0.fail();
+        });
+        let (doorbell, cause) = &*shared;
+        while !cause.is_set() {
+            assert!(!doorbell.sleep_unless(|| false, LIMIT), "nobody signals");
+        }
+        assert_eq!(cause.get(), Some(7));
+        reporter.join().expect("the reporter ends well");
+    });
+}
+
+/// A rank goes, a second waits for it, a third reads how it went: whoever finds that someone has gone finds who.
+#[test]
+fn who_meets_a_gone_rank_learns_how_it_went() {
+    explore(2, || {
+        let shared = Arc::new((Turnstile::default(), Status::default(), Cause::default()));
+        assert!(shared.1.start());
+        let leaver = Arc::clone(&shared);
+        let leaver = thread::spawn(move || {
+            let (turnstile, status, cause) = &*leaver;
+            // As in `Segment::depart`.
+            assert!(status.go(Gone::Dropped));
+            if turnstile.go() {
+                cause.set(1);
+                turnstile.fail();
+            }
+            // Its endpoint's drop comes later, and changes nothing.
+            assert!(!status.go(Gone::Left));
+        });
+        let (turnstile, status, cause) = &*shared;
+        match turnstile.enter(2) {
+            Entered::SomeoneGone => assert_eq!(status.gone(), Some(Gone::Dropped), "gone, and nobody knows how"),
+            Entered::Last => panic!("a phase of two ended with one"),
+            Entered::Waiting => {
+                let mut word = turnstile.look();
+                while word & FAILED == 0 {
+                    turnstile.sleep(word, LIMIT);
+                    word = turnstile.look();
+                }
+                assert_eq!((cause.get(), status.gone()), (Some(1), Some(Gone::Dropped)));
+            }
+        }
+        leaver.join().expect("the leaver ends well");
+    });
+}
+
+/// Two processes try to join as one rank: one of them is it.
+#[test]
+fn a_rank_is_taken_once() {
+    explore(3, || {
+        let status = Arc::new(Status::default());
+        let other = Arc::clone(&status);
+        let other = thread::spawn(move || other.start());
+        let mine = status.start();
+        assert!(mine != other.join().expect("it ends well"));
+        assert!(status.is_in_group() && status.gone().is_none());
+    });
+}
+
+/// What the model's workers of a tile engine touch: cells that loom watches, and the flags of two chunks.
+struct Tiles {
+    cells: [UnsafeCell<u64>; 3],
+    flags: [loom::sync::atomic::AtomicU32; 2],
+    schedule: schedule::Schedule,
+    relayed: schedule::Schedule,
+    next: AtomicU64,
+    next_relayed: AtomicU64,
+}
+
+/// The home rank's workers write cells and count them; the relay reads them once their chunk is complete.
+struct ModelHands<'a> {
+    tiles: &'a Tiles,
+    relays: bool,
+}
+
+impl worker::Hands for ModelHands<'_> {
+    fn ready(&mut self, tile: &schedule::Tile) -> bool {
+        let count = || self.tiles.flags[tile.chunk].load(Ordering::Acquire) as usize;
+        !self.relays || count() == self.tiles.schedule.geometry().tiles(tile.chunk)
+    }
+
+    fn look_ahead(&mut self, _tile: &schedule::Tile) {}
+
+    fn move_tile(&mut self, tile: &schedule::Tile) {
+        let cell = tile.start / 64;
+        if self.relays {
+            // SAFETY: checked by loom: a read that is not ordered after the write fails the model.
+            assert_eq!(self.tiles.cells[cell].with(|place| unsafe { *place }), cell as u64 + 7);
+        } else {
+            // SAFETY: as above.
+            self.tiles.cells[cell].with_mut(|place| unsafe { *place = cell as u64 + 7 });
+        }
+    }
+
+    fn publish(&mut self, tile: &schedule::Tile) {
+        if !self.relays {
+            self.tiles.flags[tile.chunk].fetch_add(1, Ordering::Release);
+        }
+    }
+}
+
+/// Two workers of the home rank share the tiles of two chunks; a relay reads each chunk as soon as it is complete.
+#[test]
+fn tiles_are_there_when_their_chunk_says_so() {
+    explore(2, || {
+        let mut schedule = schedule::Schedule::with_capacity(1);
+        schedule.begin(schedule::Geometry::new(3 * 64, 2 * 64, 64), 1);
+        schedule.push(0);
+        let tiles = Arc::new(Tiles {
+            cells: [0, 0, 0].map(UnsafeCell::new),
+            flags: [0, 0].map(loom::sync::atomic::AtomicU32::new),
+            relayed: schedule.clone(),
+            schedule,
+            next: AtomicU64::new(0),
+            next_relayed: AtomicU64::new(0),
+        });
+        let home = || {
+            let tiles = Arc::clone(&tiles);
+            move || {
+                let mut own = worker::Worker::default();
+                let hands = &mut ModelHands { tiles: &tiles, relays: false };
+                while own.step(&tiles.schedule, &tiles.next, hands) != worker::Step::Done {}
+            }
+        };
+        let others = [thread::spawn(home()), thread::spawn(home())];
+        let (mut relay, mut moved) = (worker::Worker::default(), 0);
+        loop {
+            match relay.step(&tiles.relayed, &tiles.next_relayed, &mut ModelHands { tiles: &tiles, relays: true }) {
+                worker::Step::Moved => moved += 1,
+                worker::Step::Blocked(_) => thread::yield_now(),
+                worker::Step::Done => break,
+            }
+        }
+        assert_eq!(moved, 3);
+        others.into_iter().for_each(|other| other.join().expect("all end well"));
     });
 }

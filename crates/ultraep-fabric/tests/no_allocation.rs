@@ -2,13 +2,23 @@
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use ultraep_fabric::stream::{
+    EngineSpec, ExpertLayout, GradReduce, Masters, Slots, TileEngine, TileSizes, WeightFormat, WeightSync,
+};
 use ultraep_fabric::{Fabric, FabricError, GroupSpec, Operation, Region, RemoteSpan, Span, run_threads};
-use ultraep_plan::Rank;
+use ultraep_plan::{
+    Instance, PhysicalIndex, Plan, Rank, SplitRule, Topology, TopologySpec, TransferMode, TransferParams, TransferPlan,
+    TransferPlanner, Transfers,
+};
 
 thread_local! {
     /// Allocations of this thread.
     static COUNT: Cell<usize> = const { Cell::new(0) };
 }
+
+/// Allocations of all threads.
+static TOTAL: AtomicUsize = AtomicUsize::new(0);
 
 struct Counting;
 
@@ -17,6 +27,7 @@ unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         // At a thread's end the counter may be gone; nothing is counted then.
         let _ = COUNT.try_with(|count| count.set(count.get() + 1));
+        TOTAL.fetch_add(1, Ordering::Relaxed);
         // SAFETY: the caller's promises are those of the system's allocator.
         unsafe { System.alloc(layout) }
     }
@@ -30,7 +41,13 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
+/// One test, as the second half counts on all threads.
 #[test]
+fn what_runs_allocates_nothing() {
+    a_running_group_allocates_nothing();
+    a_running_tile_engine_allocates_nothing();
+}
+
 fn a_running_group_allocates_nothing() {
     for cores in [0, 1] {
         let mut spec = GroupSpec { cores, ..GroupSpec::new(3) };
@@ -64,4 +81,66 @@ fn a_running_group_allocates_nothing() {
         assert_eq!(counts.expect("all ranks end well"), [0; 3], "with {cores} core permits");
         assert!(COUNT.get() > 0, "the counter counts");
     }
+}
+
+/// Expert 0 on all ranks, through relays; weights and gradients, with a worker thread on each rank.
+fn a_running_tile_engine_allocates_nothing() {
+    const RANKS: usize = 4;
+    let topology = Topology::new(TopologySpec { ranks: RANKS, experts: RANKS, domain_ranks: RANKS, slots_per_rank: 1 });
+    let topology = topology.expect("within all limits");
+    let mut plan = Plan::default();
+    plan.begin(SplitRule::LocalFirstExact);
+    for expert in 0..RANKS {
+        let instance = |rank, index| Instance { rank: Rank::new(rank), physical: PhysicalIndex::new(index), quota: 1 };
+        plan.push_instance(instance(expert, 0));
+        (1..RANKS).filter(|_| expert == 0).for_each(|rank| plan.push_instance(instance(rank, 1)));
+        plan.end_expert();
+    }
+    let mut transfers = Transfers::new(&topology);
+    transfers.list(&topology, &plan);
+    let layout = ExpertLayout::new(&WeightFormat::F32.shards(64, 64)).expect("it fits");
+    let sizes = TileSizes { tile_bytes: 1024, chunk_bytes: 4096 };
+    let mut spec = GroupSpec::new(RANKS);
+    let (weights, grads) = (ultraep_fabric::WindowId::new(0), ultraep_fabric::WindowId::new(1));
+    let [slots, grad_slots] = [weights, grads].map(|window| Slots::new(window, layout.clone(), sizes, 1));
+    spec.add_window("weights", slots.window_bytes().expect("it fits"));
+    spec.add_window("gradients", grad_slots.window_bytes().expect("it fits"));
+    let model = slots.model(1_000_000_000, 100).expect("a good model");
+    let params = TransferParams { mode: TransferMode::Relay, ..TransferParams::default() };
+    let mut planned = TransferPlan::new(&topology);
+    TransferPlanner::new(&topology, model, params).expect("a good model").plan(&transfers, &mut planned);
+    assert!(planned.depth() > 1, "the case must relay");
+    let counts = run_threads(&spec, |mut fabric: Box<dyn Fabric>| -> Result<usize, FabricError> {
+        let fabric = &mut *fabric;
+        let region = Region::zeroed(layout.bytes());
+        let masters = Masters::packed(&layout, 1, &region, layout.bytes()).expect("it fits");
+        let part = fabric.window(weights).expect("host memory");
+        let mut engine =
+            TileEngine::new(EngineSpec { background: 1, tasks: 16, ..EngineSpec::default() }).expect("a thread");
+        let mut before = 0;
+        for round in 0..40 {
+            if round == 10 {
+                // All threads have run by now; whatever they take at their start is taken.
+                fabric.run(Operation::Barrier, 0)?;
+                before = TOTAL.load(Ordering::Relaxed);
+                fabric.run(Operation::Barrier, 0)?;
+            }
+            slots.lower_flags(&part, &topology, &planned, fabric.rank()).expect("closed");
+            fabric.run(Operation::Open { window: weights }, 0)?;
+            let sync = WeightSync { slots: &slots, topology: &topology, plan: &planned, masters: &masters };
+            engine.start_sync(fabric, &sync, 1)?;
+            engine.wait(fabric)?;
+            fabric.run(Operation::Close { window: weights }, 0)?;
+            fabric.run(Operation::Open { window: grads }, 0)?;
+            let (slots, transfers) = (&grad_slots, &transfers);
+            engine.start_reduce(fabric, &GradReduce { slots, topology: &topology, transfers, masters: &masters }, 1)?;
+            engine.wait(fabric)?;
+            fabric.run(Operation::Close { window: grads }, 0)?;
+        }
+        fabric.run(Operation::Barrier, 0)?;
+        let after = TOTAL.load(Ordering::Relaxed);
+        fabric.run(Operation::Barrier, 0)?;
+        Ok(after - before)
+    });
+    assert_eq!(counts.map_err(|error| error.to_string()), Ok(vec![0; RANKS]));
 }

@@ -10,6 +10,7 @@ use ultraep_model::{MoeLayer, Router, RouterKind, SharedExperts};
 use ultraep_plan::{Topology, TopologySpec};
 use ultraep_runtime::{
     Endpoint, ExpertParallel, LayerMasters, Link, Pass, PolicyChoice, Recompute, RuntimeConfig, RuntimeError,
+    TransferConfig,
 };
 
 const TOKENS: usize = 64;
@@ -32,6 +33,7 @@ pub(crate) fn main() {
             params: PolicyParams { min_quota: 1, ..PolicyParams::default() },
         },
         link: Link::default(),
+        transfer: TransferConfig::default(),
         checked: true,
     };
     let group = GroupSpec { windows: config.windows(), ..GroupSpec::new(config.topology.ranks()) };
@@ -73,7 +75,7 @@ fn rank(fabric: Box<dyn Fabric>, config: &RuntimeConfig) -> Result<Seen, Error> 
     assert!(gradients.get(&x).is_some() && gradients.get(&projection).is_some());
 
     let mut experts = experts.lock();
-    experts.finish_backward();
+    experts.finish_backward()?;
     let record = experts.take_records().swap_remove(0);
     let gradient = masters.grads.read::<f32>().map_err(RuntimeError::from)?.iter().map(|g| g * g).sum::<f32>().sqrt();
     Ok((record.imbalance_before(), record.imbalance_after(), gradient))

@@ -89,6 +89,12 @@ impl ModelConfig {
         Ok(())
     }
 
+    /// Tokens of context whose attention is as much work as all else that is done for a token in a layer: `2 d + 3 k f / 2`, by
+    /// multiplications (`4 d^2` for projections and `3 k d f` for experts against `2 d` a token of context).
+    pub fn context_per_token(&self) -> usize {
+        2 * self.hidden + 3 * self.top_k * self.intermediate / 2
+    }
+
     /// Sizes of an expert.
     pub fn expert_shape(&self) -> ExpertShape {
         ExpertShape { hidden: self.hidden, intermediate: self.intermediate }

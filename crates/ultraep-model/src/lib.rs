@@ -10,6 +10,7 @@
 #![forbid(unsafe_code)]
 
 mod config;
+mod infer;
 mod init;
 mod moe;
 mod ops;
@@ -17,6 +18,7 @@ mod router;
 mod transformer;
 
 pub use config::{ConfigError, ModelConfig, RouterKind};
+pub use infer::{Inferred, SequenceCache, SequenceChunk, Wanted};
 pub use init::{ExpertParameters, Parameter, Parameters};
 pub use moe::{MoeLayer, SharedExperts};
 pub use router::Router;

@@ -7,6 +7,7 @@ use ultraep_runtime::{ExpertParallel, Part, Pass, Routing, RuntimeError, Virtual
 
 use crate::Router;
 use crate::ops::{operand, with_elements};
+use crate::router::Decision;
 
 /// A rank's expert-parallel runtime, shared by all its MoE layers.
 #[derive(Clone)]
@@ -79,16 +80,29 @@ impl MoeLayer {
     /// loss. All ranks must call it for the same layers in the same order, each with its own tokens; gradients flow to
     /// `x` and the router, and the experts' weight gradients into the registered masters.
     pub fn forward(&self, x: &Tensor, microbatch: u64, pass: Pass) -> Result<(Tensor, Option<Tensor>)> {
+        let (y, decision) = self.route_and_run(x, microbatch, pass)?;
+        let aux_loss = if pass == Pass::Inference { None } else { self.router.weighted_aux_loss(&decision)? };
+        Ok((y, aux_loss))
+    }
+
+    /// The layer's output (`[tokens, d]`) without anything for a backward, and what the tokens chose, `[tokens, top_k]`. Any
+    /// number of tokens, none included.
+    pub fn infer(&self, x: &Tensor, microbatch: u64) -> Result<(Tensor, Vec<u32>)> {
+        let (y, decision) = self.route_and_run(x, microbatch, Pass::Inference)?;
+        Ok((y, decision.experts))
+    }
+
+    fn route_and_run(&self, x: &Tensor, microbatch: u64, pass: Pass) -> Result<(Tensor, Decision)> {
         self.experts.lock().endpoint.clock.enter(Part::Router);
         let decision = self.router.route(x)?;
         let op = ExpertsOp {
             at: VirtualLayer { layer: self.layer, microbatch },
             pass,
-            chosen: decision.experts,
+            chosen: decision.experts.clone(),
             experts: self.experts.clone(),
         };
         let y = x.contiguous()?.apply_op2(&decision.gates.contiguous()?, op)?;
-        Ok((y, decision.aux_loss))
+        Ok((y, decision))
     }
 }
 

@@ -1,9 +1,13 @@
-//! Custom operations of the dense part: RMS norm, causal attention, cross-entropy, each one kernel forward and one backward.
+//! Custom operations of the dense part: RMS norm, linear map, causal attention, cross-entropy, each one kernel forward and one
+//! backward. A row of a forward does not depend on the rows beside it, bit for bit.
 
 use std::sync::Arc;
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Error, Layout, Result, Shape, Storage, Tensor};
 use ultraep_device::attention::{AttentionShape, AttentionWorkspace, Rotary};
+use ultraep_device::matmul::{
+    Matrix, MatrixMut, Output, ROW_TILE, multiply_independent_rows, multiply_transposed, transposed_multiply,
+};
 use ultraep_device::norm;
 
 /// The elements of a contiguous operand.
@@ -51,6 +55,57 @@ impl CustomOp2 for RmsNorm {
             with_elements(w, |w| {
                 with_elements(grad, |grad| {
                     norm::rms_norm_backward(x, w, grad, &mut dx, &mut dw);
+                    Ok(())
+                })
+            })
+        })?;
+        Ok((Some(like(dx, x)?), Some(like(dw, w)?)))
+    }
+}
+
+struct Linear;
+
+/// `x w` for `x` `[rows, k]` and `w` `[k, n]`.
+pub(crate) fn linear(x: &Tensor, w: &Tensor) -> Result<Tensor> {
+    let ((_, k), (inner, _)) = (x.dims2()?, w.dims2()?);
+    if k != inner {
+        return Err(Error::msg(format!("rows of {k} elements for a matrix of {inner} rows")));
+    }
+    x.contiguous()?.apply_op2(w, Linear)
+}
+
+impl CustomOp2 for Linear {
+    fn name(&self) -> &'static str {
+        "linear"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, lx: &Layout, w: &CpuStorage, lw: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (x, w) = (operand(x, lx)?, operand(w, lw)?);
+        let ((rows, k), (_, n)) = (lx.shape().dims2()?, lw.shape().dims2()?);
+        let padded = rows.next_multiple_of(ROW_TILE);
+        let mut out = vec![0.0; padded * n];
+        let w = Matrix::new(w, k, n);
+        if padded == rows {
+            multiply_independent_rows(Matrix::new(x, rows, k), w, MatrixMut::new(&mut out, rows, n));
+        } else {
+            let mut tiles = x.to_vec();
+            tiles.resize(padded * k, 0.0);
+            multiply_independent_rows(Matrix::new(&tiles, padded, k), w, MatrixMut::new(&mut out, padded, n));
+            out.truncate(rows * n);
+        }
+        Ok((CpuStorage::F32(out), Shape::from((rows, n))))
+    }
+
+    fn bwd(&self, x: &Tensor, w: &Tensor, _: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let ((rows, k), (_, n)) = (x.dims2()?, w.dims2()?);
+        let (mut dx, mut dw) = (vec![0.0; rows * k], vec![0.0; k * n]);
+        with_elements(x, |x| {
+            with_elements(w, |w| {
+                with_elements(grad, |grad| {
+                    let d_out = Matrix::new(grad, rows, n);
+                    let (dx, dw) = (MatrixMut::new(&mut dx, rows, k), MatrixMut::new(&mut dw, k, n));
+                    multiply_transposed(d_out, Matrix::new(w, k, n), dx, Output::Replace);
+                    transposed_multiply(Matrix::new(x, rows, k), d_out, dw, Output::Replace);
                     Ok(())
                 })
             })

@@ -3,7 +3,7 @@
 use candle_core::{D, Device, Result, Tensor};
 
 use crate::RouterKind;
-use crate::ops::with_elements;
+use crate::ops::{linear, with_elements};
 
 /// A layer's router. The projection is a dense parameter of the model; the bias (for [`RouterKind::BiasUpdate`]) is state
 /// of the router, changed between steps.
@@ -21,8 +21,8 @@ pub(crate) struct Decision {
     pub(crate) experts: Vec<u32>,
     /// `[tokens, top_k]`; gradients flow to the router.
     pub(crate) gates: Tensor,
-    /// Auxiliary loss, already weighted.
-    pub(crate) aux_loss: Option<Tensor>,
+    /// `[tokens, E]`.
+    scores: Tensor,
 }
 
 impl Router {
@@ -33,6 +33,11 @@ impl Router {
             return Err(candle_core::Error::msg(format!("top-{top_k} of {experts} experts")));
         }
         Ok(Self { kind, weight, top_k, bias: vec![0.0; experts] })
+    }
+
+    /// No gradients flow to the projection any more.
+    pub(crate) fn detach(&mut self) {
+        self.weight = self.weight.detach();
     }
 
     /// The bias of every expert; zeros unless the router updates it.
@@ -66,23 +71,33 @@ impl Router {
 
     /// Routes `x`, `[tokens, d]`.
     pub(crate) fn route(&self, x: &Tensor) -> Result<Decision> {
-        let logits = x.matmul(&self.weight)?;
+        let tokens = x.dim(0)?;
+        if tokens == 0 {
+            // A rank without tokens in a batch; reductions over nothing are errors of the tensor library.
+            let gates = Tensor::zeros((0, self.top_k), x.dtype(), x.device())?;
+            let scores = Tensor::zeros((0, self.bias.len()), x.dtype(), x.device())?;
+            return Ok(Decision { experts: Vec::new(), gates, scores });
+        }
+        let logits = linear(x, &self.weight)?;
         let scores = match self.kind {
             RouterKind::Softmax { .. } => softmax(&logits)?,
             RouterKind::BiasUpdate { .. } => (logits.neg()?.exp()? + 1.0)?.recip()?,
         };
         let experts = with_elements(&scores, |scores| Ok(top_k(scores, &self.bias, self.top_k)))?;
-        let tokens = x.dim(0)?;
         let ids = Tensor::from_slice(&experts, (tokens, self.top_k), &Device::Cpu)?;
         let chosen = scores.gather(&ids, 1)?;
         let gates = chosen.broadcast_div(&chosen.sum_keepdim(D::Minus1)?)?;
-        let aux_loss = match self.kind {
-            RouterKind::Softmax { aux_coefficient } if aux_coefficient > 0.0 => {
-                Some(self.aux_loss(&scores, &experts, aux_coefficient)?)
+        Ok(Decision { experts, gates, scores })
+    }
+
+    /// Auxiliary loss of a batch, weighted, where there is one.
+    pub(crate) fn weighted_aux_loss(&self, decision: &Decision) -> Result<Option<Tensor>> {
+        match self.kind {
+            RouterKind::Softmax { aux_coefficient } if aux_coefficient > 0.0 && !decision.experts.is_empty() => {
+                self.aux_loss(&decision.scores, &decision.experts, aux_coefficient).map(Some)
             }
-            _ => None,
-        };
-        Ok(Decision { experts, gates, aux_loss })
+            _ => Ok(None),
+        }
     }
 
     /// `coefficient * E * sum over e of f_e P_e`, with `f_e` the share of choices and `P_e` the mean probability of `e`.

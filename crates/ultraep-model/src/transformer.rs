@@ -61,6 +61,40 @@ impl Transformer {
         })
     }
 
+    /// A model that only infers, with sequences as long as `rotary` has positions: nothing is recorded for a backward.
+    pub fn for_inference(
+        config: ModelConfig,
+        parameters: &Parameters,
+        experts: SharedExperts,
+        rotary: Arc<Rotary>,
+    ) -> Result<Self> {
+        let mut model = Self::new(config, parameters, experts)?;
+        model.rotary = rotary;
+        for tensor in [&mut model.embedding, &mut model.head_norm, &mut model.head] {
+            *tensor = tensor.detach();
+        }
+        for block in &mut model.blocks {
+            for tensor in [&mut block.attention_norm, &mut block.qkv, &mut block.out, &mut block.moe_norm] {
+                *tensor = tensor.detach();
+            }
+            block.moe.router_mut().detach();
+        }
+        Ok(model)
+    }
+
+    /// Sizes.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    pub(crate) fn rotary(&self) -> &Rotary {
+        &self.rotary
+    }
+
+    pub(crate) fn moe_layer(&self, layer: usize) -> &MoeLayer {
+        &self.blocks[layer].moe
+    }
+
     /// The MoE layers, in order.
     pub fn moe_layers(&self) -> impl Iterator<Item = &MoeLayer> {
         self.blocks.iter().map(|b| &b.moe)
@@ -74,28 +108,47 @@ impl Transformer {
     /// Logits `[sequences * sequence_tokens, 256]` for `tokens` (`[sequences, sequence_tokens]`), and the sum of auxiliary
     /// losses.
     pub fn forward(&self, tokens: &[u8], microbatch: u64, pass: Pass) -> Result<(Tensor, Option<Tensor>)> {
-        self.experts.lock().endpoint.clock.enter(Part::Dense);
         let shape = AttentionShape {
             sequences: tokens.len() / self.config.sequence_tokens,
             tokens: self.config.sequence_tokens,
             heads: self.config.heads,
             head_dim: self.config.hidden / self.config.heads,
         };
-        let ids = Tensor::from_iter(tokens.iter().map(|&b| u32::from(b)), &Device::Cpu)?;
-        let mut x = self.embedding.index_select(&ids, 0)?;
         let mut aux: Option<Tensor> = None;
-        for block in &self.blocks {
-            let qkv = ops::rms_norm(&x, &block.attention_norm)?.matmul(&block.qkv)?;
-            x = (x + ops::attention(&qkv, shape, self.rotary.clone())?.matmul(&block.out)?)?;
-            let (y, loss) = block.moe.forward(&ops::rms_norm(&x, &block.moe_norm)?, microbatch, pass)?;
-            x = (x + y)?;
-            aux = match (aux, loss) {
+        let attend = |_, qkv: &Tensor| ops::attention(qkv, shape, self.rotary.clone());
+        let x = self.run(tokens, attend, |layer, x| {
+            let (y, loss) = self.blocks[layer].moe.forward(x, microbatch, pass)?;
+            aux = match (aux.take(), loss) {
                 (Some(sum), Some(loss)) => Some((sum + loss)?),
                 (sum, loss) => sum.or(loss),
             };
+            Ok(y)
+        })?;
+        Ok((self.head(&x)?, aux))
+    }
+
+    /// The blocks over `tokens`: `attend(layer, qkv)` and `moe(layer, x)` give what is added to the hidden states.
+    pub(crate) fn run(
+        &self,
+        tokens: &[u8],
+        mut attend: impl FnMut(usize, &Tensor) -> Result<Tensor>,
+        mut moe: impl FnMut(usize, &Tensor) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        self.experts.lock().endpoint.clock.enter(Part::Dense);
+        let ids = Tensor::from_iter(tokens.iter().map(|&b| u32::from(b)), &Device::Cpu)?;
+        let mut x = self.embedding.index_select(&ids, 0)?;
+        for (layer, block) in self.blocks.iter().enumerate() {
+            let qkv = ops::linear(&ops::rms_norm(&x, &block.attention_norm)?, &block.qkv)?;
+            x = (&x + ops::linear(&attend(layer, &qkv)?, &block.out)?)?;
+            let y = moe(layer, &ops::rms_norm(&x, &block.moe_norm)?)?;
+            x = (x + y)?;
         }
-        let logits = ops::rms_norm(&x, &self.head_norm)?.matmul(&self.head)?;
-        Ok((logits, aux))
+        Ok(x)
+    }
+
+    /// Logits of hidden states.
+    pub(crate) fn head(&self, x: &Tensor) -> Result<Tensor> {
+        ops::linear(&ops::rms_norm(x, &self.head_norm)?, &self.head)
     }
 
     /// Losses of a batch of `[sequences, sequence_tokens + 1]` bytes: each token predicts the next.

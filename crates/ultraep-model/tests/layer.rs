@@ -8,7 +8,9 @@ use ultraep_device::ExpertShape;
 use ultraep_fabric::{Fabric, GroupSpec, Region, run_threads};
 use ultraep_model::{ExpertParameters, MoeLayer, Router, RouterKind, SharedExperts};
 use ultraep_plan::{Topology, TopologySpec};
-use ultraep_runtime::{Endpoint, ExpertParallel, LayerMasters, Link, Pass, PolicyChoice, Recompute, RuntimeConfig};
+use ultraep_runtime::{
+    Endpoint, ExpertParallel, LayerMasters, Link, Pass, PolicyChoice, Recompute, RuntimeConfig, TransferConfig,
+};
 
 const RANKS: usize = 2;
 const EXPERTS: usize = 5;
@@ -31,6 +33,7 @@ fn config() -> RuntimeConfig {
             params: PolicyParams { min_quota: 1, ..PolicyParams::default() },
         },
         link: Link::default(),
+        transfer: TransferConfig::default(),
         checked: true,
     }
 }
@@ -75,7 +78,7 @@ fn through_the_layer(fabric: Box<dyn Fabric>) -> Result<(Outcome, f64)> {
     let result = outcome(&y, &x, &projection, &dy)?;
     drop((layer, y));
     let mut experts = experts.into_inner().ok_or_else(|| Error::msg("still shared"))?;
-    experts.finish_backward();
+    experts.finish_backward().map_err(Error::wrap)?;
     let imbalance = experts.take_records()[0].imbalance_before();
     experts.into_endpoint().leave().map_err(Error::wrap)?;
     Ok((result, imbalance))

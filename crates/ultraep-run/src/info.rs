@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::UtcTime;
+use crate::{ProfileSummary, UtcTime};
 
 /// Name and version of the run folder, `schema` of `run.json`.
 pub const RUN_SCHEMA: &str = "ultraep.run/1";
@@ -35,6 +35,9 @@ pub struct RunInfo {
     /// What text was used, where any was.
     #[serde(default)]
     pub corpus: Option<CorpusSummary>,
+    /// What was recorded into `loads.uet` and what was dropped, at the end of the run (of its last part, where it was resumed).
+    #[serde(default)]
+    pub profile: Option<ProfileSummary>,
 }
 
 impl RunInfo {
@@ -50,6 +53,7 @@ impl RunInfo {
             config: serde_json::Map::new(),
             versions: BTreeMap::new(),
             corpus: None,
+            profile: None,
         }
     }
 }

@@ -30,6 +30,10 @@ impl RunTrace {
         }
     }
 
+    pub(crate) fn path(&self) -> &std::path::Path {
+        &self.path
+    }
+
     /// What is recorded.
     pub fn meta(&self) -> &TraceMeta {
         self.writer.meta()

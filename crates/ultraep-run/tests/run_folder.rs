@@ -7,8 +7,9 @@ use std::path::Path;
 use tempfile::TempDir;
 use ultraep_plan::{Topology, TopologySpec};
 use ultraep_run::{
-    CorpusSummary, Digest, DomainSummary, Imbalance, LINE_BYTES_MAX, Metric, PolicyMeasurement, PolicyTable, RunError,
-    RunInfo, RunReader, RunStatus, RunWriter, StepMetrics, StepParts, UtcTime, ValidationMetrics, write_atomically,
+    CorpusSummary, Digest, DomainSummary, Imbalance, LINE_BYTES_MAX, Metric, PolicyMeasurement, PolicyTable,
+    ProfileSummary, RunError, RunInfo, RunReader, RunStatus, RunWriter, StepMetrics, StepParts, UtcTime,
+    ValidationMetrics, write_atomically,
 };
 use ultraep_trace::{Record, TraceMeta};
 
@@ -113,6 +114,8 @@ fn version_1_is_pinned() {
     let folder = root.path().join("run");
     let mut writer = RunWriter::create(&folder, info()).expect("create");
     writer.append_metric(&step(1)).expect("append");
+    let profile = ProfileSummary { every: 2, recorded: 5, dropped: 1 };
+    writer.update_info(|info| info.profile = Some(profile)).expect("update");
     let reason = "rank 3 died".to_string();
     writer.end(RunStatus::Failed { reason }, UtcTime::from_unix_s(STARTED_S + 1)).expect("end");
     let json: serde_json::Value =
@@ -129,7 +132,8 @@ fn version_1_is_pinned() {
         "corpus": {
             "digest": "fffffffffffffffe",
             "domains": [{"name": "rust", "bytes": 9, "file_count": 1, "origin": "a test"}]
-        }
+        },
+        "profile": {"every": 2, "recorded": 5, "dropped": 1}
     });
     assert_eq!(json, expected);
     let line = concat!(

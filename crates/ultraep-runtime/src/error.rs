@@ -1,8 +1,9 @@
 //! Errors of the runtime.
 
 use ultraep_baselines::BuildError;
+use ultraep_fabric::stream::LayoutError;
 use ultraep_fabric::{AccessError, FabricError};
-use ultraep_plan::{AssignError, PlanViolation, ProblemError, SolveError, SplitError};
+use ultraep_plan::{AssignError, PlanViolation, ProblemError, SolveError, SplitError, TransferModelError};
 
 use crate::VirtualLayer;
 
@@ -16,6 +17,12 @@ pub enum RuntimeError {
     /// Memory was used while an operation owned it: a bug in the caller's order of calls.
     #[error("memory in use: {0}")]
     Access(#[from] AccessError),
+    /// Experts have no size, or masters are not where they should be.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    /// The link or the size of experts is outside of what transfers can be planned for.
+    #[error(transparent)]
+    TransferModel(#[from] TransferModelError),
     /// A policy could not be built.
     #[error(transparent)]
     Build(#[from] BuildError),
@@ -59,8 +66,8 @@ pub enum RuntimeError {
         /// What is wrong.
         violation: PlanViolation,
     },
-    /// Checked mode: ranks made different plans from the same counts.
-    #[error("{at}: rank {rank} has plan digest {theirs:016x}, this rank has {ours:016x}")]
+    /// Checked mode: ranks gathered different counts, or made different plans from the same.
+    #[error("{at}: rank {rank} has other counts or another plan: digest {theirs:016x}, this rank has {ours:016x}")]
     DigestMismatch {
         /// Where.
         at: VirtualLayer,
@@ -78,6 +85,12 @@ pub enum RuntimeError {
         at: VirtualLayer,
         /// The ring's size.
         max_microbatches: usize,
+    },
+    /// A forward for training in a runtime without gradients.
+    #[error("{at}: this runtime was built for inference only (no microbatches between forward and backward)")]
+    InferenceOnly {
+        /// Where.
+        at: VirtualLayer,
     },
     /// A second forward of a virtual layer: it would drop the first one's plan.
     #[error(

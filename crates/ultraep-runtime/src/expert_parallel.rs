@@ -17,8 +17,9 @@ use ultraep_plan::{Cursor, RouteTable};
 
 use crate::config::window;
 use crate::exchange::{Exchange, LocalExpert, Sizes};
-use crate::manager::{Direction, Manager, expect_size};
+use crate::manager::{Manager, expect_size};
 use crate::ring::Ring;
+use crate::sync::Direction;
 use crate::{Endpoint, LayerMasters, LayerRecord, Part, RuntimeConfig, RuntimeError, VirtualLayer};
 
 /// What a forward is for.
@@ -109,7 +110,7 @@ impl ExpertParallel {
             source_rows: window(window::SOURCE_ROWS)?,
             endpoint,
             manager,
-            saved: Ring::new(config.layers, config.max_microbatches, Saved::default),
+            saved: Ring::new(config.layers, config.ring_places(), Saved::default),
             table: RouteTable::new(topology, physical_per_rank),
             cursor: Cursor::new(topology),
             physical_per_rank,
@@ -160,6 +161,9 @@ impl ExpertParallel {
         x: &[f32],
         y: &mut [f32],
     ) -> Result<(), RuntimeError> {
+        if pass != Pass::Inference && !self.config().trains() {
+            return Err(RuntimeError::InferenceOnly { at });
+        }
         self.check_sizes(routing, x, y)?;
         self.endpoint.clock.enter(Part::Router);
         self.count(routing.experts)?;
@@ -227,10 +231,11 @@ impl ExpertParallel {
         x: &[f32],
         y: &mut [f32],
     ) -> Result<(), RuntimeError> {
-        let synced = self.manager.sync_weights(&mut self.endpoint, layer, place, Direction::Forward)?;
+        let syncing = self.manager.start_sync(&mut self.endpoint, layer, place, Direction::Forward)?;
         self.endpoint.clock.enter(Part::Reroute);
         self.assign(place, saved)?;
         self.pack(saved, |row, token, _| row.copy_from_slice(token), x)?;
+        let synced = self.manager.finish_sync(&mut self.endpoint, syncing)?;
         self.endpoint.join(synced, Part::WeightSync);
         self.dispatch(&saved.exchange)?;
         self.group_arrived(&saved.exchange, &mut saved.input)?;
@@ -361,11 +366,11 @@ impl ExpertParallel {
     /// Where in masters or slots an expert on this rank has its weights or gradients: `(in a slot, elements)`.
     fn location(&self, local: &LocalExpert) -> (bool, std::ops::Range<usize>) {
         let config = self.manager.config();
-        let (rank, len) = (self.manager.rank(), config.shape.weight_len());
-        let masters = config.topology.masters(rank).len();
-        let in_slot = local.physical >= masters;
-        let index = if in_slot { self.manager.slot_index(rank, local.physical) } else { local.physical };
-        (in_slot, index * len..(index + 1) * len)
+        let len = config.shape.weight_len();
+        match self.manager.slot_elements(local.physical) {
+            Some(range) => (true, range),
+            None => (false, local.physical * len..(local.physical + 1) * len),
+        }
     }
 
     fn weights_of<'w>(&self, local: &LocalExpert, masters: &'w [f32], slots: &'w [f32]) -> &'w [f32] {
@@ -412,7 +417,7 @@ impl ExpertParallel {
     ) -> Result<(), RuntimeError> {
         let (shape, top_k) = (self.config().shape, self.config().top_k);
         let (d, fc1_width) = (shape.hidden, 2 * shape.intermediate);
-        let restored = self.manager.sync_weights(&mut self.endpoint, layer, place, Direction::Backward)?;
+        let restoring = self.manager.start_sync(&mut self.endpoint, layer, place, Direction::Backward)?;
         self.endpoint.clock.enter(Part::Reroute);
         for (i, (d_gate, &row)) in d_gates.iter_mut().zip(&saved.rows).enumerate() {
             let (token, row) = (i / top_k * d, row as usize * d);
@@ -425,11 +430,12 @@ impl ExpertParallel {
             self.endpoint.clock.enter(Part::Reroute);
         }
         self.pack(saved, |row, token, i| math::scale_into(row, gates[i], token), dy)?;
+        let restored = self.manager.finish_sync(&mut self.endpoint, restoring)?;
         self.endpoint.join(restored, Part::WeightSync);
         self.dispatch(&saved.exchange)?;
         let mut d_output = std::mem::take(&mut self.grouped_out);
         self.group_arrived(&saved.exchange, &mut d_output)?;
-        self.manager.join_reduce(&mut self.endpoint);
+        self.manager.join_reduce(&mut self.endpoint)?;
 
         self.endpoint.clock.enter(Part::Experts);
         let mut d_input = std::mem::take(&mut self.grouped_grad);
@@ -476,11 +482,11 @@ impl ExpertParallel {
                 }
             }
         }
-        self.manager.reduce_grads(&mut self.endpoint, layer, place)
+        self.manager.start_reduce(&mut self.endpoint, layer, place)
     }
 
-    /// Waits for the last grad reduce: after this the masters' gradients are complete.
-    pub fn finish_backward(&mut self) {
-        self.manager.join_reduce(&mut self.endpoint);
+    /// Waits for the last grad reduce: after this the masters' gradients are complete. On all ranks at the same place.
+    pub fn finish_backward(&mut self) -> Result<(), RuntimeError> {
+        self.manager.join_reduce(&mut self.endpoint)
     }
 }

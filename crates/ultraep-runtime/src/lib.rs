@@ -20,10 +20,12 @@ mod expert_parallel;
 mod manager;
 mod observed;
 mod record;
+mod reduce;
 mod ring;
+mod sync;
 
 pub use clock::{Deadline, PARTS, Part, StepTime, VirtualClock};
-pub use config::{Link, PolicyChoice, RuntimeConfig};
+pub use config::{Link, PolicyChoice, RuntimeConfig, TransferConfig};
 pub use endpoint::Endpoint;
 pub use error::RuntimeError;
 pub use expert_parallel::{ExpertParallel, Pass, Recompute, Routing};

@@ -4,15 +4,15 @@
 //! the manager reads their weights (weight sync) and adds to their gradients (grad reduce), and never moves them.
 
 use ultraep_baselines::{PolicyKind, build};
-use ultraep_fabric::{Operation, Region, RemoteSpan, Span};
+use ultraep_fabric::{Operation, Region, Span};
 use ultraep_plan::{
-    Plan, Policy, Problem, Rank, SplitWorkspace, Transfers, check_plan, check_split, digest_plan, split_all,
+    Plan, Policy, Problem, Rank, SplitWorkspace, check_plan, check_split, digest_plan, digest_problem, split_all,
 };
 
 use crate::clock::Deadline;
-use crate::config::window;
 use crate::observed::Observed;
 use crate::ring::Ring;
+use crate::sync::{Carrier, Direction, PlannedTransfers, Syncing};
 use crate::{Endpoint, Part, RuntimeConfig, RuntimeError, VirtualLayer};
 
 /// One layer's masters on this rank, registered where they are: `[M, weight_len]` `f32` each, in order of expert.
@@ -20,7 +20,7 @@ use crate::{Endpoint, Part, RuntimeConfig, RuntimeError, VirtualLayer};
 pub struct LayerMasters {
     /// Weights.
     pub weights: Region,
-    /// Gradients, added to by every backward.
+    /// Gradients, added to by every backward. No bytes in a runtime that only infers.
     pub grads: Region,
 }
 
@@ -41,9 +41,7 @@ pub(crate) struct Kept {
     pub(crate) counts: Vec<u32>,
     /// `[N, instances]`.
     pub(crate) split: Vec<u32>,
-    pub(crate) transfers: Transfers,
-    /// Copies on the busiest link, sent or received, when weights are synced.
-    busiest_copies: u64,
+    pub(crate) transfers: PlannedTransfers,
     /// Whether the forward's weight sync is charged: not for a historical placement that was there before.
     placement_is_new: bool,
     historical: bool,
@@ -64,19 +62,13 @@ pub struct Manager {
     active: usize,
     history: History,
     masters: Vec<LayerMasters>,
-    slot_weights: Region,
-    slot_grads: Region,
-    scratch: Region,
-    /// Where one expert's weights go: memory for [`Manager::sync_weights`].
-    put_to: Vec<RemoteSpan>,
+    carrier: Carrier,
     ring: Ring<Kept>,
     counts_send: Region,
     counts_recv: Region,
     digest_send: Region,
     digest_recv: Region,
     split_workspace: SplitWorkspace,
-    reducing: Deadline,
-    synced_ns: u64,
     /// Tokens of every expert since [`Manager::take_loads`], `[layers, E]`.
     loads: Vec<u64>,
     /// What historical policies have seen, by layer.
@@ -98,7 +90,7 @@ impl Manager {
         let master_bytes = topology.masters(rank).len() * config.shape.weight_bytes();
         for layer in &masters {
             expect_size("bytes of master weights", layer.weights.bytes(), master_bytes)?;
-            expect_size("bytes of master gradients", layer.grads.bytes(), master_bytes)?;
+            expect_size("bytes of master gradients", layer.grads.bytes(), config.grad_bytes(master_bytes))?;
         }
         let mut policies = Vec::new();
         for &kind in &config.policies.kinds {
@@ -107,28 +99,26 @@ impl Manager {
             policies.push(PolicyState { kind, layers, placements: vec![0; config.layers] });
         }
         let replicas = topology.ranks() * config.slot_capacity();
-        let kept = || Kept { plan: Plan::with_capacity(topology, replicas), ..Kept::default() };
+        let kept = || Kept {
+            plan: Plan::with_capacity(topology, replicas),
+            transfers: Carrier::room(&config),
+            ..Kept::default()
+        };
         let (ranks, experts) = (topology.ranks(), topology.experts());
         let row = experts + 1;
-        let mut window = |id| endpoint.fabric().window(id).ok_or(RuntimeError::NotHostMemory);
         Ok(Self {
             rank,
             policies,
             active: 0,
             history: History::Record,
+            carrier: Carrier::new(&config, endpoint, &masters)?,
             masters,
-            slot_weights: window(window::SLOT_WEIGHTS)?,
-            slot_grads: window(window::SLOT_GRADS)?,
-            scratch: Region::zeroed(config.shape.weight_bytes()),
-            put_to: Vec::with_capacity(ranks),
-            ring: Ring::new(config.layers, config.max_microbatches, kept),
+            ring: Ring::new(config.layers, config.ring_places(), kept),
             counts_send: Region::zeroed(row * size_of::<u32>()),
             counts_recv: Region::zeroed(ranks * row * size_of::<u32>()),
             digest_send: Region::zeroed(size_of::<u64>()),
             digest_recv: Region::zeroed(ranks * size_of::<u64>()),
             split_workspace: SplitWorkspace::new(topology),
-            reducing: Deadline::default(),
-            synced_ns: 0,
             loads: vec![0; config.layers * experts],
             observed: vec![Observed::new(&config.policies.kinds, &config.policies.params, experts); config.layers],
             expert_loads: vec![0; experts],
@@ -170,7 +160,7 @@ impl Manager {
 
     /// Memory of the slots: weights, then gradients.
     pub(crate) fn slots(&self) -> (&Region, &Region) {
-        (&self.slot_weights, &self.slot_grads)
+        self.carrier.slots()
     }
 
     pub(crate) fn kept(&self, place: usize) -> &Kept {
@@ -257,7 +247,7 @@ impl Manager {
         kept.split.resize(ranks * kept.plan.instances().len(), 0);
         split_all(&problem, &kept.plan, &mut self.split_workspace, &mut kept.split)
             .map_err(|source| RuntimeError::Split { at, source })?;
-        kept.transfers.list(&self.config.topology, &kept.plan);
+        self.carrier.plan(&kept.plan, &mut kept.transfers);
         endpoint.clock.pause();
         self.bookkeeping(at, place);
         if self.history == History::Record {
@@ -273,8 +263,7 @@ impl Manager {
     fn bookkeeping(&mut self, at: VirtualLayer, place: usize) {
         let policy = &mut self.policies[self.active];
         let kept = self.ring.get_mut(place);
-        let both = kept.transfers.sends().iter().chain(kept.transfers.receives());
-        kept.busiest_copies = both.copied().max().map_or(0, u64::from);
+        self.carrier.measure(&mut kept.transfers);
         kept.historical = policy.kind.is_historical();
         let placement = placement_digest(&kept.plan);
         kept.placement_is_new = policy.placements[at.layer] != placement;
@@ -328,7 +317,8 @@ impl Manager {
             Problem::new(&self.config.topology, &kept.counts).map_err(|source| RuntimeError::Counts { at, source })?;
         check_plan(&problem, &kept.plan, &policy.rules()).map_err(broken)?;
         check_split(&problem, &kept.plan, &kept.split).map_err(broken)?;
-        let ours = digest_plan(&kept.plan);
+        // Of the counts, too: tables that differ may give one plan, and different splits.
+        let ours = digest_plan(&kept.plan) ^ digest_problem(&problem).rotate_left(32);
         self.digest_send.write::<u64>()?[0] = ours;
         let op = Operation::AllGather { send: Span::whole(&self.digest_send), recv: Span::whole(&self.digest_recv) };
         endpoint.aside(op, 0)?;
@@ -339,105 +329,48 @@ impl Manager {
         }
     }
 
-    /// Weight sync of a kept plan: every home rank puts its masters' weights into the replicas' slots. Moves the bytes now;
-    /// in virtual time it runs beside the computation and ends at the deadline returned. `restore` marks the backward's
-    /// sync, which a historical placement does not pay (its replicas have memory of their own in every layer).
-    pub(crate) fn sync_weights(
+    /// Starts the weight sync of a kept plan. The backward's is not charged to a historical placement (its replicas have memory
+    /// of their own in every layer), the forward's only when the placement is new.
+    pub(crate) fn start_sync(
         &mut self,
         endpoint: &mut Endpoint,
         layer: usize,
         place: usize,
         direction: Direction,
-    ) -> Result<Deadline, RuntimeError> {
-        endpoint.clock.pause();
+    ) -> Result<Syncing, RuntimeError> {
         let kept = self.ring.get(place);
-        if kept.transfers.all().is_empty() {
-            return Ok(endpoint.clock.beside(0));
-        }
-        let bytes = self.config.shape.weight_bytes();
         let charged = !kept.historical || (direction == Direction::Forward && kept.placement_is_new);
-        let copies = if charged { kept.busiest_copies } else { 0 };
-        let transfer_ns = endpoint.link().transfer_ns(copies * bytes as u64);
-        self.synced_ns += transfer_ns;
-        let deadline = endpoint.clock.beside(transfer_ns);
-        endpoint.aside(Operation::Open { window: window::SLOT_WEIGHTS }, 0)?;
-        let weights = &self.masters[layer].weights;
-        let masters = self.config.topology.masters(self.rank);
-        let mut to = std::mem::take(&mut self.put_to);
-        for of_expert in kept.transfers.all().chunk_by(|a, b| a.expert == b.expert) {
-            if of_expert[0].from != self.rank {
-                continue;
-            }
-            to.clear();
-            to.extend(of_expert.iter().map(|t| RemoteSpan {
-                rank: t.to,
-                window: window::SLOT_WEIGHTS,
-                offset: self.slot_index(t.to, t.physical.index()) * bytes,
-            }));
-            let offset = (of_expert[0].expert.index() - masters.start) * bytes;
-            let from = Span { region: weights.clone(), offset, bytes };
-            endpoint.aside(Operation::Put { from, to: &to }, 0)?;
-        }
-        self.put_to = to;
-        endpoint.aside(Operation::Close { window: window::SLOT_WEIGHTS }, 0)?;
-        Ok(deadline)
+        self.carrier.start_sync(endpoint, layer, &kept.transfers, charged)
+    }
+
+    /// Waits until the slots have their weights, and gives the moment of virtual time from which they do.
+    pub(crate) fn finish_sync(&mut self, endpoint: &mut Endpoint, syncing: Syncing) -> Result<Deadline, RuntimeError> {
+        self.carrier.finish_sync(endpoint, syncing)
     }
 
     /// Virtual time that weight syncs took since the last call, from start to end, hidden or not.
     pub fn take_synced_ns(&mut self) -> u64 {
-        std::mem::take(&mut self.synced_ns)
+        self.carrier.take_synced_ns()
     }
 
-    /// Slot of a physical index on a rank.
-    pub(crate) fn slot_index(&self, rank: Rank, physical: usize) -> usize {
-        physical - self.config.topology.masters(rank).len()
+    /// Elements of a physical expert's slot on this rank; `None` for a master.
+    pub(crate) fn slot_elements(&self, physical: usize) -> Option<std::ops::Range<usize>> {
+        self.carrier.slot_elements(physical)
     }
 
-    /// Grad reduce of a kept plan: every home rank adds its replicas' gradients to its masters', master first, then the
-    /// replicas in the plan's order, so that the sum is the same on every run; then the slots' gradients are zero again.
-    /// In virtual time the transfer runs beside the computation until [`Manager::join_reduce`]; adding and zeroing are work of
-    /// the rank's core like any other.
-    pub(crate) fn reduce_grads(
+    /// Starts the grad reduce of a kept plan; it runs beside the computation until [`Manager::join_reduce`].
+    pub(crate) fn start_reduce(
         &mut self,
         endpoint: &mut Endpoint,
         layer: usize,
         place: usize,
     ) -> Result<(), RuntimeError> {
-        endpoint.clock.pause();
-        let kept = self.ring.get(place);
-        if kept.transfers.all().is_empty() {
-            return Ok(());
-        }
-        let now = endpoint.clock.now_ns();
-        let start = endpoint.aside(Operation::Open { window: window::SLOT_GRADS }, now)?.stamp;
-        let (bytes, len) = (self.config.shape.weight_bytes(), self.config.shape.weight_len());
-        let masters = self.config.topology.masters(self.rank);
-        for transfer in kept.transfers.all().iter().filter(|t| t.from == self.rank) {
-            let offset = self.slot_index(transfer.to, transfer.physical.index()) * bytes;
-            let from = RemoteSpan { rank: transfer.to, window: window::SLOT_GRADS, offset };
-            endpoint.aside(Operation::Get { from, to: Span::whole(&self.scratch) }, 0)?;
-            endpoint.clock.enter(Part::GradReduce);
-            let mut grads = self.masters[layer].grads.write::<f32>()?;
-            let first = (transfer.expert.index() - masters.start) * len;
-            ultraep_device::math::add(&mut grads[first..first + len], &self.scratch.read::<f32>()?);
-            endpoint.clock.pause();
-        }
-        let transfer_ns = endpoint.link().transfer_ns(kept.busiest_copies * bytes as u64);
-        let end = endpoint.aside(Operation::Close { window: window::SLOT_GRADS }, start + transfer_ns)?;
-        endpoint.clock.enter(Part::GradReduce);
-        let mut slots = self.slot_grads.write::<f32>()?;
-        for transfer in kept.transfers.received_by(self.rank) {
-            let first = self.slot_index(self.rank, transfer.physical.index()) * len;
-            slots[first..first + len].fill(0.0);
-        }
-        endpoint.clock.pause();
-        self.reducing = Deadline(end.stamp);
-        Ok(())
+        self.carrier.start_reduce(endpoint, layer, &self.ring.get(place).transfers)
     }
 
     /// Waits for the grad reduce that is under way, if any: before the slots' gradients are written again.
-    pub fn join_reduce(&mut self, endpoint: &mut Endpoint) {
-        endpoint.join(std::mem::take(&mut self.reducing), Part::GradReduce);
+    pub fn join_reduce(&mut self, endpoint: &mut Endpoint) -> Result<(), RuntimeError> {
+        self.carrier.join_reduce(endpoint)
     }
 }
 
@@ -446,13 +379,6 @@ fn show(policies: &mut [PolicyState], layer: usize, problem: &Problem<'_>) {
     for policy in policies.iter_mut().filter(|p| p.kind.is_historical()) {
         policy.layers[layer].observe(problem);
     }
-}
-
-/// Which pass a weight sync belongs to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Direction {
-    Forward,
-    Backward,
 }
 
 pub(crate) fn expect_size(what: &'static str, got: usize, expected: usize) -> Result<(), RuntimeError> {

@@ -4,11 +4,13 @@ use std::time::Duration;
 
 use ultraep_baselines::{PolicyKind, PolicyParams};
 use ultraep_device::{ExpertShape, ExpertWorkspace, expert::Backward};
-use ultraep_fabric::{Fabric, GroupSpec, Region, run_threads};
+use ultraep_fabric::{
+    Capabilities, Completion, Fabric, FabricError, GroupSpec, Operation, Region, Ticket, WindowId, run_threads,
+};
 use ultraep_plan::{Rank, Topology, TopologySpec};
 use ultraep_runtime::{
     Endpoint, ExpertParallel, History, LayerMasters, LayerRecord, Link, Pass, PolicyChoice, Recompute, Routing,
-    RuntimeConfig, RuntimeError, VirtualLayer,
+    RuntimeConfig, RuntimeError, TransferConfig, VirtualLayer,
 };
 
 const SHAPE: ExpertShape = ExpertShape { hidden: 16, intermediate: 8 };
@@ -32,6 +34,7 @@ fn case(ranks: usize, experts: usize, slots: usize, kinds: &[PolicyKind]) -> Cas
         top_k: TOP_K,
         policies: PolicyChoice { kinds: kinds.to_vec(), params: small_quota() },
         link: Link::default(),
+        transfer: TransferConfig::default(),
         checked: true,
     };
     Case { config, pass: Pass::Train(Recompute::Nothing) }
@@ -112,9 +115,14 @@ fn group(case: &Case) -> GroupSpec {
 
 /// Two microbatches through two layers, both forwards before both backwards.
 fn run(case: &Case) -> Vec<RankResult> {
+    run_on(case, |fabric| fabric)
+}
+
+/// The same over what `wrap` makes of the fabric.
+fn run_on(case: &Case, wrap: impl Fn(Box<dyn Fabric>) -> Box<dyn Fabric> + Sync) -> Vec<RankResult> {
     let experts = case.config.topology.experts();
     let result = run_threads(&group(case), |fabric| {
-        let mut moe = runtime(case, fabric)?;
+        let mut moe = runtime(case, wrap(fabric))?;
         moe.record();
         let Inputs { x, gates, dy, chosen } = inputs(moe.manager.rank().index(), experts);
         let routing = Routing { experts: &chosen, gates: &gates };
@@ -129,7 +137,7 @@ fn run(case: &Case) -> Vec<RankResult> {
                 moe.backward(VirtualLayer { layer, microbatch }, &gates, &x, &dy, &mut dx, &mut d_gates)?;
             }
         }
-        moe.finish_backward();
+        moe.finish_backward()?;
         assert!(moe.endpoint.finish_step()?.total_ns > 0);
         let grads = moe.manager.masters(1).grads.read::<f32>()?.to_vec();
         let records = moe.take_records();
@@ -257,7 +265,7 @@ fn a_forward_run_again_replays_its_plan_even_after_other_layers() {
         assert!(matches!(refused, Err(RuntimeError::ReplayDiffers { .. })), "{refused:?}");
         let (mut dx, mut d_gates) = (vec![0.0; x.len()], vec![0.0; gates.len()]);
         moe.backward(at, &gates, &x, &dy, &mut dx, &mut d_gates)?;
-        moe.finish_backward();
+        moe.finish_backward()?;
         moe.endpoint.leave()?;
         Ok::<_, RuntimeError>(dx)
     });
@@ -318,4 +326,92 @@ fn a_full_ring_names_the_layer_and_inference_keeps_nothing() {
         Ok::<_, RuntimeError>(())
     });
     result.unwrap_or_else(|error| panic!("{error}"));
+}
+
+/// Modes of transfer, sizes of tiles and worker threads change who moves which bytes when, and nothing else.
+#[test]
+fn how_weights_and_gradients_move_changes_no_bit() {
+    use ultraep_fabric::stream::TileSizes;
+    use ultraep_plan::{TransferMode, TransferParams};
+    let base = case(4, 8, 2, &[PolicyKind::EplbExact]);
+    let results = run(&base);
+    assert!(results[0].records.iter().any(|r| r.replicas() > 0), "the case must make replicas");
+    let small = TileSizes { tile_bytes: 64, chunk_bytes: 256 };
+    for (mode, sync_workers, reduce_workers) in
+        [(TransferMode::Direct, 0, 0), (TransferMode::Relay, 0, 1), (TransferMode::Relay, 2, 2)]
+    {
+        let mut other = base.clone();
+        let params = TransferParams { mode, max_stripes: 2, ..TransferParams::default() };
+        let (weights, gradients) = (small, small);
+        other.config.transfer =
+            TransferConfig { params, weights, gradients, sync_workers, reduce_workers, ..TransferConfig::default() };
+        assert!(results == run(&other), "{mode}, {sync_workers} and {reduce_workers} workers: a bit changed");
+    }
+}
+
+/// A fabric whose windows cannot be touched directly.
+struct Indirect(Box<dyn Fabric>);
+
+impl Fabric for Indirect {
+    fn rank(&self) -> Rank {
+        self.0.rank()
+    }
+
+    fn ranks(&self) -> usize {
+        self.0.ranks()
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        self.0.capabilities()
+    }
+
+    fn window(&self, id: WindowId) -> Option<Region> {
+        self.0.window(id)
+    }
+
+    fn submit(&mut self, operation: Operation<'_>, stamp: u64) -> Result<Ticket, FabricError> {
+        self.0.submit(operation, stamp)
+    }
+
+    fn poll(&mut self, ticket: &Ticket) -> Result<Option<Completion>, FabricError> {
+        self.0.poll(ticket)
+    }
+
+    fn wait(&mut self, ticket: Ticket) -> Result<Completion, FabricError> {
+        self.0.wait(ticket)
+    }
+
+    fn leave(self: Box<Self>) -> Result<(), FabricError> {
+        self.0.leave()
+    }
+}
+
+#[test]
+fn put_and_get_move_the_same_bits() {
+    let case = case(4, 8, 2, &[PolicyKind::EplbExact]);
+    assert!(run(&case) == run_on(&case, |fabric| Box::new(Indirect(fabric))), "a bit changed");
+}
+
+/// The clock charges what the transfers' plan takes under the link: a slower link, a longer sync, whatever it moved here.
+#[test]
+fn a_sync_is_charged_what_its_plan_takes_under_the_link() {
+    let synced_ns = |gbps: f64| {
+        let mut case = case(4, 8, 2, &[PolicyKind::EplbExact]);
+        case.config.link = Link::new(gbps).unwrap();
+        let result = run_threads(&group(&case), |fabric| {
+            let mut moe = runtime(&case, fabric)?;
+            let Inputs { x, gates, chosen, .. } = inputs(moe.manager.rank().index(), 8);
+            let (routing, mut y) = (Routing { experts: &chosen, gates: &gates }, vec![0.0; x.len()]);
+            moe.forward(VirtualLayer { layer: 0, microbatch: 0 }, case.pass, routing, &x, &mut y)?;
+            let synced_ns = moe.manager.take_synced_ns();
+            moe.endpoint.leave()?;
+            Ok::<_, RuntimeError>(synced_ns)
+        });
+        result.unwrap_or_else(|error| panic!("{error}"))
+    };
+    let (slow, fast) = (synced_ns(1.0), synced_ns(10.0));
+    assert!(slow.windows(2).all(|pair| pair[0] == pair[1]), "ranks disagree: {slow:?}");
+    // One copy of 1536 bytes takes 12.288 us at 1 Gbit/s; the busiest rank sends or receives at least one.
+    assert!(slow[0] >= 12_288 && slow[0] % 12_288 == 0, "{slow:?}");
+    assert!(fast[0].abs_diff(slow[0] / 10) <= slow[0] / 12_288, "{fast:?} against {slow:?}");
 }

@@ -28,7 +28,7 @@ use crate::{TrainConfig, TrainError};
 /// Name and version of the manifest.
 const SCHEMA: &str = "ultraep.checkpoint/1";
 const MANIFEST: &str = "checkpoint.json";
-const DENSE: &str = "dense.safetensors";
+pub(crate) const DENSE: &str = "dense.safetensors";
 const DIGEST: &str = "digest";
 
 /// `checkpoint.json`.
@@ -46,7 +46,7 @@ pub struct CheckpointInfo {
     pub expert_files: Vec<(String, usize, usize)>,
 }
 
-fn refuse(path: &Path, reason: impl Into<String>) -> TrainError {
+pub(crate) fn refuse(path: &Path, reason: impl Into<String>) -> TrainError {
     TrainError::Checkpoint { path: path.to_path_buf(), reason: reason.into() }
 }
 
@@ -153,13 +153,13 @@ fn digest<'a>(tensors: impl Iterator<Item = (&'a str, &'a [u8])>) -> String {
 }
 
 /// A file of tensors whose digest was checked.
-struct TensorFile {
+pub(crate) struct TensorFile {
     path: PathBuf,
     tensors: HashMap<String, Vec<f32>>,
 }
 
 impl TensorFile {
-    fn read(path: PathBuf) -> Result<Self, TrainError> {
+    pub(crate) fn read(path: PathBuf) -> Result<Self, TrainError> {
         let data = fs::read(&path).map_err(TrainError::file("read", &path))?;
         let file = SafeTensors::deserialize(&data).map_err(|error| refuse(&path, format!("damaged: {error}")))?;
         let (_, metadata) =
@@ -179,7 +179,7 @@ impl TensorFile {
         Ok(Self { path, tensors })
     }
 
-    fn copy(&self, name: &str, into: &mut [f32]) -> Result<(), TrainError> {
+    pub(crate) fn copy(&self, name: &str, into: &mut [f32]) -> Result<(), TrainError> {
         let values = self.tensors.get(name).ok_or_else(|| refuse(&self.path, format!("has no tensor {name}")))?;
         if values.len() != into.len() {
             let reason = format!("{name} has {} elements, the model {}", values.len(), into.len());
@@ -191,7 +191,7 @@ impl TensorFile {
 }
 
 /// Names of a parameter's value and moments.
-fn names(name: &str) -> [String; 3] {
+pub(crate) fn names(name: &str) -> [String; 3] {
     [name.to_string(), format!("adam.first.{name}"), format!("adam.second.{name}")]
 }
 
@@ -199,7 +199,7 @@ fn observed_name(layer: usize) -> String {
     format!("layers.{layer}.moe.observed")
 }
 
-fn bias_name(layer: usize) -> String {
+pub(crate) fn bias_name(layer: usize) -> String {
     format!("layers.{layer}.moe.router.bias")
 }
 

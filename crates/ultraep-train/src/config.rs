@@ -7,7 +7,7 @@ use ultraep_baselines::{EplbParams, HistoryParams, LplbParams, PolicyKind, Polic
 use ultraep_fabric::GroupSpec;
 use ultraep_model::{ModelConfig, RouterKind};
 use ultraep_plan::{Ratio, Topology, TopologySpec};
-use ultraep_runtime::{Link, PolicyChoice, Recompute, RuntimeConfig};
+use ultraep_runtime::{Link, PolicyChoice, Recompute, RuntimeConfig, TransferConfig};
 
 use crate::TrainError;
 
@@ -95,10 +95,18 @@ pub struct TrainConfig {
     pub reference: bool,
     /// Steps between two checkpoints; 0 for one at the end only.
     pub save_every: u64,
+    /// Steps from one whose loads are recorded to the next; 1 records all, 0 none.
+    #[serde(default = "every_step")]
+    pub profile_every: u64,
     /// Seconds after which a rank that waits for another gives up and names it.
     pub timeout_s: u64,
     /// Ranks that compute at a time; 0 for all.
     pub cores: usize,
+}
+
+/// [`TrainConfig::profile_every`] of checkpoints that do not say.
+fn every_step() -> u64 {
+    1
 }
 
 impl TrainConfig {
@@ -184,6 +192,7 @@ impl TrainConfig {
             top_k: self.top_k,
             policies: PolicyChoice { kinds, params },
             link: Link::new(self.link_gbps).ok_or(TrainError::Link(self.link_gbps))?,
+            transfer: TransferConfig::default(),
             checked: self.checked,
         })
     }

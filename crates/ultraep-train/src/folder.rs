@@ -3,11 +3,11 @@
 use std::path::Path;
 
 use ultraep_run::{
-    Imbalance, Metric, PolicyMeasurement, PolicyTable, ReferenceMetrics, RunStatus, RunTrace, RunWriter, StepMetrics,
-    StepParts, UtcTime,
+    Imbalance, Metric, PolicyMeasurement, PolicyTable, ProfileSummary, Profiler, ProfilerOptions, ReferenceMetrics,
+    RunStatus, RunWriter, StepMetrics, StepParts, UtcTime,
 };
 use ultraep_runtime::{LayerRecord, Part, StepTime};
-use ultraep_trace::{PlanRecord, Record, TraceMeta};
+use ultraep_trace::{Record, TraceMeta};
 
 use crate::report::{Comparison, Observer, Phase, StepReport};
 use crate::{TrainConfig, TrainError};
@@ -15,7 +15,7 @@ use crate::{TrainConfig, TrainError};
 /// Writes a run folder while a run goes.
 pub struct RunFolder {
     writer: RunWriter,
-    trace: RunTrace,
+    profiler: Profiler,
     config: TrainConfig,
     summary: Summary,
 }
@@ -35,6 +35,8 @@ pub struct Summary {
     pub optimizer_ns: Vec<u64>,
     /// Imbalance over all (step, microbatch, layer) of the training.
     pub balance: BalanceCount,
+    /// What was recorded of it, once the run has ended.
+    pub profile: ProfileSummary,
 }
 
 /// How the training's own plans came out.
@@ -104,7 +106,11 @@ impl RunFolder {
                 writer.create_trace(meta)?
             }
         };
-        Ok(Self { writer, trace, config, summary: Summary::default() })
+        // A whole step must fit, or long ones would always lose their last layers.
+        let records_of_step = config.layers * config.microbatches as usize;
+        let ring = ProfilerOptions::default().ring.max(2 * records_of_step);
+        let profiler = Profiler::start(trace, ProfilerOptions { every: config.profile_every, ring })?;
+        Ok(Self { writer, profiler, config, summary: Summary::default() })
     }
 
     /// The folder.
@@ -186,31 +192,36 @@ impl RunFolder {
         if let Some(table) = &table {
             self.writer.write_table(table)?;
         }
-        self.trace.finish()?;
+        self.summary.profile = self.profiler.finish()?;
+        self.writer.update_info(|info| info.profile = Some(self.summary.profile))?;
         self.writer.end(status, ended)?;
-        Ok((std::mem::take(&mut self.summary), table))
+        Ok((self.summary, table))
     }
 
-    fn append_records(&mut self, step: u64, records: &[LayerRecord]) -> Result<(), TrainError> {
+    fn record(&mut self, step: u64, records: &[LayerRecord]) -> Result<(), TrainError> {
+        if !self.profiler.wants(step) {
+            return Ok(());
+        }
         for (i, record) in records.iter().enumerate() {
-            let record = Record {
-                step,
-                microbatch: (i / self.config.layers) as u32,
-                layer: record.at.layer as u32,
-                before: record.counts.clone(),
-                after: Some(PlanRecord {
-                    policy: record.policy.name().to_string(),
-                    digest: record.digest,
-                    offsets: record.offsets.clone(),
-                    instances: record.instances.clone(),
-                    split: Some(record.split.clone()),
-                }),
-                top_k: None,
-            };
-            self.trace.append(&record)?;
+            let microbatch = (i / self.config.layers) as u32;
+            self.profiler.record(|to| fill_record(to, step, microbatch, record))?;
         }
         Ok(())
     }
+}
+
+/// Copies what a layer did in a step's microbatch, into memory that is there.
+pub fn fill_record(to: &mut Record, step: u64, microbatch: u32, record: &LayerRecord) {
+    (to.step, to.microbatch, to.layer) = (step, microbatch, record.at.layer as u32);
+    to.before.clone_from(&record.counts);
+    let plan = to.after.get_or_insert_default();
+    plan.policy.clear();
+    plan.policy.push_str(record.policy.name());
+    plan.digest = record.digest;
+    plan.offsets.clone_from(&record.offsets);
+    plan.instances.clone_from(&record.instances);
+    plan.split.get_or_insert_default().clone_from(&record.split);
+    to.top_k = None;
 }
 
 impl Observer for RunFolder {
@@ -228,7 +239,7 @@ impl Observer for RunFolder {
         report.records.iter().for_each(|record| self.summary.balance.add(record));
         self.summary.losses.push((report.step, report.loss));
         self.summary.optimizer_ns.push(report.time.part_ns(Part::Optimizer));
-        self.append_records(report.step, report.records)?;
+        self.record(report.step, report.records)?;
         self.writer.append_metric(&Metric::Step(StepMetrics {
             step: report.step,
             loss: f64::from(report.loss),
@@ -271,7 +282,7 @@ impl Observer for RunFolder {
     }
 
     fn saved(&mut self, _: u64, _: &Path) -> Result<(), TrainError> {
-        Ok(self.trace.sync()?)
+        Ok(self.profiler.sync()?)
     }
 }
 

@@ -16,14 +16,16 @@ mod folder;
 mod optimizer;
 mod rank;
 mod report;
+mod weights;
 mod worker;
 
 pub use checkpoint::{CheckpointInfo, find_checkpoint};
 pub use config::{RouterChoice, TrainConfig};
 pub use error::TrainError;
-pub use folder::{BalanceCount, RunFolder, Summary};
+pub use folder::{BalanceCount, RunFolder, Summary, fill_record};
 pub use rank::{Outcome, RankJob, run_rank};
 pub use report::{Comparison, Observer, Phase, Silent, StepReport};
+pub use weights::Weights;
 
 /// Environment variables, each to be set to `1` before the process starts, that keep the tensor library on the rank's
 /// thread.

@@ -120,7 +120,7 @@ impl Worker {
             self.accumulate(&grads)?;
         }
         let mut experts = self.experts.lock();
-        experts.finish_backward();
+        experts.finish_backward()?;
         {
             let elements = self.dense.len();
             let mut all = self.dense_grads.write::<f32>()?;

@@ -1,5 +1,5 @@
 //! `ultraep bench`: how long planning, splitting and rerouting take, with the physical floor measured in the same run.
-//! (`bench weight-sync` is a file of its own.)
+//! (`bench weight-sync` and `bench grad-reduce` are in `moved`.)
 
 use std::hint::black_box;
 use std::io::Write;
@@ -13,7 +13,7 @@ use ultraep_plan::{
     split_all, split_source,
 };
 
-use super::{weight_sync, write_json};
+use super::{moved, write_json};
 use crate::error::CliError;
 use crate::input::{GroupArgs, PolicyArgs, WorkloadArgs};
 use crate::timing::{Times, measure, pretty};
@@ -30,9 +30,12 @@ pub(crate) enum Bench {
     /// From logical to physical routing of one rank's tokens; floor: copying inputs and outputs once, counting the ids once
     #[command(after_help = EXAMPLES)]
     Reroute(Args),
-    /// Weight sync per initial imbalance and mode of transfer: what a model of the fabric predicts, and the bound
-    #[command(after_help = weight_sync::EXAMPLES)]
-    WeightSync(weight_sync::Args),
+    /// Weight sync by mode of transfer, measured beside the machine's own limit, or predicted by a model of a fabric
+    #[command(after_help = moved::SYNC_HELP)]
+    WeightSync(moved::Args),
+    /// Grad reduce, measured beside the machine's own limit
+    #[command(after_help = moved::REDUCE_HELP)]
+    GradReduce(moved::ReduceArgs),
 }
 
 const EXAMPLES: &str = "Examples:
@@ -136,7 +139,8 @@ impl Bench {
             Self::Plan(args) => ("plan", args, plan),
             Self::Split(args) => ("split", args, split),
             Self::Reroute(args) => ("reroute", args, reroute),
-            Self::WeightSync(args) => return weight_sync::run(args, out),
+            Self::WeightSync(args) => return moved::run(args, out),
+            Self::GradReduce(args) => return moved::run_reduce(args, out),
         };
         let group = GroupArgs::uniform(args.slots, args.domain);
         let topology = group.topology(args.workload.ranks, args.workload.experts)?;

@@ -3,13 +3,15 @@
 mod bench;
 mod compare;
 mod load;
+mod moved;
 mod plan;
 mod recordings;
 mod replay;
+mod serving;
+mod sim;
 mod trace;
 mod train;
 mod view;
-mod weight_sync;
 
 use std::io::Write;
 
@@ -31,6 +33,14 @@ pub(crate) enum Command {
     Load(load::Args),
     /// Replay a recording: what every policy would have made of its load
     Replay(Box<replay::Args>),
+    /// Simulate training and prefill on a rack, beside what was published
+    Sim(sim::Args),
+    /// Serve completions over HTTP: chunked prefill, every layer of every batch balanced
+    Serve(Box<serving::ServeArgs>),
+    /// Load a server with open-loop arrivals of real prompts, and time first tokens
+    Loadtest(Box<serving::LoadTestArgs>),
+    /// Compare policies on prefill under load, in virtual time over recorded routing
+    PrefillBench(Box<serving::BenchArgs>),
     /// Look into recordings and convert them
     #[command(subcommand, arg_required_else_help = false)]
     Trace(trace::Trace),
@@ -38,7 +48,7 @@ pub(crate) enum Command {
     View(Box<view::ViewArgs>),
     /// Write a run or recording as one HTML file that opens offline
     Report(Box<view::ReportArgs>),
-    /// Measure how long planning, splitting and rerouting take; predict how long weight sync takes
+    /// Measure how long planning, splitting, rerouting, weight sync and grad reduce take
     #[command(subcommand, arg_required_else_help = false)]
     Bench(bench::Bench),
     /// One rank of a training run, started by `train --fabric processes`
@@ -55,6 +65,10 @@ impl Command {
             Self::Compare(args) => compare::run(args, out),
             Self::Load(args) => load::run(args),
             Self::Replay(args) => replay::run(args, out),
+            Self::Serve(args) => serving::serve(args, out),
+            Self::Loadtest(args) => serving::loadtest(args, out),
+            Self::PrefillBench(args) => serving::bench(args, out),
+            Self::Sim(args) => sim::run(args, out),
             Self::Trace(trace) => trace.run(out),
             Self::View(args) => view::view(args, out),
             Self::Report(args) => view::report(args, out),

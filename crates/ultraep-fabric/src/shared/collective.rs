@@ -119,6 +119,11 @@ impl Endpoint {
                 if self.windows[index].phase != Phase::Open {
                     return Err(self.access(kind, "window")(AccessError::Closed));
                 }
+                // SYNC POINT reach: acquires what this rank's workers did in the window; pairs with `Reach::drop`.
+                if self.windows[index].reaches.load(Ordering::Acquire) != 0 {
+                    let (rank, in_flight) = (self.rank, OperationKind::Stream);
+                    return Err(FabricError::InFlight { operation: kind, rank, in_flight });
+                }
                 self.windows[index].phase = Phase::Closing;
                 Ok((Body::Close(index), index as u64))
             }
@@ -284,33 +289,39 @@ impl Endpoint {
 
     /// Moves the collective in flight, if any, on as far as it goes.
     pub(super) fn progress(&mut self) -> Result<(), FabricError> {
-        loop {
-            let Some(flight) = &self.collective else { return Ok(()) };
-            let kind = flight.kind();
-            self.check_group(kind)?;
-            if self.collective.as_ref().is_some_and(|flight| flight.done.is_some()) {
-                return Ok(());
-            }
-            let turnstile = &self.segment.header().turnstile.0;
-            let word = turnstile.look();
-            if word & FAILED != 0 {
-                return Err(self.group_error(kind));
-            }
-            if word >> 1 == self.seen {
-                return Ok(());
-            }
-            let stamp = turnstile.stamp();
-            self.seen = word >> 1;
-            if self.step()? {
-                let Some(flight) = &mut self.collective else { return Ok(()) };
+        while self.progress_phase()? {}
+        Ok(())
+    }
+
+    /// Moves the collective in flight, if any, past one phase that has ended; whether there was one.
+    pub(super) fn progress_phase(&mut self) -> Result<bool, FabricError> {
+        let Some(flight) = &self.collective else { return Ok(false) };
+        let (kind, done) = (flight.kind(), flight.done.is_some());
+        self.check_group(kind)?;
+        if done {
+            return Ok(false);
+        }
+        let turnstile = &self.segment.header().turnstile.0;
+        let word = turnstile.look();
+        if word & FAILED != 0 {
+            return Err(self.group_error(kind));
+        }
+        if word >> 1 == self.seen {
+            return Ok(false);
+        }
+        let stamp = turnstile.stamp();
+        self.seen = word >> 1;
+        if self.step()? {
+            if let Some(flight) = &mut self.collective {
                 flight.body = Body::Finished;
                 let (bytes_sent, bytes_received) = (flight.sent, flight.received);
                 flight.done = Some(Completion { stamp, bytes_sent, bytes_received });
-            } else {
-                self.publish_chunk();
-                self.enter_phase()?;
             }
+        } else {
+            self.publish_chunk();
+            self.enter_phase()?;
         }
+        Ok(true)
     }
 
     /// What is to be done after a phase has ended; whether the collective is complete.

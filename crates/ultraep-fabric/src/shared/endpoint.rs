@@ -3,10 +3,11 @@
 use super::collective::InFlight;
 use super::failure::Failure;
 use super::permits::Asked;
-use super::segment::{STATUS_RUNNING, Segment};
+use super::segment::Segment;
 use super::word::FAILED;
 use crate::operation::OperationKind;
-use crate::sync::Ordering;
+use crate::stream::Direct;
+use crate::sync::{AtomicU32, Ordering};
 use crate::{
     AccessError, Capabilities, Completion, Fabric, FabricError, GroupSpec, Loss, Operation, Region, Ticket, WindowId,
 };
@@ -44,6 +45,8 @@ pub(super) enum Phase {
 pub(super) struct Window {
     pub(super) region: Region,
     pub(super) phase: Phase,
+    /// Rights of this rank to touch it that live.
+    pub(super) reaches: Arc<AtomicU32>,
 }
 
 /// One rank of a group over a shared segment.
@@ -59,22 +62,24 @@ pub(crate) struct Endpoint {
     pub(super) sequence: u64,
     pub(super) collective: Option<InFlight>,
     tickets: u64,
-    timeout: Duration,
+    pub(super) timeout: Duration,
     /// Whether there are core permits at all, and whether this rank holds one.
     pub(super) limited: bool,
     computing: bool,
-    spins: u32,
+    pub(super) spins: u32,
+    /// The rank's process is gone: nothing it would have done on its way out happens.
+    pub(super) vanished: bool,
 }
 
 /// What a wait is for.
 #[derive(Clone, Copy)]
-enum Awaited {
+pub(super) enum Awaited {
     Phase(OperationKind),
     Signal { signal: usize, at_least: u64 },
 }
 
 impl Awaited {
-    fn kind(self) -> OperationKind {
+    pub(super) fn kind(self) -> OperationKind {
         match self {
             Self::Phase(kind) => kind,
             Self::Signal { .. } => OperationKind::AwaitSignal,
@@ -92,7 +97,7 @@ impl Endpoint {
                 // through the fabric's copies; this endpoint is the only one of `rank`, so that there is one region and
                 // one state word for the part.
                 let region = unsafe { Region::part(start, bytes, Arc::clone(&segment) as _) };
-                Window { region, phase: Phase::Closed }
+                Window { region, phase: Phase::Closed, reaches: Arc::default() }
             })
             .collect();
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
@@ -108,6 +113,7 @@ impl Endpoint {
             limited: spec.permits().is_some(),
             computing: false,
             spins: if spec.ranks <= cores && spec.permits().is_none() { SPINS } else { 0 },
+            vanished: false,
             segment,
         }
     }
@@ -182,7 +188,7 @@ impl Endpoint {
         }
     }
 
-    fn awaited(&self, ticket: &Ticket) -> Awaited {
+    pub(super) fn awaited(&self, ticket: &Ticket) -> Awaited {
         match &self.collective {
             Some(flight) if ticket.id() & TICKET_COLLECTIVE != 0 => Awaited::Phase(flight.kind()),
             _ => Awaited::Signal { signal: ticket.words()[0] as usize, at_least: ticket.words()[1] },
@@ -242,24 +248,27 @@ impl Endpoint {
         if self.segment.control(self.rank).doorbell.sleep_unless(reached, nap) {
             return Ok(true);
         }
-        if self.segment.ranks().all(|rank| rank == self.rank || self.has_departed(rank)) {
-            // No one is left who could still send it, unless it came in between.
-            if let Some((rank, loss)) = self.segment.departed()
-                && self.signal_value(signal) < at_least
-            {
-                return Err(self.fail(OperationKind::AwaitSignal, &Failure::Lost { rank, loss }));
-            }
-        }
+        self.check_signallers(signal, at_least)?;
         Ok(self.signal_value(signal) >= at_least)
     }
 
+    /// That someone is left who could still send a signal that is awaited, unless it has come.
+    pub(super) fn check_signallers(&mut self, signal: usize, at_least: u64) -> Result<(), FabricError> {
+        if self.segment.ranks().all(|rank| rank == self.rank || self.has_departed(rank))
+            && let Some((rank, loss)) = self.segment.departed()
+            && self.signal_value(signal) < at_least
+        {
+            return Err(self.fail(OperationKind::AwaitSignal, &Failure::Lost { rank, loss }));
+        }
+        Ok(())
+    }
+
     fn has_departed(&self, rank: Rank) -> bool {
-        // SYNC POINT status: pairs with `depart`.
-        self.segment.control(rank).status.load(Ordering::Acquire) > STATUS_RUNNING
+        !self.segment.control(rank).status.is_in_group()
     }
 
     /// Who is missing after the timeout.
-    fn timed_out(&self, awaited: Awaited, waited: Duration) -> Failure {
+    pub(super) fn timed_out(&self, awaited: Awaited, waited: Duration) -> Failure {
         let others: Vec<Rank> = self.segment.ranks().filter(|&rank| rank != self.rank).collect();
         let activity = |rank: Rank| self.segment.control(rank).activity.load(Ordering::Relaxed);
         let blocked = |rank: &Rank| activity(*rank) != OperationKind::Compute as u32 || self.has_departed(*rank);
@@ -268,6 +277,9 @@ impl Endpoint {
         let mut missing = others.clone();
         if let Awaited::Phase(_) = awaited {
             missing.retain(|rank| !entered(rank));
+            // Whoever is blocked for tiles of another one that is missing is late because of that one. Tiles flow one way.
+            let late = missing.clone();
+            missing.retain(|&rank| self.segment.awaited(rank).is_none_or(|peer| peer == rank || !late.contains(&peer)));
             // Whoever queues for a core is not the one who hangs, if there is anyone else.
             if !missing.iter().all(queueing) {
                 missing.retain(|rank| !queueing(rank));
@@ -287,14 +299,14 @@ impl Endpoint {
         Failure::Timeout { missing, operation: awaited.kind(), waited }
     }
 
-    fn give_permit_back(&mut self) {
+    pub(super) fn give_permit_back(&mut self) {
         if core::mem::take(&mut self.computing) {
             self.segment.control(self.rank).computing.store(0, Ordering::Relaxed);
             self.segment.header().permits.0.give_back();
         }
     }
 
-    fn take_permit(&mut self, kind: OperationKind) -> Result<(), FabricError> {
+    pub(super) fn take_permit(&mut self, kind: OperationKind) -> Result<(), FabricError> {
         if !self.limited || self.computing {
             return Ok(());
         }
@@ -390,6 +402,10 @@ impl Fabric for Endpoint {
         }
     }
 
+    fn direct(&mut self) -> Option<&mut dyn Direct> {
+        Some(self)
+    }
+
     fn leave(mut self: Box<Self>) -> Result<(), FabricError> {
         self.check_group(OperationKind::Leave)?;
         if let Some(flight) = &self.collective {
@@ -403,6 +419,9 @@ impl Fabric for Endpoint {
 
 impl Drop for Endpoint {
     fn drop(&mut self) {
+        if self.vanished {
+            return;
+        }
         // After `leave` the rank has departed already and this changes nothing.
         let panicking = std::thread::panicking();
         let loss = if panicking { Loss::Panicked } else { Loss::Dropped };

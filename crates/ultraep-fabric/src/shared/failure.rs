@@ -1,6 +1,7 @@
 //! The group's first failure: one word, set once, plus details in a record of the rank that reports it.
 
-use super::segment::{RECORD_WORDS, STATUS_DROPPED, STATUS_LEFT, STATUS_RUNNING, Segment};
+use super::segment::{RECORD_WORDS, Segment};
+use super::status::Gone;
 use crate::operation::{Collective, OperationKind};
 use crate::sync::{AtomicU64, Ordering};
 use crate::{FabricError, Loss};
@@ -71,12 +72,11 @@ fn load_collective(record: &[AtomicU64]) -> Collective {
 
 impl Segment {
     /// Ends the group, unless it has failed before, and wakes every sleeper. Each rank reports at most once with details
-    /// (it makes no further step after its first), and reporters without a record of their own (the supervisor)
-    /// report losses only.
+    /// (it makes no further step after its first); the supervisor, which has no record of its own, reports losses, or with the
+    /// record of a rank whose process has ended.
     pub(crate) fn fail(&self, reporter: Rank, failure: &Failure) {
         let code = self.record_failure(reporter, failure);
-        // SYNC POINT failure: releases the record to whoever acquires the word in `failure`.
-        let _ = self.header().failure.0.compare_exchange(0, code, Ordering::AcqRel, Ordering::Acquire);
+        self.header().failure.0.set(code);
         self.wake_all_failed();
     }
 
@@ -123,16 +123,12 @@ impl Segment {
 
     /// Whether the group has failed.
     pub(crate) fn has_failed(&self) -> bool {
-        self.header().failure.0.load(Ordering::Relaxed) != 0
+        self.header().failure.0.is_set()
     }
 
     /// The first failure.
     pub(crate) fn failure(&self) -> Option<Failure> {
-        // SYNC POINT failure: acquires the record that `fail` released.
-        let code = self.header().failure.0.load(Ordering::Acquire);
-        if code == 0 {
-            return None;
-        }
+        let code = self.header().failure.0.get()?;
         let (rank, reporter) = (rank_at(code, 40), rank_at(code, 24));
         let record = self.record(reporter);
         let load = |index: usize| record[index].load(Ordering::Relaxed);
@@ -178,10 +174,8 @@ impl Segment {
     /// Takes `rank` out of the group, at most once: it left, or its endpoint was dropped. Whoever waits for it now is
     /// told, and whoever will need it later.
     pub(crate) fn depart(&self, rank: Rank, loss: Loss, unfinished: bool) {
-        let status = if loss == Loss::Left { STATUS_LEFT } else { STATUS_DROPPED };
-        let running = &self.control(rank).status;
-        // SYNC POINT status: pairs with the loads in `departed`, `has_departed` and the supervisor.
-        if running.compare_exchange(STATUS_RUNNING, status, Ordering::AcqRel, Ordering::Relaxed).is_err() {
+        let gone = if loss == Loss::Left { Gone::Left } else { Gone::Dropped };
+        if !self.control(rank).status.go(gone) {
             return;
         }
         let awaited = self.header().turnstile.0.go();
@@ -192,11 +186,12 @@ impl Segment {
 
     /// The first rank that has departed, and how.
     pub(crate) fn departed(&self) -> Option<(Rank, Loss)> {
-        // SYNC POINT status: pairs with `depart`.
-        self.ranks().find_map(|rank| match self.control(rank).status.load(Ordering::Acquire) {
-            STATUS_LEFT => Some((rank, Loss::Left)),
-            STATUS_DROPPED => Some((rank, Loss::Dropped)),
-            _ => None,
+        self.ranks().find_map(|rank| {
+            let loss = match self.control(rank).status.gone()? {
+                Gone::Left => Loss::Left,
+                Gone::Dropped => Loss::Dropped,
+            };
+            Some((rank, loss))
         })
     }
 }

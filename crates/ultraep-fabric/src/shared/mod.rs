@@ -1,17 +1,23 @@
 //! The fabric of one machine: ranks over a shared memory segment, whether they are threads or processes.
 
+mod cause;
 mod collective;
+mod direct;
 mod doorbell;
+mod driven;
 mod endpoint;
 mod failure;
 mod layout;
 mod one_sided;
 mod permits;
 mod segment;
+mod status;
 mod turnstile;
 mod word;
 
 pub(crate) use endpoint::Endpoint;
 pub(crate) use failure::Failure;
 pub(crate) use layout::Layout;
-pub(crate) use segment::{SEALS, STATUS_ABSENT, STATUS_RUNNING, Segment};
+#[cfg(test)]
+pub(crate) use segment::MAGIC;
+pub(crate) use segment::{SEALS, Segment};

@@ -1,6 +1,7 @@
 //! Put, get and signals. On this fabric loads and stores do them, so each is complete when it has been submitted.
 
 use super::endpoint::{Endpoint, Phase};
+use super::segment::Segment;
 use crate::operation::OperationKind;
 use crate::region::Hold;
 use crate::sync::Ordering;
@@ -66,7 +67,7 @@ impl Endpoint {
         }
     }
 
-    fn check_rank(&self, kind: OperationKind, rank: Rank) -> Result<(), FabricError> {
+    pub(super) fn check_rank(&self, kind: OperationKind, rank: Rank) -> Result<(), FabricError> {
         let ranks = self.segment.layout.ranks;
         if rank.index() < ranks {
             return Ok(());
@@ -89,6 +90,20 @@ impl Endpoint {
         Ok(self.done(Completion { stamp, bytes_sent: from.bytes as u64 * others, bytes_received: 0 }))
     }
 
+    /// What a put would write, when it would not be refused.
+    pub(crate) fn copy_out(&self, from: &Span, to: &[RemoteSpan]) -> Result<Vec<u8>, FabricError> {
+        let kind = OperationKind::Put;
+        let source = self.local(kind, from, Use::Read)?;
+        for target in to {
+            self.remote(kind, target, from.bytes)?;
+        }
+        let mut bytes = vec![0; from.bytes];
+        // SAFETY: the source was checked to lie within its memory and is held for reading, or lies in an open window; the
+        // target is as long.
+        unsafe { copy::copy(source.start.as_ptr(), bytes.as_mut_ptr(), from.bytes) };
+        Ok(bytes)
+    }
+
     pub(super) fn get(&mut self, from: RemoteSpan, to: &Span, stamp: u64) -> Result<Ticket, FabricError> {
         let kind = OperationKind::Get;
         let source = self.remote(kind, &from, to.bytes)?;
@@ -105,9 +120,7 @@ impl Endpoint {
         let kind = OperationKind::Signal;
         self.check_rank(kind, rank)?;
         self.check_signal(kind, signal)?;
-        // SYNC POINT signal: releases this rank's earlier puts to whoever acquires the word in `signal_value`.
-        self.segment.signals(rank)[signal].fetch_add(add, Ordering::Release);
-        self.segment.control(rank).doorbell.ring();
+        self.segment.raise_signal(rank, signal, add);
         Ok(self.done(Completion { stamp, bytes_sent: 0, bytes_received: 0 }))
     }
 
@@ -127,5 +140,14 @@ impl Endpoint {
     pub(super) fn signal_value(&self, signal: usize) -> u64 {
         // SYNC POINT signal: acquires the puts that the signaller released in `signal`.
         self.segment.signals(self.rank)[signal].load(Ordering::Acquire)
+    }
+}
+
+impl Segment {
+    /// Raises a signal word that exists, and wakes its rank.
+    pub(crate) fn raise_signal(&self, rank: Rank, signal: usize, add: u64) {
+        // SYNC POINT signal: releases the signaller's earlier puts to whoever acquires the word in `signal_value`.
+        self.signals(rank)[signal].fetch_add(add, Ordering::Release);
+        self.control(rank).doorbell.ring();
     }
 }

@@ -36,7 +36,8 @@ impl Permits {
         let take = |word: u32| (word & FAILED == 0 && word >= STEP).then(|| word - STEP);
         // SYNC POINT permits: acquires what the one who gave it back released, so that ranks that take turns on a core
         // see each other's statistics in order. No data depends on it.
-        match self.word.fetch_update(Ordering::Acquire, Ordering::Relaxed, take) {
+        // SYNC POINT failure: who is refused because the group has failed sees the failure word set, hence the second acquire.
+        match self.word.fetch_update(Ordering::Acquire, Ordering::Acquire, take) {
             Ok(_) => {
                 self.taken.fetch_add(1, Ordering::Relaxed);
                 Asked::Granted

@@ -1,8 +1,10 @@
 //! The segment that all ranks of a group map, and typed access to its sections.
 
+use super::cause::Cause;
 use super::doorbell::Doorbell;
 use super::layout::{Layout, Section};
 use super::permits::Permits;
+use super::status::Status;
 use super::turnstile::Turnstile;
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
 use crate::{FabricError, GroupSpec, PROTOCOL_VERSION, SIGNALS, WindowId};
@@ -29,7 +31,7 @@ pub(crate) struct Header {
     pub(crate) config_digest: AtomicU64,
     pub(crate) ranks: AtomicU64,
     pub(crate) layout_digest: AtomicU64,
-    pub(crate) failure: Line<AtomicU64>,
+    pub(crate) failure: Line<Cause>,
     pub(crate) turnstile: Line<Turnstile>,
     pub(crate) permits: Line<Permits>,
 }
@@ -49,10 +51,12 @@ pub(crate) struct Control {
     pub(crate) detail: AtomicU64,
     /// Rung after each signal to the rank.
     pub(crate) doorbell: Doorbell,
-    /// One of the `STATUS_` values.
-    pub(crate) status: AtomicU32,
+    /// Where the rank is in its life.
+    pub(crate) status: Status,
     /// Kind of the operation that the rank is blocked in; 0 while it computes. A hint for messages.
     pub(crate) activity: AtomicU32,
+    /// The rank whose tiles the rank is blocked for, plus 1; 0 for none. A hint for messages.
+    pub(crate) awaits: AtomicU32,
     /// Whether the rank holds a core permit. A hint for messages.
     pub(crate) computing: AtomicU32,
 }
@@ -70,11 +74,6 @@ pub(crate) struct Identity {
     /// Size of the file.
     pub(crate) bytes: usize,
 }
-
-pub(crate) const STATUS_ABSENT: u32 = 0;
-pub(crate) const STATUS_RUNNING: u32 = 1;
-pub(crate) const STATUS_LEFT: u32 = 2;
-pub(crate) const STATUS_DROPPED: u32 = 3;
 
 /// A mapping of the shared segment.
 pub(crate) struct Segment {

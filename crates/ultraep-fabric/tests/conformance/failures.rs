@@ -38,13 +38,25 @@ pub(crate) const CASES: &[Case] = &[
         needs: &[Need::OwnProcesses],
         ..case("rank_is_killed_at_a_random_step", rank_is_killed_at_a_random_step)
     },
-    Case { ranks: &[2, 16], spec: hasty, verify: culprit_named_in_time, ..case("rank_hangs", rank_hangs) },
-    Case { ranks: &[5], spec: hasty, verify: culprit_named_in_time, ..case("signaller_hangs", signaller_hangs) },
+    Case {
+        ranks: &[2, 16],
+        spec: hasty,
+        verify: culprit_named_in_time,
+        needs: &[Need::RealTime],
+        ..case("rank_hangs", rank_hangs)
+    },
+    Case {
+        ranks: &[5],
+        spec: hasty,
+        verify: culprit_named_in_time,
+        needs: &[Need::RealTime],
+        ..case("signaller_hangs", signaller_hangs)
+    },
     Case {
         ranks: &[3],
         spec: hasty_on_one_core,
         verify: culprit_named_in_time,
-        needs: &[Need::CorePermits],
+        needs: &[Need::CorePermits, Need::RealTime],
         ..case("rank_hangs_with_the_only_permit", rank_hangs_with_the_only_permit)
     },
     Case { spec: one_core, needs: &[Need::CorePermits], ..case("rank_dies_with_the_only_permit", rank_panics) },

@@ -1,4 +1,4 @@
-//! Runs cases on threads and on processes and collects what each rank reports.
+//! Runs cases on threads, on processes and simulated, and collects what each rank reports.
 
 use std::collections::HashMap;
 use std::fmt::Display;
@@ -7,6 +7,7 @@ use std::process::{Command, ExitCode, Stdio};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 use ultraep_fabric::processes::{self, JoinInfo};
+use ultraep_fabric::simulated::{Simulation, run_simulated};
 use ultraep_fabric::{Capabilities, Fabric, FabricKind, GroupError, GroupSpec, run_threads};
 use ultraep_plan::Rank;
 
@@ -34,16 +35,41 @@ pub(crate) enum Need {
     CorePermits,
     /// Ranks that can be killed.
     OwnProcesses,
+    /// Time that passes while a rank sleeps.
+    RealTime,
 }
 
+/// What the suite runs on: every kind of fabric that a user can pick, and the simulated one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Picked(FabricKind),
+    /// Under the schedule of this seed.
+    Simulated(u64),
+}
+
+impl Display for Kind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Picked(kind) => kind.fmt(f),
+            Self::Simulated(seed) => write!(f, "simulated (schedule {seed})"),
+        }
+    }
+}
+
+/// Schedules under which each case is simulated.
+const SCHEDULES: std::ops::Range<u64> = 0..2;
+
 impl Need {
-    fn missing(self, kind: FabricKind, has: Capabilities) -> Option<&'static str> {
+    fn missing(self, kind: Kind, has: Capabilities) -> Option<&'static str> {
         let (met, reason) = match self {
             Self::HostWindows => (has.host_windows, "windows are not host memory"),
             Self::OneSided => (has.one_sided, "no one-sided operations"),
             Self::Signals => (has.signals, "no signals"),
             Self::CorePermits => (has.core_permits, "no core permits"),
-            Self::OwnProcesses => (kind == FabricKind::Processes, "a rank is not a process that could be killed"),
+            Self::OwnProcesses => {
+                (kind == Kind::Picked(FabricKind::Processes), "a rank is not a process that could be killed")
+            }
+            Self::RealTime => (!matches!(kind, Kind::Simulated(_)), "its time is virtual"),
         };
         (!met).then_some(reason)
     }
@@ -181,7 +207,8 @@ impl Tally {
 pub(crate) fn run_cases(cases: &[Case], wanted: &Wanted) -> Tally {
     let mut tally = Tally::default();
     let mut earlier: HashMap<String, Vec<Option<u64>>> = HashMap::new();
-    for kind in FabricKind::ALL {
+    let kinds = FabricKind::ALL.into_iter().map(Kind::Picked).chain(SCHEDULES.map(Kind::Simulated));
+    for kind in kinds {
         let capabilities = capabilities(kind);
         for case in cases.iter().filter(|case| wanted.name(case.name)) {
             if let Some(reason) = case.needs.iter().find_map(|need| need.missing(kind, capabilities)) {
@@ -211,12 +238,16 @@ pub(crate) fn run_cases(cases: &[Case], wanted: &Wanted) -> Tally {
 }
 
 /// Runs a case once, checks how it ended and that nothing is left of it.
-fn run_one(kind: FabricKind, case: &Case, ranks: usize, seed: u64) -> Result<Ending, String> {
+fn run_one(kind: Kind, case: &Case, ranks: usize, seed: u64) -> Result<Ending, String> {
     let before = Leftovers::now();
     let start = Instant::now();
     let mut ending = match kind {
-        FabricKind::Threads => on_threads(case, ranks, seed),
-        FabricKind::Processes => on_processes(case, ranks, seed)?,
+        Kind::Picked(FabricKind::Threads) => in_this_process(case, ranks, seed, |spec, main| run_threads(spec, main)),
+        Kind::Picked(FabricKind::Processes) => on_processes(case, ranks, seed)?,
+        Kind::Simulated(schedule) => {
+            let simulation = Simulation::new(schedule);
+            in_this_process(case, ranks, seed, |spec, main| run_simulated(spec, &simulation, main)?.result)
+        }
     };
     ending.elapsed = start.elapsed();
     (case.verify)(&ending)?;
@@ -224,15 +255,23 @@ fn run_one(kind: FabricKind, case: &Case, ranks: usize, seed: u64) -> Result<End
     Ok(ending)
 }
 
-fn on_threads(case: &Case, ranks: usize, seed: u64) -> Ending {
+type RankMain<'a> = &'a (dyn Fn(Box<dyn Fabric>) -> Result<(), String> + Sync);
+
+fn in_this_process(
+    case: &Case,
+    ranks: usize,
+    seed: u64,
+    run: impl FnOnce(&GroupSpec, RankMain<'_>) -> Result<Vec<()>, GroupError<String>>,
+) -> Ending {
     let reports: Vec<Mutex<Option<u64>>> = (0..ranks).map(|_| Mutex::new(None)).collect();
-    let result = run_threads(&(case.spec)(ranks), |fabric| {
+    let main = |fabric: Box<dyn Fabric>| {
         let rank = fabric.rank().index();
         let report = (case.main)(fabric, seed)?;
         *reports[rank].lock().expect("no rank panics while it reports") = Some(report);
         Ok(())
-    });
-    let failure = result.err().map(|error: GroupError<String>| (error.rank(), error.to_string()));
+    };
+    let result = run(&(case.spec)(ranks), &main);
+    let failure = result.err().map(|error| (error.rank(), error.to_string()));
     let reports = reports.into_iter().map(|report| report.into_inner().expect("as above")).collect();
     Ending { ranks, seed, failure, reports, elapsed: Duration::ZERO }
 }
@@ -282,11 +321,14 @@ pub(crate) fn run_child(arguments: &[String], cases: &[Case]) -> Option<ExitCode
     })
 }
 
-fn capabilities(kind: FabricKind) -> Capabilities {
+fn capabilities(kind: Kind) -> Capabilities {
+    let ask = |fabric: Box<dyn Fabric>| Ok::<_, String>(fabric.capabilities());
     let found = match kind {
-        FabricKind::Threads => run_threads(&plain(1), |fabric| Ok::<_, String>(fabric.capabilities())).ok(),
         // Processes share the implementation, and so what it can do.
-        FabricKind::Processes => return capabilities(FabricKind::Threads),
+        Kind::Picked(_) => run_threads(&plain(1), ask).ok(),
+        Kind::Simulated(seed) => {
+            run_simulated(&plain(1), &Simulation::new(seed), ask).ok().and_then(|run| run.result.ok())
+        }
     };
     found.and_then(|all| all.first().copied()).expect("a group of one rank starts")
 }

@@ -5,7 +5,7 @@ use std::io::{BufRead, BufReader};
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 use ultraep_fabric::processes::{self, Group, JoinInfo};
-use ultraep_fabric::{Fabric, FabricError, GroupError, GroupSpec, JoinError, Operation, ProcessEnd};
+use ultraep_fabric::{Fabric, FabricError, GroupError, GroupSpec, JoinError, Operation, OperationKind, ProcessEnd};
 use ultraep_plan::Rank;
 
 type Outcome = Result<(), String>;
@@ -17,6 +17,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("program_is_missing", program_is_missing),
     ("supervisor_kills_a_rank", supervisor_kills_a_rank),
     ("stopped_rank_is_killed_in_the_end", stopped_rank_is_killed_in_the_end),
+    ("stopped_rank_that_nobody_needs_is_killed_in_the_end", stopped_rank_that_nobody_needs),
     ("dropped_group_leaves_nothing", dropped_group_leaves_nothing),
     ("ranks_die_with_their_launcher", ranks_die_with_their_launcher),
     ("rank_never_joins", rank_never_joins),
@@ -119,6 +120,15 @@ fn member(info: JoinInfo, role: &str) -> Result<ExitCode, String> {
     let mut fabric = processes::join(&spec, info).map_err(text)?;
     match role {
         "sleeps" => std::thread::sleep(Duration::from_secs(60)),
+        "one barrier" | "one barrier and stops" => {
+            fabric.run(Operation::Barrier, 0).map_err(text)?;
+            if role == "one barrier" {
+                fabric.leave().map_err(text)?;
+                return Ok(ExitCode::SUCCESS);
+            }
+            let signal = rustix::process::Signal::STOP;
+            rustix::process::kill_process(rustix::process::getpid(), signal).map_err(text)?;
+        }
         "stops" => {
             let signal = rustix::process::Signal::STOP;
             rustix::process::kill_process(rustix::process::getpid(), signal).map_err(text)?;
@@ -193,6 +203,19 @@ fn stopped_rank_is_killed_in_the_end() -> Outcome {
     let start = Instant::now();
     let error = launch(culprit_does("stops"))?.wait();
     let named = matches!(&error, Err(GroupError::Fabric { rank: CULPRIT, error: FabricError::Timeout { .. } }));
+    ensure(named && start.elapsed() < Duration::from_secs(5), || format!("{error:?} after {:?}", start.elapsed()))?;
+    before.compare()
+}
+
+/// All others have left when it stops: only the supervisor waits for it.
+fn stopped_rank_that_nobody_needs() -> Outcome {
+    let before = Leftovers::now();
+    let start = Instant::now();
+    let role = |rank| if rank == CULPRIT { "one barrier and stops" } else { "one barrier" };
+    let error = launch(role)?.wait();
+    let operation = OperationKind::Leave;
+    let named = matches!(&error, Err(GroupError::Fabric { rank: CULPRIT, error: FabricError::Timeout { missing, operation: found, .. } })
+        if missing[..] == [CULPRIT] && *found == operation);
     ensure(named && start.elapsed() < Duration::from_secs(5), || format!("{error:?} after {:?}", start.elapsed()))?;
     before.compare()
 }

@@ -2,6 +2,8 @@
 //!
 //!     cargo test -p ultraep-fabric --test conformance -- [NAME...] [--seed S] [--list]
 //!
+//! `STREAM_PLANS` in the environment is how many random plans each group moves (`cargo xtask streams`).
+//!
 //! For process groups this binary starts itself again with `--as-rank`.
 
 mod collectives;
@@ -10,12 +12,13 @@ mod harness;
 mod launching;
 mod one_sided;
 mod rules;
+mod streams;
 
 use harness::{Case, Wanted};
 use std::process::ExitCode;
 
 fn cases() -> Vec<Case> {
-    let lists = [collectives::CASES, one_sided::CASES, rules::CASES, failures::CASES];
+    let lists = [collectives::CASES, one_sided::CASES, rules::CASES, streams::CASES, failures::CASES];
     lists.into_iter().flatten().copied().collect()
 }
 

@@ -3,6 +3,7 @@
 //! ```text
 //! receiver  a rank that receives k experts:         hop + max(k C receive, send)
 //! links     a domain sends T experts in all:        its ranks' links, from when each can have something to send
+//! sharing   the busiest rank sends B chunks at least: hop + B send         (sharing.rs: by flow)
 //! chain     the j-th largest fan-out k of one home: (j C - 1) send + spread(k)
 //! spread(k) the least time from the start of sending one chunk until k ranks have it: everyone who has it sends it on
 //!           (postal model: the i-th arrival follows from merging the nodes' sends, send apart, delay after each)
@@ -17,6 +18,7 @@
 use alloc::vec::Vec;
 use core::cmp::Reverse;
 
+use super::sharing::Sharing;
 use super::{TransferModel, TransferModelError, Transfers};
 use crate::draft::total_slots;
 use crate::{Rank, Topology};
@@ -28,6 +30,8 @@ pub struct TransferBound {
     pub receiver_ns: u64,
     /// Bytes of all over the links of the ranks that can send.
     pub links_ns: u64,
+    /// What the busiest of those who hold the experts must send, however they share it.
+    pub sharing_ns: u64,
     /// A home rank's own stream, and the longest chain of latency behind it.
     pub chain_ns: u64,
 }
@@ -35,11 +39,11 @@ pub struct TransferBound {
 impl TransferBound {
     /// The strongest of them.
     pub fn ns(&self) -> u64 {
-        self.receiver_ns.max(self.links_ns).max(self.chain_ns)
+        self.receiver_ns.max(self.links_ns).max(self.sharing_ns).max(self.chain_ns)
     }
 }
 
-/// Computes bounds. All memory is taken by [`BoundTables::new`].
+/// Computes bounds. All memory is taken by [`BoundTables::new`], for lists within the slots of the topology.
 #[derive(Clone, Debug)]
 pub struct BoundTables {
     model: TransferModel,
@@ -48,6 +52,7 @@ pub struct BoundTables {
     spread: Vec<u64>,
     /// Home and replicas of every replicated expert.
     fanouts: Vec<(Rank, Reverse<u32>)>,
+    sharing: Sharing,
 }
 
 impl BoundTables {
@@ -55,8 +60,9 @@ impl BoundTables {
     pub fn new(topology: &Topology, model: TransferModel) -> Result<Self, TransferModelError> {
         model.check()?;
         let spread = spread(topology.domain_ranks(), &model);
+        let sharing = Sharing::new(topology.ranks(), topology.experts(), total_slots(topology));
         let fanouts = Vec::with_capacity(total_slots(topology).min(topology.experts()));
-        Ok(Self { model, topology: topology.clone(), spread, fanouts })
+        Ok(Self { model, topology: topology.clone(), spread, fanouts, sharing })
     }
 
     /// The bound for a list of transfers.
@@ -64,6 +70,7 @@ impl BoundTables {
         TransferBound {
             receiver_ns: self.receiver_ns(transfers),
             links_ns: self.links_ns(transfers),
+            sharing_ns: self.sharing_ns(transfers),
             chain_ns: self.chain_ns(transfers),
         }
     }
@@ -98,6 +105,11 @@ impl BoundTables {
         }
         let of_all = (busy + (homes + 2 * others) * delay).div_ceil(homes + others).saturating_sub(gap);
         of_all.max(all_from).min(of_homes)
+    }
+
+    fn sharing_ns(&mut self, transfers: &Transfers) -> u64 {
+        let sends = self.sharing.least_sends(transfers, self.model.chunks());
+        if sends == 0 { 0 } else { (sends - 1) * self.model.send_ns + self.model.delay_ns() }
     }
 
     fn chain_ns(&mut self, transfers: &Transfers) -> u64 {

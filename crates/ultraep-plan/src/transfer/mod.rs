@@ -11,7 +11,9 @@ mod clock;
 mod direct;
 mod model;
 mod planner;
+mod relieve;
 mod schedule;
+mod sharing;
 mod trees;
 
 pub use bound::{BoundTables, TransferBound};

@@ -105,20 +105,33 @@ impl TransferPlanner {
         }
         let mut least = self.builder.estimate_ns(all, &self.best);
         let mut chosen = direct_fanout;
+        // Copies a rank that the budget of some stripes kept to.
+        let mut kept = direct_fanout;
         for stripes in 1..=self.params.most_stripes() {
             let mut chosen_here = false;
             let round = self.model.chunks() / u64::from(stripes) * self.model.send_ns;
-            for budget in 1..direct_fanout * stripes {
+            // More stripes share finer: what one copy less was too little for, a part of a copy less may do.
+            let finer = if stripes > 1 { kept.saturating_sub(1) * stripes + 1 } else { 1 };
+            let first = self.builder.least_budget(all, stripes).max(finer);
+            for budget in first..direct_fanout * stripes {
                 if u64::from(budget) * round > least {
                     break;
                 }
                 self.builder.deep(all, &mut self.trial, stripes, budget);
+                self.builder.even_out(all, &mut self.trial, budget);
+                let keeps = self.builder.fanout() <= budget;
+                if keeps {
+                    kept = kept.min(budget.div_ceil(stripes));
+                }
                 let gain = direct_fanout.saturating_sub(self.builder.fanout().div_ceil(stripes));
                 let estimate = self.builder.estimate_ns(all, &self.trial);
                 let better = estimate < least || (estimate == least && chosen_here);
                 if better && (forced || gain >= self.params.min_fanout_gain) {
                     (least, chosen, chosen_here) = (estimate, budget, true);
                     core::mem::swap(&mut self.best, &mut self.trial);
+                }
+                if keeps && stripes > 1 {
+                    break;
                 }
             }
         }

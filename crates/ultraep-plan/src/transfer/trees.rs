@@ -15,7 +15,7 @@
 //! The deep rule is the greedy broadcast of the postal model (each informed node informs the next every `send_ns`), which
 //! is the fastest way to spread one chunk, under a limit of copies a rank sends, which is what a long stream of chunks
 //! needs: a rank that sends `b` copies has a period of `b * send_ns` a chunk. One budget gives one forest; the planner tries
-//! budgets. Replicas for which no node has budget left go to the home rank.
+//! budgets. Replicas for which no node has budget left go to the home rank; then the forest is evened out (relieve.rs).
 //!
 //! Stripes: with `S` stripes an expert is cut into `S` interleaved streams (chunk `c` belongs to stripe `c mod S`) and each gets
 //! a tree of its own, under one account in units of `1 / S` copy. A rank that relays one stripe has used its budget and is a
@@ -28,6 +28,7 @@ use alloc::collections::BinaryHeap;
 use alloc::vec::Vec;
 use core::cmp::Reverse;
 
+use super::relieve::Relief;
 use super::{Transfer, TransferMode, TransferModel, TransferParams};
 
 /// Fed by the home rank.
@@ -81,8 +82,8 @@ impl Forest {
 /// One stripe of one expert: where the expert's transfers lie in the list.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Family {
-    first: u32,
-    replicas: u32,
+    pub(super) first: u32,
+    pub(super) replicas: u32,
     stripe: u32,
 }
 
@@ -103,12 +104,15 @@ struct Sender {
 #[derive(Clone, Debug)]
 pub(super) struct Builder {
     model: TransferModel,
-    params: TransferParams,
-    families: Vec<Family>,
+    pub(super) params: TransferParams,
+    pub(super) families: Vec<Family>,
+    pub(super) relief: Relief,
     direct: Vec<u32>,
     /// Units that each rank sends in the forest built last, `[N]`.
     pub(super) account: Vec<u32>,
     receives: Vec<u32>,
+    /// The most experts with replicas that one rank is home of.
+    most_own: u32,
     /// Units sent so far, while [`Builder::estimate_ns`] walks the forest, `[N]`.
     sent: Vec<u32>,
     /// When chunk 0 is there, and time from chunk to chunk, for each unit.
@@ -124,9 +128,11 @@ impl Builder {
             model,
             params,
             families: Vec::with_capacity(transfers),
+            relief: Relief::new(ranks, transfers, params.most_stripes() as usize),
             direct: per_rank(),
             account: per_rank(),
             receives: per_rank(),
+            most_own: 0,
             sent: per_rank(),
             arrival: Vec::with_capacity(transfers * params.most_stripes() as usize),
             order: Vec::with_capacity(transfers),
@@ -142,17 +148,34 @@ impl Builder {
         self.receives.extend_from_slice(receives);
         self.families.clear();
         let mut first = 0;
+        // Experts of one home stand together.
+        let (mut home, mut own) = (None, 0);
+        self.most_own = 0;
         for of_expert in all.chunk_by(|a, b| a.expert == b.expert) {
+            own = if home == Some(of_expert[0].from) { own + 1 } else { 1 };
+            home = Some(of_expert[0].from);
+            self.most_own = self.most_own.max(own);
             let replicas = of_expert.len() as u32;
             self.families.push(Family { first, replicas, stripe: 0 });
             first += replicas;
         }
         self.families.sort_unstable_by_key(|f| (Reverse(f.replicas), f.first));
+        self.relief.begin(&self.families, all.len());
     }
 
     /// The most units that one rank sends in the forest built last.
     pub(super) fn fanout(&self) -> u32 {
         self.account.iter().copied().max().unwrap_or(0)
+    }
+
+    /// The least budget worth trying with so many stripes: what the busiest receiver takes in anyway, what a home rank must
+    /// send of its own (every expert once), and what all ranks that can send must send on average.
+    pub(super) fn least_budget(&self, all: &[Transfer], stripes: u32) -> u32 {
+        let most = u64::from(self.receives.iter().copied().max().unwrap_or(0));
+        let taken = most * u64::from(stripes) * self.model.receive_ns / self.model.send_ns;
+        let senders = self.direct.iter().zip(&self.receives).filter(|&(&s, &r)| s > 0 || r > 0).count();
+        let mean = (all.len() as u64 * u64::from(stripes)).div_ceil(senders.max(1) as u64);
+        u32::try_from(taken.max(mean).max(u64::from(self.most_own * stripes)).max(1)).unwrap_or(u32::MAX)
     }
 
     fn start(&mut self, transfers: usize, forest: &mut Forest, stripes: u32) {

@@ -93,22 +93,22 @@ fn one_expert_to_63_ranks_goes_deep() {
     let bound = bound(&topology, &transfers, model);
     let (_, _, direct) = planned(&topology, &transfers, model, DIRECT);
     let (two, _, two_level) = planned(&topology, &transfers, model, TransferParams::v1());
-    let (deep, choice, finish) = planned(&topology, &transfers, model, DEEP);
+    let (deep, choice, finish) = planned(&topology, &transfers, model, TransferParams { max_stripes: 2, ..DEEP });
     let (tree, one, single) = planned(&topology, &transfers, model, ONE_TREE);
-    let (_, four, striped) = planned(&topology, &transfers, model, TransferParams { max_stripes: 4, ..DEEP });
+    let (_, most, striped) = planned(&topology, &transfers, model, DEEP);
     assert_eq!((two.depth(), two.fanout()), (2, 8));
     // One tree: every relay feeds two. Two and more stripes: every rank sends about one copy, at the same depth.
     assert_eq!((one.fanout, one.stripes, tree.depth()), (2, 1, 6));
     assert_eq!((choice.fanout, choice.stripes, deep.depth()), (2, 2, 6));
-    assert_eq!((four.fanout, four.stripes), (3, 3));
+    assert_eq!((most.fanout, most.stripes), (3, 3));
     // Nanoseconds of the model; equal on every machine.
     let times = [bound, striped, finish, single, two_level, direct];
     assert_eq!(times, [48_720, 55_332, 57_828, 97_264, 342_428, 2_651_024]);
 }
 
 /// The published table's shape (weight sync of Qwen3-235B, 64 ranks): direct grows with imbalance, relaying stays near
-/// constant, and here within 15% of what no plan can beat. On plans of the paper's planner: ours has ranks send fewer
-/// copies of more experts, where relays have less to gain.
+/// constant, and here within 15% of what no plan can beat. On plans of the paper's planner; the default policy's have a test
+/// beside this file's.
 #[test]
 fn relaying_stays_near_constant_where_direct_grows() {
     let topology = topology(64, 128, 64, 2);

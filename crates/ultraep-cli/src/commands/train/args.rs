@@ -129,6 +129,9 @@ pub(crate) struct Args {
     /// Steps between two checkpoints; 0 for one at the end
     #[arg(long, default_value_t = 0, value_name = "STEPS", help_heading = "Output")]
     save_every: u64,
+    /// Steps from one whose loads are recorded to the next; 1 records all, 0 none
+    #[arg(long, default_value_t = 1, value_name = "STEPS", help_heading = "Output")]
+    profile_every: u64,
     /// Go on with a run or a checkpoint; sizes, seed and text must be the same
     #[arg(long, value_name = "RUN", help_heading = "Output")]
     pub(super) resume: Option<PathBuf>,
@@ -156,7 +159,7 @@ fn parse_router(name: &str) -> Result<RouterChoice, String> {
 }
 
 /// Cores that ranks share.
-fn cores() -> usize {
+pub(crate) fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }
 
@@ -195,6 +198,7 @@ impl Args {
             compare: self.compare.iter().map(|kind| kind.name().into()).collect(),
             reference: !self.no_reference,
             save_every: self.save_every,
+            profile_every: self.profile_every,
             timeout_s: self.timeout_s,
             cores: cores(),
         }

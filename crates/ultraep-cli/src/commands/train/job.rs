@@ -27,7 +27,7 @@ pub(super) struct Job {
 }
 
 /// The text that was asked for, or what this machine has.
-pub(super) fn read_text(paths: &[PathBuf], runs: &Path) -> Result<Corpus, TextError> {
+pub(crate) fn read_text(paths: &[PathBuf], runs: &Path) -> Result<Corpus, TextError> {
     if !paths.is_empty() {
         return Corpus::from_paths(paths, &Limits::GIVEN);
     }

@@ -19,6 +19,8 @@ use ultraep_train::{
 };
 
 pub(crate) use args::Args;
+pub(super) use args::cores;
+pub(super) use job::read_text;
 use job::{Handover, Job};
 use screen::Screen;
 
@@ -35,7 +37,7 @@ pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<(), CliError> {
 
 /// Starts this program anew with the tensor library told to use one thread, unless it was already. The library reads the
 /// environment once, and a running program cannot change its environment safely.
-fn keep_tensors_on_one_thread() -> Result<(), CliError> {
+pub(super) fn keep_tensors_on_one_thread() -> Result<(), CliError> {
     if TENSOR_THREADS.iter().all(|name| std::env::var_os(name).is_some_and(|value| value == "1")) {
         return Ok(());
     }
@@ -86,13 +88,13 @@ fn same_group(path: &Path, config: &TrainConfig) -> Result<bool, CliError> {
     Ok(group.iter().all(|&(name, value)| recorded(name) == u64::try_from(value).ok()))
 }
 
-fn now() -> UtcTime {
+pub(super) fn now() -> UtcTime {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     UtcTime::from_unix_s(since.as_secs())
 }
 
 /// A folder below `runs` that is not there yet, named by the time.
-fn free_folder(runs: &Path, started: UtcTime) -> PathBuf {
+pub(super) fn free_folder(runs: &Path, started: UtcTime) -> PathBuf {
     let name = started.folder_name();
     let numbered = (2..).map(|n| runs.join(format!("{name}-{n}")));
     let mut candidates = std::iter::once(runs.join(&name)).chain(numbered);
@@ -100,7 +102,7 @@ fn free_folder(runs: &Path, started: UtcTime) -> PathBuf {
 }
 
 /// A flag that Ctrl-C and a request to terminate set; a second one ends the process at once.
-fn stop_flag() -> Result<Arc<AtomicBool>, CliError> {
+pub(super) fn stop_flag() -> Result<Arc<AtomicBool>, CliError> {
     // Two flags: being told by the parent sets only the first, so that an interrupt after it is the first one.
     let (stop, interrupted) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
     for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {

@@ -9,7 +9,8 @@ use comfy_table::{CellAlignment, Table, presets};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use ultraep_run::{
-    CorpusSummary, Digest, DomainSummary, PolicyRow, PolicyTable, RunInfo, RunStatus, RunWriter, UtcTime,
+    CorpusSummary, Digest, DomainSummary, PolicyRow, PolicyTable, ProfileSummary, RunInfo, RunStatus, RunWriter,
+    UtcTime,
 };
 use ultraep_runtime::LayerRecord;
 use ultraep_train::{
@@ -210,6 +211,7 @@ struct Json<'a> {
     reference_loss_difference: Option<f32>,
     gradient_difference: Option<f64>,
     balance: BalanceJson,
+    profile: ProfileSummary,
     table: Option<&'a PolicyTable>,
 }
 
@@ -250,6 +252,7 @@ impl<'a> Json<'a> {
                 lower_bound_mean: b.mean_bound(),
                 lower_bound_worst: b.worst_bound,
             },
+            profile: summary.profile,
             table,
         }
     }
@@ -280,6 +283,7 @@ fn print(
         writeln!(out)?;
     }
     print_balance(out, config, &summary.balance)?;
+    print_profile(out, summary.profile)?;
     print_agreement(out, summary)
 }
 
@@ -302,6 +306,13 @@ fn print_balance(out: &mut dyn Write, config: &TrainConfig, b: &BalanceCount) ->
             "domains of {}: lower bound of the imbalance {bound:.3} (worst {:.3}); no plan inside domains beats it",
             config.domain_ranks, b.worst_bound
         )?;
+    }
+    Ok(())
+}
+
+fn print_profile(out: &mut dyn Write, profile: ProfileSummary) -> Result<(), CliError> {
+    if profile.every > 0 {
+        writeln!(out, "loads recorded: {} layers, {} dropped", profile.recorded, profile.dropped)?;
     }
     Ok(())
 }

@@ -41,9 +41,9 @@
 use alloc::vec;
 use alloc::vec::Vec;
 
-use crate::Topology;
 use crate::draft::{Move, total_slots};
 use crate::policies::ultraep::field::Field;
+use crate::{Rank, Topology};
 
 /// What becomes of slack that a receiver without free slots has left.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -101,8 +101,16 @@ pub(crate) struct Builder {
     receivers: Vec<u64>,
     receivers_at_first: Vec<u64>,
     free: Vec<u16>,
+    /// Free slots of all receivers.
+    open: usize,
     /// What is left of each expert on its master.
     left: Vec<u32>,
+    /// Replicas on each rank so far: those of rank `r` from `r * stride` on, `[G, stride]`.
+    placed: Vec<u16>,
+    /// Most slots of a rank.
+    stride: usize,
+    /// Most that each rank has left of one expert, `[G]`; filled by the first merge of a construction, empty before.
+    peaks: Vec<u32>,
     /// Receivers of a ring and what they keep.
     path: Vec<(usize, u32)>,
     pub(crate) moves: Vec<Move>,
@@ -130,13 +138,18 @@ fn rank(key: u64) -> usize {
 impl Builder {
     pub(crate) fn new(topology: &Topology) -> Self {
         let ranks = topology.domain_ranks();
+        let stride = (0..topology.ranks()).map(|r| topology.slots(Rank::new(r))).max().unwrap_or(0);
         Self {
             donors: Vec::with_capacity(ranks),
             donors_at_first: Vec::with_capacity(ranks),
             receivers: Vec::with_capacity(ranks),
             receivers_at_first: Vec::with_capacity(ranks),
             free: vec![0; ranks],
+            open: 0,
             left: Vec::with_capacity(topology.experts()),
+            placed: vec![0; ranks * stride],
+            stride,
+            peaks: Vec::with_capacity(ranks),
             path: Vec::with_capacity(ranks),
             moves: Vec::with_capacity(total_slots(topology)),
         }
@@ -168,7 +181,9 @@ impl Builder {
         self.donors.extend_from_slice(&self.donors_at_first);
         self.receivers.extend_from_slice(&self.receivers_at_first);
         self.free.copy_from_slice(&field.slots);
+        self.open = self.receivers.iter().map(|&k| usize::from(self.free[rank(k)])).sum();
         self.left.extend_from_slice(&field.experts);
+        self.peaks.clear();
         match style.order {
             Order::Smallest | Order::Merge | Order::Chain => self.donors.reverse(),
             Order::HottestThenSmallest => {
@@ -200,20 +215,21 @@ impl Builder {
 
     /// Whether the receivers have fewer free slots than there are donors, the one just taken included.
     fn scarce(&self) -> bool {
-        let slots: usize = self.receivers.iter().map(|&k| usize::from(self.free[rank(k)])).sum();
-        slots < self.donors.len() + 1
+        self.open < self.donors.len() + 1
     }
 
     /// Hands all `need` of `donor` to the donor still waiting that has a free slot and the largest expert to pass on
     /// (ties: lower rank). `false` when there is none, or no expert for it.
     fn merge(&mut self, field: &Field, donor: usize, need: u32, order: Order) -> bool {
+        if self.peaks.is_empty() {
+            let most = |r| self.left[field.experts_of(r)].iter().max().copied().unwrap_or(0);
+            self.peaks.extend((0..field.ranks()).map(most));
+        }
         let expert = self.largest_of(field, donor);
         let returns = order == Order::Chain && need < field.min_quota;
         let piece = if returns { need + field.min_quota } else { need.max(field.min_quota) };
         let waiting = (0..self.donors.len()).filter(|&d| self.free[rank(self.donors[d])] > 0);
-        let size = |d: usize| {
-            (self.left[self.largest_of(field, rank(self.donors[d]))], u16::MAX - rank(self.donors[d]) as u16)
-        };
+        let size = |d: usize| key(self.peaks[rank(self.donors[d])], 0, rank(self.donors[d]));
         let Some(at) = waiting.max_by_key(|&d| size(d)).filter(|_| self.left[expert] >= piece) else { return false };
         let to = rank(self.donors[at]);
         let returned = self.absent_expert(field, to, donor, field.min_quota).filter(|_| self.free[donor] > 0);
@@ -295,6 +311,7 @@ impl Builder {
         while rest > 0 && self.free[donor] > 0 {
             let Some((at, reach)) = self.link(field, donor, from, rest) else { break };
             let receiver = self.receivers.remove(at);
+            self.open -= usize::from(self.free[rank(receiver)]);
             let kept = amount(receiver).min(reach);
             leftover = amount(receiver) - kept;
             // Less can be handed on than was hoped: less is sent from the start.
@@ -352,11 +369,9 @@ impl Builder {
 
     /// The expert of `from` with most left (ties: lower) that has `piece` left and no instance on `to`.
     fn absent_expert(&self, field: &Field, from: usize, to: usize, piece: u32) -> Option<usize> {
-        let to = (field.first_rank + to) as u16;
-        let absent = |e: usize| {
-            let expert = (field.first_expert + e) as u16;
-            !self.moves.iter().any(|m| m.expert == expert && m.rank == to)
-        };
+        let used = usize::from(field.slots[to] - self.free[to]);
+        let placed = &self.placed[to * self.stride..][..used];
+        let absent = |e: usize| !placed.contains(&(e as u16));
         let enough = field.experts_of(from).filter(|&e| self.left[e] >= piece && absent(e));
         enough.min_by_key(|&e| (u32::MAX - self.left[e], e))
     }
@@ -424,6 +439,7 @@ impl Builder {
         let receiver = self.receivers[at];
         let (to, slack) = (rank(receiver), amount(receiver));
         self.free[to] -= 1;
+        self.open -= 1;
         let rest = slack - piece;
         let mut moved = piece;
         if rest > 0 && self.free[to] > 0 {
@@ -434,6 +450,7 @@ impl Builder {
             self.receivers[place] = smaller;
         } else {
             self.receivers.remove(at);
+            self.open -= usize::from(self.free[to]);
             if waste == Waste::Hand {
                 moved += rest.min(self.left[expert] - piece);
             }
@@ -442,9 +459,14 @@ impl Builder {
         moved
     }
 
-    /// Records a replica of `expert` on `to`.
+    /// Records a replica of `expert` on `to`, in the slot just taken.
     fn push(&mut self, field: &Field, expert: usize, to: usize, quota: u32) {
         self.left[expert] -= quota;
+        self.placed[to * self.stride + usize::from(field.slots[to] - self.free[to]) - 1] = expert as u16;
+        if !self.peaks.is_empty() {
+            let home = usize::from(field.homes[expert]);
+            self.peaks[home] = self.left[field.experts_of(home)].iter().max().copied().unwrap_or(0);
+        }
         let (expert, rank) = (field.first_expert + expert, field.first_rank + to);
         self.moves.push(Move { expert: expert as u16, rank: rank as u16, quota });
     }
@@ -452,6 +474,7 @@ impl Builder {
     /// Makes `rank` a receiver with `slack`.
     fn insert(&mut self, slack: u32, rank: usize) {
         let receiver = key(slack, self.free[rank], rank);
+        self.open += usize::from(self.free[rank]);
         let at = self.receivers.partition_point(|&k| k < receiver);
         self.receivers.insert(at, receiver);
     }

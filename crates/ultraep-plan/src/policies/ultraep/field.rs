@@ -21,6 +21,8 @@ pub(crate) struct Field {
     pub(crate) speed: Vec<u32>,
     /// Masters of rank `r` are experts `masters[r]..masters[r + 1]`.
     pub(crate) masters: Vec<u16>,
+    /// Home rank of each expert of the domain.
+    pub(crate) homes: Vec<u16>,
     /// Load of each expert of the domain.
     pub(crate) experts: Vec<u32>,
     /// Least quota of a replica.
@@ -41,6 +43,7 @@ impl Field {
             slots: vec![0; ranks],
             speed: vec![FULL_SPEED; ranks],
             masters: vec![0; ranks + 1],
+            homes: Vec::with_capacity(topology.experts()),
             experts: Vec::with_capacity(topology.experts()),
             min_quota,
             total: 0,
@@ -73,6 +76,9 @@ impl Field {
             self.speed[r] = if topology.speed(rank) == 0 { FULL_SPEED } else { topology.speed(rank) };
             self.masters[r + 1] = (topology.masters(rank).end - self.first_expert) as u16;
         }
+        let homes = &topology.homes()[topology.domain_experts(domain)];
+        self.homes.clear();
+        self.homes.extend(homes.iter().map(|home| (home.index() - self.first_rank) as u16));
     }
 
     pub(crate) fn ranks(&self) -> usize {

@@ -1,0 +1,345 @@
+//! Measured times, beside the machine's own limit.
+
+use std::io::Write;
+
+use comfy_table::{CellAlignment, Table, presets};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
+use ultraep_fabric::WindowId;
+use ultraep_fabric::stream::{EngineSpec, ExpertLayout, Shard, Slots, TileSizes, WeightFormat};
+use ultraep_plan::{MAX_STRIPES, Ratio, Topology, TransferClock, TransferPlan, TransferPlanner, Transfers};
+
+use super::group::{Case, Outcome, Work};
+use super::{Args, LoadArgs, MeasureArgs, Planned, ReduceArgs};
+use crate::commands::write_json;
+use crate::error::CliError;
+use crate::timing::pretty;
+
+/// Defaults of the group.
+const RANKS: usize = 4;
+const TOP_K: u32 = 2;
+const RATIOS: [&str; 3] = ["1.5", "2", "3"];
+const EXPERT_BYTES: [u64; 4] = [1 << 20, 4 << 20, 16 << 20, 64 << 20];
+/// Elements of a row of fc1: experts have this width, and as many rows as their bytes allow.
+const HIDDEN: usize = 1024;
+
+/// `ultraep.moved/1`.
+#[derive(Debug, Serialize)]
+struct Record {
+    schema: &'static str,
+    bench: &'static str,
+    source: &'static str,
+    policy: &'static str,
+    workload: &'static str,
+    format: &'static str,
+    ranks: usize,
+    experts: usize,
+    slots_per_rank: usize,
+    domain: usize,
+    tokens_per_rank: u32,
+    top_k: u32,
+    seed: u64,
+    workers: u64,
+    /// Threads of the group and of the limit.
+    threads: usize,
+    tile_bytes: usize,
+    iterations: u64,
+    lines: Vec<Line>,
+}
+
+/// One size of experts at one initial imbalance.
+#[derive(Debug, Serialize)]
+struct Line {
+    imbalance_before: f64,
+    expert_bytes: usize,
+    replicas: usize,
+    /// What the machine does with the same bytes in plain loops, and in which of them.
+    limit_ns: u64,
+    limit_loop: String,
+    limit_bytes_per_s: f64,
+    modes: Vec<OfMode>,
+}
+
+/// What one mode takes.
+#[derive(Debug, Serialize)]
+struct OfMode {
+    mode: &'static str,
+    p50_ns: u64,
+    fastest_ns: u64,
+    /// Of all ranks.
+    read_bytes: u64,
+    written_bytes: u64,
+    /// Read and written, over the median.
+    bytes_per_s: f64,
+    /// What the busiest rank sends or receives, over the median.
+    critical_bytes_per_s: f64,
+    /// Limit over median: 1 is the machine's own speed.
+    of_limit: f64,
+    /// Under the model of the stated link; none for grad reduce.
+    predicted_ns: Option<u64>,
+}
+
+pub(super) fn weight_sync(args: &Args, out: &mut dyn Write) -> Result<(), CliError> {
+    let chunk_bytes = usize::try_from(args.chunk_bytes).unwrap_or(usize::MAX);
+    let tiles = TileSizes { tile_bytes: args.tile_bytes, chunk_bytes };
+    let subject =
+        Subject::new("weight-sync", &args.load, &args.measure, args.format, tiles, args.streaming_from_bytes)?;
+    let names: Vec<&'static str> = args.mode.iter().map(|mode| mode.name()).collect();
+    let lines = subject.lines(&args.expert_bytes, |slots, planned, progress| {
+        let model = slots.model(args.link_bytes_per_s, args.hop_ns).map_err(CliError::input)?;
+        let mut clock = TransferClock::new(&subject.topology, model).map_err(CliError::input)?;
+        let mut plans = Vec::new();
+        for mode in &args.mode {
+            let params = mode.params(args.max_stripes);
+            let mut planner = TransferPlanner::new(&subject.topology, model, params).map_err(CliError::input)?;
+            let mut plan = TransferPlan::new(&subject.topology);
+            planner.plan(&planned.transfers, &mut plan);
+            plans.push(plan);
+        }
+        let predicted: Vec<_> = plans.iter().map(|plan| Some(clock.run(plan))).collect();
+        let critical: Vec<u64> = plans.iter().map(|plan| critical_bytes(plan, slots)).collect();
+        let outcome = subject.case(slots, &planned.transfers, Work::Sync(&plans), progress).run()?;
+        Ok(subject.line(slots, planned, outcome, names.iter().copied().zip(critical).zip(predicted)))
+    })?;
+    subject.report(lines, args.json, out)
+}
+
+pub(super) fn grad_reduce(args: &ReduceArgs, out: &mut dyn Write) -> Result<(), CliError> {
+    let tiles = TileSizes { tile_bytes: args.tile_bytes, chunk_bytes: args.tile_bytes.saturating_mul(8) };
+    let subject = Subject::new(
+        "grad-reduce",
+        &args.load,
+        &args.measure,
+        WeightFormat::F32,
+        tiles,
+        EngineSpec::STREAMING_FROM_BYTES,
+    )?;
+    let lines = subject.lines(&args.expert_bytes, |slots, planned, progress| {
+        let both = planned.transfers.sends().iter().chain(planned.transfers.receives());
+        let critical = both.copied().max().map_or(0, u64::from) * slots.layout().bytes() as u64;
+        let outcome = subject.case(slots, &planned.transfers, Work::Reduce, progress).run()?;
+        Ok(subject.line(slots, planned, outcome, std::iter::once((("fixed order", critical), None))))
+    })?;
+    subject.report(lines, args.json, out)
+}
+
+/// Bytes that the busiest rank sends or receives.
+fn critical_bytes(plan: &TransferPlan, slots: &Slots) -> u64 {
+    let mut copies = vec![[0_u64; 2]; plan.ranks()];
+    for task in plan.tasks() {
+        copies[task.transfer.from.index()][0] += 1;
+        copies[task.transfer.to.index()][1] += 1;
+    }
+    let busiest = copies.into_iter().flatten().max().unwrap_or(0);
+    busiest * slots.layout().bytes() as u64 / u64::from(plan.stripes().max(1))
+}
+
+/// What all lines share.
+struct Subject<'a> {
+    bench: &'static str,
+    load: &'a LoadArgs,
+    measure: &'a MeasureArgs,
+    format: WeightFormat,
+    tiles: TileSizes,
+    engine: EngineSpec,
+    topology: Topology,
+}
+
+impl<'a> Subject<'a> {
+    fn new(
+        bench: &'static str,
+        load: &'a LoadArgs,
+        measure: &'a MeasureArgs,
+        format: WeightFormat,
+        tiles: TileSizes,
+        streaming_from_bytes: u64,
+    ) -> Result<Self, CliError> {
+        let topology = load.topology(RANKS)?;
+        let tasks = topology.ranks() * load.slots * MAX_STRIPES as usize;
+        let engine = EngineSpec { background: measure.workers as usize, tasks, streaming_from_bytes };
+        Ok(Self { bench, load, measure, format, tiles, engine, topology })
+    }
+
+    fn top_k(&self) -> u32 {
+        self.load.top_k.unwrap_or(TOP_K)
+    }
+
+    /// Measures every size at every imbalance.
+    fn lines(
+        &self,
+        expert_bytes: &[u64],
+        measure: impl Fn(&Slots, &Planned, &ProgressBar) -> Result<Line, CliError>,
+    ) -> Result<Vec<Line>, CliError> {
+        let sizes = if expert_bytes.is_empty() { &EXPERT_BYTES[..] } else { expert_bytes };
+        let ratios = self.load.ratios(&RATIOS)?;
+        let rounds = (self.measure.iterations + 3) * (sizes.len() * ratios.len()) as u64;
+        let progress = ProgressBar::new(rounds);
+        let style = ProgressStyle::with_template("measuring {bar:40} {pos}/{len} rounds, {eta} left");
+        progress.set_style(style.map_err(CliError::failure)?);
+        let mut lines = Vec::new();
+        // All loads first: what cannot be generated is told before anything is measured.
+        let plan = |ratio: Ratio| self.load.planned(&self.topology, ratio, self.top_k());
+        for planned in ratios.into_iter().map(plan).collect::<Result<Vec<_>, _>>()? {
+            for &bytes in sizes {
+                let layout = ExpertLayout::new(&shards(self.format, bytes)).map_err(CliError::input)?;
+                let slots = Slots::new(WindowId::new(0), layout, self.tiles, self.load.slots);
+                lines.push(measure(&slots, &planned, &progress)?);
+            }
+        }
+        progress.finish_and_clear();
+        Ok(lines)
+    }
+
+    fn case<'b>(
+        &'b self,
+        slots: &'b Slots,
+        transfers: &'b Transfers,
+        work: Work<'b>,
+        progress: &'b ProgressBar,
+    ) -> Case<'b> {
+        let iterations = self.measure.iterations as usize;
+        Case { topology: &self.topology, transfers, slots, work, engine: self.engine, iterations, progress }
+    }
+
+    fn line(
+        &self,
+        slots: &Slots,
+        planned: &Planned,
+        outcome: Outcome,
+        modes: impl Iterator<Item = ((&'static str, u64), Option<u64>)>,
+    ) -> Line {
+        let per_s = |bytes: u64, ns: u64| bytes as f64 * 1e9 / ns.max(1) as f64;
+        let (limit_loop, limit_ns) = outcome.limit;
+        let of_mode = |(index, ((mode, critical), predicted_ns)): (usize, ((&'static str, u64), Option<u64>))| {
+            let (p50_ns, moved) = (outcome.p50_ns[index], outcome.moved[index]);
+            OfMode {
+                mode,
+                p50_ns,
+                fastest_ns: outcome.fastest_ns[index],
+                read_bytes: moved.read_bytes,
+                written_bytes: moved.written_bytes,
+                bytes_per_s: per_s(moved.read_bytes + moved.written_bytes, p50_ns),
+                critical_bytes_per_s: per_s(critical, p50_ns),
+                of_limit: if p50_ns == 0 { 1.0 } else { limit_ns as f64 / p50_ns as f64 },
+                predicted_ns,
+            }
+        };
+        let modes: Vec<OfMode> = modes.enumerate().map(of_mode).collect();
+        let (all, bytes) = (planned.transfers.all(), slots.layout().bytes() as u64);
+        let experts = all.chunk_by(|a, b| a.expert == b.expert).count() as u64;
+        // Sync: an expert is read once, its replicas written; reduce: all are read and written.
+        let limit_bytes = match self.bench {
+            "weight-sync" => (experts + all.len() as u64) * bytes,
+            _ => 2 * (experts + all.len() as u64) * bytes,
+        };
+        Line {
+            imbalance_before: planned.imbalance_before,
+            expert_bytes: slots.layout().bytes(),
+            replicas: all.len(),
+            limit_ns,
+            limit_loop,
+            limit_bytes_per_s: per_s(limit_bytes, limit_ns),
+            modes,
+        }
+    }
+
+    fn report(&self, lines: Vec<Line>, json: bool, out: &mut dyn Write) -> Result<(), CliError> {
+        let (load, ranks) = (self.load, self.topology.ranks());
+        let record = Record {
+            schema: "ultraep.moved/1",
+            bench: self.bench,
+            source: "measured",
+            policy: load.policy.name(),
+            workload: load.workload.name(),
+            format: self.format.name(),
+            ranks,
+            experts: self.topology.experts(),
+            slots_per_rank: load.slots,
+            domain: self.topology.domain_ranks(),
+            tokens_per_rank: load.tokens,
+            top_k: self.top_k(),
+            seed: load.seed,
+            workers: self.measure.workers,
+            threads: ranks * (1 + self.engine.background),
+            tile_bytes: self.tiles.tile_bytes,
+            iterations: self.measure.iterations,
+            lines,
+        };
+        if json { write_json(out, &record) } else { print(&record, out) }
+    }
+}
+
+/// The shards of an expert of about so many bytes.
+fn shards(format: WeightFormat, bytes: u64) -> Vec<Shard> {
+    let hidden = HIDDEN.min(usize::try_from(bytes / 12).unwrap_or(HIDDEN)).max(1);
+    let of_one: usize =
+        format.shards(hidden, 1).iter().map(|shard| shard.rows * shard.columns * shard.element.bytes()).sum();
+    format.shards(hidden, usize::try_from(bytes).unwrap_or(usize::MAX).div_ceil(of_one).max(1))
+}
+
+fn print(record: &Record, out: &mut dyn Write) -> Result<(), CliError> {
+    writeln!(
+        out,
+        "{} of {}, measured in this machine's memory: {} experts of {} on {} ranks (threads) with {} workers each, {} slots, {}",
+        record.bench,
+        record.policy,
+        record.experts,
+        record.format,
+        record.ranks,
+        record.workers,
+        record.slots_per_rank,
+        record.workload
+    )?;
+    writeln!(
+        out,
+        "median of {} runs; limit: the same reads and writes in plain loops on {} threads, interleaved (see --help)",
+        record.iterations, record.threads
+    )?;
+    let mut table = Table::new();
+    table.load_style(presets::UTF8_FULL_CONDENSED);
+    let heads = [
+        "imbalance",
+        "expert",
+        "replicas",
+        "mode",
+        "latency",
+        "read",
+        "written",
+        "rate",
+        "critical rate",
+        "limit",
+        "of limit",
+        "model",
+        "limit's loop",
+    ];
+    table.set_header(heads);
+    let rate = |bytes_per_s: f64| format!("{:.1} GB/s", bytes_per_s / 1e9);
+    let size = |bytes: u64| format!("{:.1} MB", bytes as f64 / 1e6);
+    for line in &record.lines {
+        for (index, of_mode) in line.modes.iter().enumerate() {
+            let once = |text: String| if index == 0 { text } else { String::new() };
+            table.add_row([
+                once(format!("{:.2}", line.imbalance_before)),
+                once(size(line.expert_bytes as u64)),
+                once(line.replicas.to_string()),
+                of_mode.mode.to_owned(),
+                pretty(of_mode.p50_ns),
+                size(of_mode.read_bytes),
+                size(of_mode.written_bytes),
+                rate(of_mode.bytes_per_s),
+                rate(of_mode.critical_bytes_per_s),
+                once(pretty(line.limit_ns)),
+                format!("{:.0}%", of_mode.of_limit * 100.0),
+                of_mode.predicted_ns.map_or_else(|| "-".to_owned(), pretty),
+                once(line.limit_loop.clone()),
+            ]);
+        }
+    }
+    for column in (0..heads.len() - 1).filter(|&column| column != 3) {
+        if let Some(column) = table.column_mut(column) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+    writeln!(out, "{table}")?;
+    Ok(())
+}

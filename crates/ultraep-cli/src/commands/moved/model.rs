@@ -1,0 +1,226 @@
+//! Times that the transfer planner's model of a fabric predicts, beside the bound that no plan of transfers beats. They are
+//! numbers of a model, not measurements.
+
+use std::io::Write;
+
+use comfy_table::{CellAlignment, Table, presets};
+use serde::Serialize;
+use ultraep_plan::{
+    BoundTables, Ratio, Topology, TransferClock, TransferModel, TransferPlan, TransferPlanner, Transfers,
+};
+
+use super::{Args, Mode, Planned};
+use crate::commands::write_json;
+use crate::error::CliError;
+use crate::timing::{measure, pretty};
+
+/// `ultraep.weight-sync/1`.
+#[derive(Debug, Serialize)]
+struct Record {
+    schema: &'static str,
+    bench: &'static str,
+    /// Where the times come from.
+    source: &'static str,
+    policy: &'static str,
+    workload: &'static str,
+    ranks: usize,
+    experts: usize,
+    slots_per_rank: usize,
+    domain: usize,
+    tokens_per_rank: u32,
+    top_k: u32,
+    seed: u64,
+    expert_bytes: u64,
+    chunk_bytes: u64,
+    send_ns: u64,
+    receive_ns: u64,
+    hop_ns: u64,
+    lines: Vec<Line>,
+}
+
+/// One initial imbalance.
+#[derive(Debug, Serialize)]
+struct Line {
+    imbalance_before: f64,
+    replicas: usize,
+    busiest_receiver_copies: u32,
+    bound_ns: u64,
+    bound_receiver_ns: u64,
+    bound_links_ns: u64,
+    bound_chain_ns: u64,
+    modes: Vec<OfMode>,
+}
+
+/// What one mode makes of it.
+#[derive(Debug, Serialize)]
+struct OfMode {
+    mode: &'static str,
+    predicted_ns: u64,
+    /// `predicted_ns` over `bound_ns`; 1 where nothing is moved.
+    ratio_to_bound: f64,
+    relayed_experts: u32,
+    /// The most copies that one rank sends.
+    fanout_copies: f64,
+    /// Stripes of a copy, each with a tree of its own.
+    stripes: u32,
+    /// The most hops from a home rank to a replica.
+    hops: u32,
+    /// Time to plan the transfers, measured here.
+    plan_p50_ns: u64,
+}
+
+/// Defaults of the group in mode `--model`.
+const RANKS: usize = 64;
+const TOP_K: u32 = 8;
+const RATIOS: [&str; 5] = ["1.5", "2", "4", "6", "8"];
+
+pub(super) fn run(args: &Args, out: &mut dyn Write) -> Result<(), CliError> {
+    let load = &args.load;
+    let (topology, top_k) = (load.topology(RANKS)?, load.top_k.unwrap_or(TOP_K));
+    let expert_bytes = match args.expert_bytes[..] {
+        [] => TransferModel::default().expert_bytes,
+        [bytes] => bytes,
+        _ => return Err(CliError::input("--expert-bytes: --model takes one size at a time")),
+    };
+    let model = TransferModel::of_link(expert_bytes, args.chunk_bytes, args.link_bytes_per_s, args.hop_ns);
+    model.check().map_err(CliError::input)?;
+    let ratios = load.ratios(&RATIOS)?.into_iter();
+    let lines = ratios.map(|ratio| line(args, &topology, model, (ratio, top_k))).collect::<Result<_, _>>()?;
+    let record = Record {
+        schema: "ultraep.weight-sync/1",
+        bench: "weight-sync",
+        source: "model",
+        policy: load.policy.name(),
+        workload: load.workload.name(),
+        ranks: topology.ranks(),
+        experts: topology.experts(),
+        slots_per_rank: load.slots,
+        domain: topology.domain_ranks(),
+        tokens_per_rank: load.tokens,
+        top_k,
+        seed: load.seed,
+        expert_bytes: model.expert_bytes,
+        chunk_bytes: model.chunk_bytes,
+        send_ns: model.send_ns,
+        receive_ns: model.receive_ns,
+        hop_ns: model.hop_ns,
+        lines,
+    };
+    if args.json { write_json(out, &record) } else { print(&record, out) }
+}
+
+fn line(
+    args: &Args,
+    topology: &Topology,
+    model: TransferModel,
+    (ratio, top_k): (Ratio, u32),
+) -> Result<Line, CliError> {
+    let Planned { imbalance_before, transfers } = args.load.planned(topology, ratio, top_k)?;
+    let bound = BoundTables::new(topology, model).map_err(CliError::input)?.bound(&transfers);
+    let bound_ns = bound.ns();
+    let subject = Subject { topology, model, transfers: &transfers, bound_ns, max_stripes: args.max_stripes };
+    Ok(Line {
+        imbalance_before,
+        replicas: transfers.all().len(),
+        busiest_receiver_copies: transfers.receives().iter().copied().max().unwrap_or(0),
+        bound_ns,
+        bound_receiver_ns: bound.receiver_ns,
+        bound_links_ns: bound.links_ns,
+        bound_chain_ns: bound.chain_ns,
+        modes: args.mode.iter().map(|&mode| subject.of_mode(mode)).collect::<Result<_, _>>()?,
+    })
+}
+
+/// What is to be transferred, and over what.
+struct Subject<'a> {
+    topology: &'a Topology,
+    model: TransferModel,
+    transfers: &'a Transfers,
+    bound_ns: u64,
+    max_stripes: u32,
+}
+
+impl Subject<'_> {
+    fn of_mode(&self, mode: Mode) -> Result<OfMode, CliError> {
+        const ITERATIONS: usize = 20;
+        let &Self { topology, model, transfers, bound_ns, max_stripes } = self;
+        let mut planner = TransferPlanner::new(topology, model, mode.params(max_stripes)).map_err(CliError::input)?;
+        let mut clock = TransferClock::new(topology, model).map_err(CliError::input)?;
+        let mut plan = TransferPlan::new(topology);
+        let times = measure(ITERATIONS, || planner.plan(transfers, &mut plan));
+        let predicted_ns = clock.run(&plan);
+        Ok(OfMode {
+            mode: mode.name(),
+            predicted_ns,
+            ratio_to_bound: if bound_ns == 0 { 1.0 } else { predicted_ns as f64 / bound_ns as f64 },
+            relayed_experts: plan.relayed_experts(),
+            fanout_copies: f64::from(plan.fanout()) / f64::from(plan.stripes().max(1)),
+            stripes: plan.stripes(),
+            hops: plan.depth(),
+            plan_p50_ns: times.p50_ns,
+        })
+    }
+}
+
+fn print(record: &Record, out: &mut dyn Write) -> Result<(), CliError> {
+    writeln!(
+        out,
+        "weight-sync of {}, predicted by a model: {} experts on {} ranks, {} slots, {}, {} tokens a rank, top-{}",
+        record.policy,
+        record.experts,
+        record.ranks,
+        record.slots_per_rank,
+        record.workload,
+        record.tokens_per_rank,
+        record.top_k
+    )?;
+    writeln!(
+        out,
+        "{} bytes an expert in chunks of {}, {} a chunk on a link, {} a hop",
+        record.expert_bytes,
+        record.chunk_bytes,
+        pretty(record.send_ns),
+        pretty(record.hop_ns)
+    )?;
+    let mut table = Table::new();
+    table.load_style(presets::UTF8_FULL_CONDENSED);
+    let heads = [
+        "imbalance",
+        "replicas",
+        "bound",
+        "mode",
+        "predicted",
+        "of bound",
+        "relayed",
+        "fan-out",
+        "stripes",
+        "hops",
+        "planned in",
+    ];
+    table.set_header(heads);
+    for line in &record.lines {
+        for (index, of_mode) in line.modes.iter().enumerate() {
+            let once = |text: String| if index == 0 { text } else { String::new() };
+            table.add_row([
+                once(format!("{:.2}", line.imbalance_before)),
+                once(line.replicas.to_string()),
+                once(pretty(line.bound_ns)),
+                of_mode.mode.to_owned(),
+                pretty(of_mode.predicted_ns),
+                format!("{:.2}", of_mode.ratio_to_bound),
+                of_mode.relayed_experts.to_string(),
+                of_mode.fanout_copies.to_string(),
+                of_mode.stripes.to_string(),
+                of_mode.hops.to_string(),
+                pretty(of_mode.plan_p50_ns),
+            ]);
+        }
+    }
+    for column in (0..heads.len()).filter(|&c| c != 3) {
+        if let Some(column) = table.column_mut(column) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+    writeln!(out, "{table}")?;
+    Ok(())
+}

@@ -1,0 +1,310 @@
+//! `ultraep prefill-bench`: prefill under load on the virtual clock, policies over the same recorded routing.
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use ultraep_baselines::PolicyKind;
+use ultraep_plan::{Topology, TopologySpec};
+use ultraep_run::write_atomically;
+use ultraep_schedule::{Lengths, Limits};
+use ultraep_serve::ServedModel;
+use ultraep_serve::bench::{
+    BENCH_SCHEMA, Costs, PolicySettings, PoolSummary, PrefillBench, Prompt, PromptSpec, RecordedPrompt, SweepSpec,
+    World, prompts, record, sample_loads, spot_check, sweep,
+};
+use ultraep_serve::plot::{Line, ttft_plot};
+
+use super::{GroupArgs, MixArg, ms, new_table, parse_lengths, progress, serve_error};
+use crate::commands::{train, write_json};
+use crate::error::CliError;
+
+/// Arguments of `ultraep prefill-bench`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    group: GroupArgs,
+    /// Ranks of the EP group
+    #[arg(long, default_value_t = 16, help_heading = "Ranks")]
+    ranks: usize,
+    /// Policies to compare
+    #[arg(long, value_delimiter = ',', default_values_t = COMPARED, value_name = "NAMES", help_heading = "Balancing")]
+    policies: Vec<PolicyKind>,
+    /// Where prompts are cut from: mixed (all domains in turn), stem (source code), or files and folders of yours
+    #[arg(long, default_value = "mixed", value_name = "stem|mixed|PATH", help_heading = "Load")]
+    mix: MixArg,
+    /// Distinct prompts; their routing is recorded once
+    #[arg(long, default_value_t = 96, value_name = "N", help_heading = "Load", value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    prompts: u32,
+    /// Lengths of prompts: many near the least, few near the most, half of all tokens in the long ones
+    #[arg(long, default_value = "128..16384", value_parser = parse_lengths, value_name = "LEAST..MOST", help_heading = "Load")]
+    prompt_tokens: Lengths,
+    /// Requests that arrive at every rate
+    #[arg(long, default_value_t = 600, value_name = "N", help_heading = "Load", value_parser = clap::value_parser!(u32).range(10..=1_000_000))]
+    requests: u32,
+    /// Rates of the curves, in percent of the ideal's capacity
+    #[arg(long, value_delimiter = ',', default_values_t = RATES, value_name = "PERCENT", help_heading = "Load")]
+    rates: Vec<u32>,
+    /// p95 of TTFT at which throughputs are compared [default: twice the ideal's with little load]
+    #[arg(long, value_name = "MS", help_heading = "Load")]
+    ttft_limit_ms: Option<u64>,
+    /// Names prompts and arrivals
+    #[arg(long, default_value_t = 1, help_heading = "Load")]
+    seed: u64,
+    /// Costs of work from a result of this command, instead of measuring them: the same result again
+    #[arg(long, value_name = "FILE", help_heading = "Costs")]
+    costs: Option<PathBuf>,
+    /// Also run this many batches on the real engine: counts must be equal, times are compared
+    #[arg(long, default_value_t = 0, value_name = "BATCHES", help_heading = "Costs")]
+    spot_check: usize,
+    /// Write the plot of TTFT against requests per second
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    svg: Option<PathBuf>,
+    /// Write the whole result, costs included, as JSON
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    output: Option<PathBuf>,
+    /// The whole result as JSON on stdout
+    #[arg(long, help_heading = "Output")]
+    json: bool,
+}
+
+const COMPARED: [PolicyKind; 5] =
+    [PolicyKind::None, PolicyKind::Eplb, PolicyKind::EplbExact, PolicyKind::Ultraep, PolicyKind::Ideal];
+const RATES: [u32; 9] = [10, 25, 40, 50, 60, 70, 80, 90, 100];
+
+const EXAMPLES: &str = "Examples:
+  ultraep prefill-bench --checkpoint runs/2026-11-24T15-00-00Z --svg ttft.svg --output prefill.json
+  ultraep prefill-bench --checkpoint runs/2026-11-24T15-00-00Z --mix stem --ranks 8 --spot-check 40
+  ultraep prefill-bench --checkpoint runs/2026-11-24T15-00-00Z --costs prefill.json --json";
+
+pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<(), CliError> {
+    train::keep_tensors_on_one_thread()?;
+    let context = args.prompt_tokens.most as usize + 1;
+    let model = ServedModel::load(&args.group.checkpoint, context).map_err(CliError::input)?;
+    // Room for several of the longest: the load, not the memory, is to be the limit.
+    let limits =
+        args.group.limits(&model, args.ranks, args.prompt_tokens.most.saturating_mul(4), args.requests as usize)?;
+    let settings = settings(args, &model)?;
+    let spec =
+        PromptSpec { mix: args.mix.mix(), lengths: args.prompt_tokens, count: args.prompts as usize, seed: args.seed };
+    let corpus = Arc::new(args.mix.read_text()?);
+    let pool = prompts(&corpus, &spec).map_err(serve_error)?;
+    let recorded = record_routing(&model, &pool)?;
+    let costs = costs(args, &model, &limits, &settings, &recorded)?;
+    let world = World::new(settings, costs.clone(), Arc::new(recorded), &model);
+    let check = match args.spot_check {
+        0 => None,
+        batches => Some(spot_check(&world, &model, &pool, limits, batches, train::cores()).map_err(serve_error)?),
+    };
+    let spec_of_sweep = SweepSpec {
+        requests: args.requests as usize,
+        seed: args.seed,
+        rates_percent: args.rates.clone(),
+        ttft_limit_ns: args.ttft_limit_ms.map(|ms| ms.saturating_mul(1_000_000)),
+    };
+    let bar = progress("simulating", 2 * args.policies.len() as u64);
+    let swept = sweep(&world, limits, &spec_of_sweep, &mut |done| bar.set_position(done as u64));
+    bar.finish_and_clear();
+    let (ttft_limit_ns, policies) = swept.map_err(serve_error)?;
+    let result = PrefillBench {
+        schema: BENCH_SCHEMA.into(),
+        model: model.name().into(),
+        slots: args.group.slots,
+        link: args.group.link()?.to_string(),
+        limits,
+        prompts: spec,
+        pool: summary(&pool),
+        sweep: spec_of_sweep,
+        ttft_limit_ns,
+        policies,
+        spot_check: check,
+        costs,
+    };
+    write_files(args, &result)?;
+    if args.json { write_json(out, &result) } else { print(out, &result) }
+}
+
+fn settings(args: &Args, model: &ServedModel) -> Result<PolicySettings, CliError> {
+    let topology = Topology::new(TopologySpec {
+        ranks: args.ranks,
+        experts: model.config().experts,
+        domain_ranks: args.ranks,
+        slots_per_rank: args.group.slots,
+    });
+    Ok(PolicySettings {
+        topology: topology.map_err(CliError::input)?,
+        policies: args.policies.clone(),
+        params: args.group.params(),
+        link: args.group.link()?,
+    })
+}
+
+fn record_routing(model: &ServedModel, pool: &[Prompt]) -> Result<Vec<RecordedPrompt>, CliError> {
+    let bar = progress("recording routing, tokens", pool.iter().map(|p| p.tokens.len() as u64).sum());
+    let recorded = record(model, pool, train::cores(), &|tokens| bar.set_position(tokens));
+    bar.finish_and_clear();
+    recorded.map_err(serve_error)
+}
+
+fn costs(
+    args: &Args,
+    model: &ServedModel,
+    limits: &Limits,
+    settings: &PolicySettings,
+    recorded: &[RecordedPrompt],
+) -> Result<Costs, CliError> {
+    if let Some(path) = &args.costs {
+        let refuse = |reason: String| CliError::Input(format!("{}: {reason}", path.display()));
+        let text = std::fs::read(path).map_err(|error| refuse(error.to_string()))?;
+        let mut value: serde_json::Value = serde_json::from_slice(&text).map_err(|error| refuse(error.to_string()))?;
+        // A result of this command has them inside.
+        let inner = value.get_mut("costs").map(serde_json::Value::take).unwrap_or(value);
+        let costs: Costs = serde_json::from_value(inner).map_err(|error| refuse(error.to_string()))?;
+        costs.check(model).map_err(CliError::input)?;
+        if let Some(kind) = settings.policies.iter().find(|k| !costs.plan_ns.contains_key(k.name())) {
+            return Err(refuse(format!("it has no planning time of policy {kind}")));
+        }
+        if costs.plan_ranks != args.ranks {
+            return Err(refuse(format!("plans were measured at {} ranks, not {}", costs.plan_ranks, args.ranks)));
+        }
+        return Ok(costs);
+    }
+    let bar = progress("measuring kernels", 2);
+    let tokens = limits.chunk_tokens_per_rank() as usize;
+    let context = args.prompt_tokens.most as usize;
+    let measured = Costs::measure(model, tokens, context, super::machine()).map_err(serve_error);
+    bar.set_position(1);
+    let costs = measured.and_then(|mut costs| {
+        let loads = sample_loads(recorded, limits, &settings.topology, model);
+        costs.measure_plans(settings, &loads.map_err(serve_error)?).map_err(serve_error)?;
+        Ok(costs)
+    });
+    bar.finish_and_clear();
+    costs
+}
+
+fn summary(pool: &[Prompt]) -> PoolSummary {
+    let lengths = || pool.iter().map(|p| p.tokens.len() as u32);
+    let mut summary = PoolSummary {
+        prompts: pool.len(),
+        tokens: lengths().map(u64::from).sum(),
+        shortest_tokens: lengths().min().unwrap_or(0),
+        longest_tokens: lengths().max().unwrap_or(0),
+        ..PoolSummary::default()
+    };
+    pool.iter().for_each(|p| *summary.domains.entry(p.domain.clone()).or_default() += 1);
+    summary
+}
+
+fn write_files(args: &Args, result: &PrefillBench) -> Result<(), CliError> {
+    if let Some(path) = &args.svg {
+        let line = |policy: &ultraep_serve::bench::PolicyResult| Line {
+            name: policy.policy.clone(),
+            points: policy.points.iter().map(|p| (p.rps, seconds(p.ttft.p95_ns))).collect(),
+        };
+        let lines: Vec<_> = result.policies.iter().map(line).collect();
+        let title = format!("Prefill at {} ranks: TTFT against load", result.limits.ranks);
+        let svg = ttft_plot(&title, &lines, Some(seconds(result.ttft_limit_ns))).map_err(CliError::failure)?;
+        write_atomically(path, svg.as_bytes()).map_err(CliError::failure)?;
+    }
+    if let Some(path) = &args.output {
+        let mut json = serde_json::to_vec_pretty(result)?;
+        json.push(b'\n');
+        write_atomically(path, &json).map_err(CliError::failure)?;
+    }
+    Ok(())
+}
+
+fn seconds(ns: u64) -> f64 {
+    ns as f64 * 1e-9
+}
+
+fn print(out: &mut dyn Write, result: &PrefillBench) -> Result<(), CliError> {
+    let PrefillBench { limits, pool, .. } = result;
+    writeln!(
+        out,
+        "{} ranks, {} slots a rank, batches of up to {} tokens; {} prompts of {} to {} tokens from {} domains",
+        limits.ranks,
+        result.slots,
+        limits.chunk_tokens,
+        pool.prompts,
+        pool.shortest_tokens,
+        pool.longest_tokens,
+        pool.domains.len()
+    )?;
+    let mut table = new_table(&[
+        "policy",
+        "imbalance\nas routed",
+        "imbalance\nmean",
+        "imbalance\nworst",
+        "replicas\na layer",
+        "peak tokens\non a rank",
+        "requests/s\nat the limit",
+        "tokens/s\nat the limit",
+        "over\nnone",
+        "of\nideal",
+    ]);
+    let none = result.policies.iter().find(|p| p.policy == PolicyKind::None.name()).map(|p| p.throughput_rps);
+    for p in &result.policies {
+        let over = none.map_or_else(|| "-".into(), |none| format!("{:.2}x", p.throughput_rps / none));
+        let share = p.share_of_ideal.map_or_else(|| "-".into(), |share| format!("{:.1}%", share * 100.0));
+        table.add_row([
+            p.policy.clone(),
+            format!("{:.2}", p.imbalance_before),
+            format!("{:.3}", p.imbalance_after),
+            format!("{:.3}", p.imbalance_worst),
+            format!("{:.1}", p.replicas_per_layer),
+            p.peak_tokens.to_string(),
+            format!("{:.2}", p.throughput_rps),
+            format!("{:.0}", p.throughput_tokens_per_s),
+            over,
+            share,
+        ]);
+    }
+    writeln!(out, "\n{table}")?;
+    writeln!(
+        out,
+        "limit: p95 of the time to the first token (TTFT) {} ms. Imbalance weighted by tokens, worst of full batches; both, replicas \
+         and peak at {:.2} requests/s",
+        ms(result.ttft_limit_ns),
+        result.policies.first().map_or(0.0, |p| p.knee.rps)
+    )?;
+    print_curves(out, result)?;
+    if let Some(check) = &result.spot_check {
+        writeln!(out, "\n{} batches on the real engine: counts of {} layers equal", check.batches, check.layers)?;
+        for (policy, replayed, real) in &check.times_ns {
+            let ratio = *replayed as f64 / *real as f64;
+            writeln!(
+                out,
+                "  {policy}: {} ms replayed, {} ms on its virtual clock ({ratio:.2})",
+                ms(*replayed),
+                ms(*real)
+            )?;
+        }
+    }
+    Ok(())
+}
+
+fn print_curves(out: &mut dyn Write, result: &PrefillBench) -> Result<(), CliError> {
+    let mut header = vec!["requests/s".to_string()];
+    header.extend(result.policies.iter().map(|p| format!("{}\np50 / p95 / p99", p.policy)));
+    let header: Vec<&str> = header.iter().map(String::as_str).collect();
+    let mut table = new_table(&header);
+    let rates = result.policies.first().map_or(0, |p| p.points.len());
+    for rate in 0..rates {
+        let mut row = vec![format!("{:.2}", result.policies[0].points[rate].rps)];
+        for policy in &result.policies {
+            let ttft = &policy.points[rate].ttft;
+            row.push(format!(
+                "{:.0} / {:.0} / {:.0}",
+                ttft.p50_ns as f64 * 1e-6,
+                ttft.p95_ns as f64 * 1e-6,
+                ttft.p99_ns as f64 * 1e-6
+            ));
+        }
+        table.add_row(row);
+    }
+    writeln!(out, "\nTTFT, ms, parallel time\n{table}")?;
+    Ok(())
+}

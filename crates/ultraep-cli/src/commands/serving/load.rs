@@ -1,0 +1,170 @@
+//! `ultraep loadtest`: open-loop load on a server.
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use serde::Serialize;
+use ultraep_run::write_atomically;
+use ultraep_schedule::Lengths;
+use ultraep_serve::bench::{PromptSpec, prompts};
+use ultraep_serve::loadtest::{LOADTEST_SCHEMA, LoadResult, LoadSpec, Target, run as run_rate};
+use ultraep_serve::plot::{Line, ttft_plot};
+
+use super::{MixArg, ms, new_table, parse_lengths, progress, serve_error};
+use crate::commands::write_json;
+use crate::error::CliError;
+
+/// Arguments of `ultraep loadtest`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Args {
+    /// The server, such as http://127.0.0.1:8000
+    #[arg(long, value_name = "URL")]
+    url: String,
+    /// Key to show
+    #[arg(long, value_name = "KEY")]
+    api_key: Option<String>,
+    /// Requests per second: one rate after another
+    #[arg(long, value_delimiter = ',', required = true, value_parser = parse_rate, value_name = "RATES")]
+    rps: Vec<u64>,
+    /// Seconds of arrivals at every rate
+    #[arg(long, default_value_t = 30, value_name = "S", value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    seconds: u64,
+    /// Where prompts are cut from: mixed (all domains in turn), stem (source code), or files and folders of yours
+    #[arg(long, default_value = "mixed", value_name = "stem|mixed|PATH")]
+    mix: MixArg,
+    /// Distinct prompts
+    #[arg(long, default_value_t = 96, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    prompts: u32,
+    /// Lengths of prompts: many near the least, few near the most
+    #[arg(long, default_value = "128..16384", value_parser = parse_lengths, value_name = "LEAST..MOST")]
+    prompt_tokens: Lengths,
+    /// Tokens that each request asks for
+    #[arg(long, default_value_t = 1, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
+    max_tokens: u32,
+    /// Time to the first token that is good enough
+    #[arg(long, default_value_t = 10_000, value_name = "MS")]
+    ttft_limit_ms: u64,
+    /// After so long a request is given up
+    #[arg(long, default_value_t = 120_000, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..))]
+    timeout_ms: u64,
+    /// Names prompts and arrivals
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Write the plot of TTFT against requests per second
+    #[arg(long, value_name = "FILE")]
+    svg: Option<PathBuf>,
+    /// The result as JSON on stdout
+    #[arg(long)]
+    json: bool,
+}
+
+const EXAMPLES: &str = "Examples:
+  ultraep loadtest --url http://127.0.0.1:8000 --rps 1,2,4,8 --seconds 30
+  ultraep loadtest --url http://127.0.0.1:8000 --rps 0.5,1 --mix stem --prompt-tokens 256..32768 --svg ttft.svg
+  ultraep loadtest --url http://127.0.0.1:8000 --rps 2 --mix docs --json";
+
+/// A rate as requests in a thousand seconds.
+fn parse_rate(text: &str) -> Result<u64, String> {
+    let rate: f64 = text.trim().parse().map_err(|_| "it must be a number of requests per second".to_string())?;
+    if (0.001..=1e6).contains(&rate) {
+        Ok((rate * 1e3).round() as u64)
+    } else {
+        Err("allowed is 0.001 to 1000000".into())
+    }
+}
+
+/// The document.
+#[derive(Serialize)]
+struct Document<'a> {
+    schema: &'static str,
+    url: &'a str,
+    prompts: PromptSpec,
+    ttft_limit_ms: u64,
+    rates: &'a [LoadResult],
+}
+
+pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<(), CliError> {
+    let target = Target::new(&args.url, args.api_key.clone()).map_err(CliError::input)?;
+    let corpus = Arc::new(args.mix.read_text()?);
+    let count = args.prompts as usize;
+    let spec = PromptSpec { mix: args.mix.mix(), lengths: args.prompt_tokens, count, seed: args.seed };
+    let pool = Arc::new(prompts(&corpus, &spec).map_err(serve_error)?);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(CliError::failure)?;
+    let mut results = Vec::new();
+    for &rate in &args.rps {
+        let requests = (u128::from(rate) * u128::from(args.seconds) / 1000).max(1) as usize;
+        let load = LoadSpec {
+            requests_per_1000_s: rate,
+            requests,
+            new_tokens: args.max_tokens,
+            ttft_limit_ms: args.ttft_limit_ms,
+            timeout_ms: args.timeout_ms,
+            seed: args.seed,
+        };
+        let bar = progress("requests answered", requests as u64);
+        results.push(runtime.block_on(run_rate(&target, &pool, &load, &|over| bar.set_position(over as u64))));
+        bar.finish_and_clear();
+    }
+    if let Some(path) = &args.svg {
+        let points = results.iter().map(|r| (r.rps, r.ttft.p95_ns as f64 * 1e-9)).collect();
+        let line = Line { name: args.url.clone(), points };
+        let limit = args.ttft_limit_ms as f64 * 1e-3;
+        let svg = ttft_plot("TTFT against load", &[line], Some(limit)).map_err(CliError::failure)?;
+        write_atomically(path, svg.as_bytes()).map_err(CliError::failure)?;
+    }
+    let document = Document {
+        schema: LOADTEST_SCHEMA,
+        url: &args.url,
+        prompts: spec,
+        ttft_limit_ms: args.ttft_limit_ms,
+        rates: &results,
+    };
+    if args.json {
+        write_json(out, &document)?;
+    } else {
+        print(out, args, &results)?;
+    }
+    if results.iter().all(|r| r.finished == 0) {
+        return Err(CliError::Failure(format!("{}: no request was answered", args.url)));
+    }
+    Ok(())
+}
+
+fn print(out: &mut dyn Write, args: &Args, results: &[LoadResult]) -> Result<(), CliError> {
+    let mut table = new_table(&[
+        "requests/s",
+        "sent",
+        "finished",
+        "errors",
+        "TTFT mean",
+        "p50",
+        "p95",
+        "p99 ms",
+        "tokens/s",
+        "goodput/s",
+    ]);
+    for r in results {
+        let errors: Vec<String> = r.errors.iter().map(|(kind, count)| format!("{count} x {kind}")).collect();
+        table.add_row([
+            format!("{:.2}", r.rps),
+            r.requests.to_string(),
+            r.finished.to_string(),
+            if errors.is_empty() { "0".into() } else { errors.join(", ") },
+            ms(r.ttft.mean_ns),
+            ms(r.ttft.p50_ns),
+            ms(r.ttft.p95_ns),
+            ms(r.ttft.p99_ns),
+            format!("{:.0}", r.tokens_per_s),
+            format!("{:.2}", r.goodput_rps),
+        ]);
+    }
+    writeln!(out, "{table}")?;
+    writeln!(
+        out,
+        "goodput: finished with the first token within {} ms; times count from the arrival drawn",
+        args.ttft_limit_ms
+    )?;
+    Ok(())
+}

@@ -1,0 +1,195 @@
+//! `ultraep serve`: the HTTP server.
+
+use std::io::Write;
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use ultraep_baselines::PolicyKind;
+use ultraep_run::{RunInfo, RunStatus};
+use ultraep_runtime::LayerRecord;
+use ultraep_serve::http::{HttpConfig, bind, serve};
+use ultraep_serve::{Engine, EngineConfig, Observer, Recorder, ServedModel};
+
+use super::{GroupArgs, serve_error};
+use crate::commands::train;
+use crate::error::{CliError, note};
+
+/// Arguments of `ultraep serve`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    group: GroupArgs,
+    /// Ranks of the EP group, threads of this process
+    #[arg(long, default_value_t = 8, help_heading = "Ranks")]
+    ranks: usize,
+    /// Seconds after which a rank that waits for another gives up and names it
+    #[arg(long, default_value_t = 60, value_name = "S", help_heading = "Ranks", value_parser = clap::value_parser!(u64).range(1..=3600))]
+    timeout_s: u64,
+    /// Policy that balances batches with prompt tokens
+    #[arg(long, default_value_t = PolicyKind::Ultraep, value_name = "NAME", help_heading = "Balancing")]
+    policy: PolicyKind,
+    /// Policy of batches that only decode: they are bound by memory and gain little
+    #[arg(long, default_value_t = PolicyKind::None, value_name = "NAME", help_heading = "Balancing")]
+    decode_policy: PolicyKind,
+    /// Check every plan and compare its digest between ranks
+    #[arg(long, help_heading = "Balancing")]
+    checked: bool,
+    /// Longest prompt with its new tokens
+    #[arg(long, default_value_t = 32_768, value_name = "TOKENS", help_heading = "Limits", value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
+    context: u32,
+    /// KV budget of a rank in tokens [default: twice the context]
+    #[arg(long, value_name = "TOKENS", help_heading = "Limits")]
+    kv_tokens: Option<u32>,
+    /// Most requests that wait; more get 429
+    #[arg(long, default_value_t = 256, value_name = "N", help_heading = "Limits")]
+    queue: usize,
+    /// Most tokens that a request may ask for
+    #[arg(long, default_value_t = 256, value_name = "TOKENS", help_heading = "Limits")]
+    max_tokens: u32,
+    /// Seconds after which a request is cancelled
+    #[arg(long, default_value_t = 120, value_name = "S", help_heading = "Limits", value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    request_timeout_s: u64,
+    /// Most connections at a time
+    #[arg(long, default_value_t = 4096, value_name = "N", help_heading = "Limits", value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
+    connections: u32,
+    /// Address to answer on; any other than 127.0.0.1 lets other machines ask
+    #[arg(long, default_value = "127.0.0.1", value_name = "ADDRESS", help_heading = "Server")]
+    host: IpAddr,
+    /// Port; 0 takes any that is free
+    #[arg(long, default_value_t = 8000, help_heading = "Server")]
+    port: u16,
+    /// Key that clients must show as `Authorization: Bearer KEY`
+    #[arg(long, value_name = "KEY", help_heading = "Server")]
+    api_key: Option<String>,
+    /// Record loads and plans in a run folder made here, for `ultraep view` and `ultraep replay`
+    #[arg(long, value_name = "FOLDER", help_heading = "Output")]
+    runs: Option<PathBuf>,
+    /// With --runs: record every so many batches
+    #[arg(long, default_value_t = 1, value_name = "BATCHES", help_heading = "Output", value_parser = clap::value_parser!(u64).range(1..))]
+    profile_every: u64,
+}
+
+const EXAMPLES: &str = "Examples:
+  ultraep serve --checkpoint runs/2026-11-24T15-00-00Z
+  ultraep serve --checkpoint runs/2026-11-24T15-00-00Z --ranks 16 --chunk 4096 --api-key secret --runs runs
+  curl localhost:8000/v1/completions -d '{\"prompt\": \"fn main() {\", \"max_tokens\": 32}'";
+
+/// Says on stderr what the operator must know, and feeds the recorder.
+struct Watch {
+    recorder: Option<Recorder>,
+    failed: AtomicBool,
+}
+
+impl Observer for Watch {
+    fn batch(&self, records: &[LayerRecord]) {
+        let Some(recorder) = &self.recorder else { return };
+        if let Err(error) = recorder.batch(records)
+            && !self.failed.swap(true, Ordering::Relaxed)
+        {
+            note(format!("no more loads are recorded: {error}"));
+        }
+    }
+
+    fn ranks_lost(&self, reason: &str) {
+        note(format!("ranks lost, starting them again: {reason}"));
+    }
+}
+
+pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<(), CliError> {
+    train::keep_tensors_on_one_thread()?;
+    let model = ServedModel::load(&args.group.checkpoint, args.context as usize).map_err(CliError::input)?;
+    let kv_tokens = args.kv_tokens.unwrap_or(args.context.saturating_mul(2));
+    let limits = args.group.limits(&model, args.ranks, kv_tokens, args.queue)?;
+    let policies =
+        if args.policy == args.decode_policy { vec![args.policy] } else { vec![args.policy, args.decode_policy] };
+    let mut group = args.group.group(&limits, policies, Duration::from_secs(args.timeout_s))?;
+    group.checked = args.checked;
+    let stop = train::stop_flag()?;
+    let recorder = args.runs.as_ref().map(|runs| recorder(args, runs, &model, &group)).transpose()?;
+    if let Some(recorder) = &recorder {
+        note(format!("run folder: {}", recorder.folder().display()));
+    }
+    let watch = Arc::new(Watch { recorder, failed: AtomicBool::new(false) });
+    let config = EngineConfig { group, limits };
+    let engine = Engine::start(model, config, Some(watch.clone())).map_err(serve_error)?;
+    let served = serve_until_stopped(args, &engine, stop, out);
+    engine.stop();
+    if let Some(recorder) = Arc::into_inner(watch).and_then(|watch| watch.recorder) {
+        let status = match &served {
+            Ok(()) => RunStatus::Finished,
+            Err(error) => RunStatus::Failed { reason: error.to_string() },
+        };
+        let summary = recorder.finish(status, train::now()).map_err(serve_error)?;
+        if summary.dropped > 0 {
+            note(format!("{} records were dropped because the disk was too slow", summary.dropped));
+        }
+    }
+    served
+}
+
+fn serve_until_stopped(
+    args: &Args,
+    engine: &Engine,
+    stop: Arc<AtomicBool>,
+    out: &mut dyn Write,
+) -> Result<(), CliError> {
+    let http = HttpConfig {
+        api_key: args.api_key.clone(),
+        new_tokens_max: args.max_tokens,
+        request_timeout: Duration::from_secs(args.request_timeout_s),
+        connections_max: args.connections as usize,
+        ..HttpConfig::for_prompts(args.context as usize)
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    let runtime = runtime.map_err(CliError::failure)?;
+    runtime.block_on(async {
+        let (listener, address) = bind(SocketAddr::new(args.host, args.port)).await.map_err(CliError::input)?;
+        if !address.ip().is_loopback() && args.api_key.is_none() {
+            note(format!("{address}: every machine that reaches this address can use the model; see --api-key"));
+        }
+        let model = engine.handle().model().name().to_string();
+        writeln!(out, "http://{address}/v1  model {model}  (Ctrl-C finishes what was admitted and ends)")?;
+        out.flush()?;
+        let stopped = async move {
+            while !stop.load(Ordering::Relaxed) {
+                tokio::time::sleep(STOP_POLL).await;
+            }
+        };
+        serve(listener, engine.handle(), http, stopped).await;
+        Ok(())
+    })
+}
+
+/// How often the wish to stop is looked for.
+const STOP_POLL: Duration = Duration::from_millis(50);
+
+fn recorder(
+    args: &Args,
+    runs: &std::path::Path,
+    model: &ServedModel,
+    group: &ultraep_serve::GroupConfig,
+) -> Result<Recorder, CliError> {
+    let runtime = group.runtime(model).map_err(serve_error)?;
+    let started = train::now();
+    let mut info = RunInfo::starting(started);
+    info.command = std::env::args_os().map(|argument| argument.to_string_lossy().into_owned()).collect();
+    // A key is nobody's business.
+    if let Some(key) = &args.api_key {
+        info.command.iter_mut().for_each(|argument| *argument = argument.replace(key, "***"));
+    }
+    let c = model.config();
+    let settings = serde_json::json!({
+        "ranks": group.ranks, "domain_ranks": group.ranks, "slots": group.slots, "policy": args.policy.name(),
+        "beta": args.group.beta.to_string(), "min_quota": args.group.min_quota, "chunk_tokens": args.group.chunk,
+        "hidden": c.hidden, "intermediate": c.intermediate, "layers": c.layers, "experts": c.experts, "top_k": c.top_k,
+        "checkpoint": args.group.checkpoint.display().to_string(),
+    });
+    info.config = settings.as_object().cloned().unwrap_or_default();
+    info.versions.insert("ultraep".into(), env!("CARGO_PKG_VERSION").into());
+    let folder = train::free_folder(runs, started);
+    Recorder::create(&folder, info, &runtime.topology, runtime.layers, args.profile_every).map_err(CliError::failure)
+}

@@ -1,0 +1,126 @@
+//! `ultraep sim`: what training and prefill take on a rack, beside what was published.
+
+mod balancing;
+mod calibration;
+mod files;
+mod plots;
+mod prefill;
+mod record;
+mod sweep;
+mod timeline;
+mod training;
+
+use std::io::Write;
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+
+use self::files::{Experiment, Metric, PLANS, Plan, machine, plan, systems};
+use self::record::{CaseRecord, Record, load_words, rows};
+use self::training::{figures, in_parallel, prepare, relate, step};
+use super::write_json;
+use crate::error::{CliError, note};
+use ultraep_sim::{Fidelity, recovery_ps};
+
+pub(crate) const EXAMPLES: &str = "Examples:
+  ultraep sim figure-11                    training throughput beside the paper's
+  ultraep sim figure-13 --svg plots        with plots
+  ultraep sim figure-11 --trace step.json  with a timeline of a step
+  ultraep sim my-plan.toml --json          a plan of your own
+  ultraep sim calibrate                    how the machine's constants were fitted";
+
+/// Plan file and output.
+#[derive(Clone, Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Args {
+    /// A plan file, or the name of one that comes with the program
+    #[arg(value_name = "PLAN")]
+    plan: Option<String>,
+    /// JSON (schema ultraep.sim/1) instead of tables
+    #[arg(long)]
+    json: bool,
+    /// Write SVG plots into this folder, one a metric
+    #[arg(long, value_name = "FOLDER")]
+    svg: Option<PathBuf>,
+    /// Write a timeline of the last system but `ideal` on the first case, at the event level (Chrome trace, for Perfetto)
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
+    /// Threads; the result does not depend on them [default: all cores]
+    #[arg(long, value_name = "N")]
+    threads: Option<NonZeroUsize>,
+}
+
+pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<(), CliError> {
+    let known = || PLANS.map(|(name, _)| name).join(", ");
+    let Some(name) = &args.plan else {
+        return Err(CliError::Input(format!("no plan: allowed are a file or one of {}", known())));
+    };
+    let plan = plan(name)?;
+    let threads = args.threads.or_else(|| std::thread::available_parallelism().ok()).map_or(1, NonZeroUsize::get);
+    if plan.experiment == Experiment::Calibration {
+        return calibration::run(&plan, out);
+    }
+    if plan.experiment == Experiment::Sweep {
+        let record = sweep::run(&plan, threads)?;
+        return if args.json { write_json(out, &record) } else { record.print(out) };
+    }
+    let mut record = Record::new(&plan, &machine(&plan.machine)?.name);
+    record.cases = match plan.experiment {
+        Experiment::Balancing => balancing::run(&plan, threads)?,
+        Experiment::Prefill => prefill::run(&plan, threads)?,
+        _ => training_cases(&plan, threads)?,
+    };
+    if let Some(folder) = &args.svg {
+        let stem = Path::new(name).file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        for path in plots::write(folder, &stem, &record)? {
+            note(format!("wrote {}", path.display()));
+        }
+    }
+    if let Some(path) = &args.trace {
+        trace(&plan, path)?;
+    }
+    if args.json { write_json(out, &record) } else { record.print(out) }
+}
+
+fn trace(plan: &Plan, path: &Path) -> Result<(), CliError> {
+    let case = &plan.case[0];
+    let systems = systems(&plan.systems, case.microbatches)?;
+    let Some(system) = systems.iter().rev().find(|system| system.name != "ideal") else {
+        return Err(CliError::Input("--trace: the plan has no system but ideal".to_string()));
+    };
+    let report = step(&prepare(case, &plan.machine, plan.seed)?, system, Fidelity::Events, true)?;
+    timeline::write(path, &report)?;
+    note(format!("wrote {}: {} on {}", path.display(), system.name, case.name));
+    Ok(())
+}
+
+fn training_cases(plan: &Plan, threads: usize) -> Result<Vec<CaseRecord>, CliError> {
+    let metrics = match plan.metrics.is_empty() {
+        true => vec![Metric::Tflops, Metric::OfIdeal, Metric::Imbalance],
+        false => plan.metrics.clone(),
+    };
+    let ready = in_parallel(plan.case.len(), threads, |index| prepare(&plan.case[index], &plan.machine, plan.seed))?;
+    let mut jobs = Vec::new();
+    for (index, case) in plan.case.iter().enumerate() {
+        jobs.extend(systems(&plan.systems, case.microbatches)?.into_iter().map(|system| (index, system)));
+    }
+    let run = |job: usize| step(&ready[jobs[job].0], &jobs[job].1, plan.fidelity, false);
+    let reports = in_parallel(jobs.len(), threads, run)?;
+    let case = |(index, case): (usize, &files::Case)| {
+        let of = || jobs.iter().zip(&reports).filter(|((of, _), _)| *of == index);
+        let mut all: Vec<_> = of().map(|((_, system), report)| (system.name.clone(), figures(report))).collect();
+        relate(&mut all);
+        if case.lost_ranks > 0 {
+            let spec = &ready[index].spec;
+            let once = recovery_ps(&spec.machine, &spec.model, case.ranks) as f64 / 1e9 * f64::from(case.lost_ranks);
+            all.iter_mut().for_each(|(_, figures)| _ = figures.insert(Metric::RecoveryMs, once));
+        }
+        CaseRecord {
+            name: case.name.clone(),
+            along: None,
+            load: load_words(ready[index].fit.as_ref()),
+            rows: rows(&metrics, &all, &case.paper),
+            systems: of().map(|(_, report)| report.system.clone()).collect(),
+        }
+    };
+    Ok(plan.case.iter().enumerate().map(case).collect())
+}

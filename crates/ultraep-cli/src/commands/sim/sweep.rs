@@ -1,0 +1,206 @@
+//! A grid of configurations: where balancing pays, what slots, domains and links are worth.
+
+use std::collections::BTreeMap;
+use std::io::Write;
+
+use comfy_table::{CellAlignment, Table, presets};
+use serde::Serialize;
+
+use super::files::{Case, Metric, Plan, Sweep, systems};
+use super::training::{figures, in_parallel, prepare, relate, step};
+use crate::error::{CliError, note};
+
+/// Most configurations of one sweep.
+const MAX_CONFIGURATIONS: usize = 100_000;
+
+/// `ultraep.sim-sweep/1`.
+#[derive(Debug, Serialize)]
+pub(super) struct SweepRecord {
+    schema: &'static str,
+    title: String,
+    machine: String,
+    seed: u32,
+    systems: Vec<String>,
+    /// Combinations that cannot exist: a domain that does not divide the ranks, fewer experts than ranks.
+    left_out: usize,
+    points: Vec<Point>,
+}
+
+/// One configuration.
+#[derive(Clone, Debug, Serialize)]
+struct Point {
+    case: String,
+    ranks: u32,
+    domain: u32,
+    slots: u32,
+    bandwidth_percent: u32,
+    tokens: u32,
+    top_k: u32,
+    /// Imbalance as routed.
+    imbalance_before: f64,
+    /// By system: throughput over that of `ideal`.
+    of_ideal: BTreeMap<String, f64>,
+    /// By system: imbalance after balancing.
+    imbalance: BTreeMap<String, f64>,
+}
+
+/// One value of a configuration.
+type Axis = (&'static str, fn(&Point) -> u32);
+
+const AXES: [Axis; 6] = [
+    ("ranks", |p| p.ranks),
+    ("domain", |p| p.domain),
+    ("slots", |p| p.slots),
+    ("bandwidth %", |p| p.bandwidth_percent),
+    ("tokens a rank", |p| p.tokens),
+    ("top-k", |p| p.top_k),
+];
+
+/// Runs every combination.
+pub(super) fn run(plan: &Plan, threads: usize) -> Result<SweepRecord, CliError> {
+    let Some(sweep) = &plan.sweep else {
+        return Err(CliError::Input(format!("{}: no [sweep]: experiment \"sweep\" needs it", plan.title)));
+    };
+    if !plan.systems.iter().any(|name| name == "ideal") {
+        return Err(CliError::Input(format!(
+            "{}: systems: a sweep compares with \"ideal\", which is not there",
+            plan.title
+        )));
+    }
+    let mut cases = Vec::new();
+    let mut left_out = 0;
+    for base in &plan.case {
+        for case in combinations(base, sweep) {
+            if exists(&case)? { cases.push(case) } else { left_out += 1 }
+        }
+    }
+    if cases.is_empty() || cases.len() > MAX_CONFIGURATIONS {
+        let got = cases.len();
+        return Err(CliError::Input(format!(
+            "{}: {got} configurations: allowed are 1 to {MAX_CONFIGURATIONS}",
+            plan.title
+        )));
+    }
+    // Large groups first, so that no thread is left with one at the end.
+    let mut order: Vec<usize> = (0..cases.len()).collect();
+    order.sort_by_key(|&index| std::cmp::Reverse(u64::from(cases[index].ranks).pow(2)));
+    let run = |place: usize| point(plan, &cases[order[place]]).map(|point| (order[place], point));
+    let mut points = in_parallel(order.len(), threads, run)?;
+    points.sort_by_key(|(index, _)| *index);
+    Ok(SweepRecord {
+        schema: "ultraep.sim-sweep/1",
+        title: plan.title.clone(),
+        machine: plan.machine.clone(),
+        seed: plan.seed,
+        systems: plan.systems.clone(),
+        left_out,
+        points: points.into_iter().map(|(_, point)| point).collect(),
+    })
+}
+
+fn combinations(base: &Case, sweep: &Sweep) -> Vec<Case> {
+    let mut all = vec![base.clone()];
+    fn vary(all: &mut Vec<Case>, values: &[u32], set: impl Fn(&mut Case, u32)) {
+        if values.is_empty() {
+            return;
+        }
+        let with = |case: &Case, value: u32| {
+            let mut case = case.clone();
+            set(&mut case, value);
+            case
+        };
+        *all = all.iter().flat_map(|case| values.iter().map(move |&value| with(case, value))).collect();
+    }
+    vary(&mut all, &sweep.ranks, |case, ranks| {
+        case.ranks = ranks;
+        if let Some(each) = sweep.experts_per_rank {
+            case.experts = Some(ranks * each);
+        }
+    });
+    vary(&mut all, &sweep.domain, |case, domain| case.domain = Some(domain));
+    vary(&mut all, &sweep.slots, |case, slots| case.slots = slots);
+    vary(&mut all, &sweep.bandwidth_percent, |case, percent| case.bandwidth_percent = percent);
+    vary(&mut all, &sweep.tokens, |case, tokens| case.tokens = tokens);
+    vary(&mut all, &sweep.top_k, |case, top_k| case.top_k = Some(top_k));
+    all
+}
+
+/// Whether there is such a group.
+fn exists(case: &Case) -> Result<bool, CliError> {
+    let model = super::files::model(&case.model)?;
+    let domain = case.domain.unwrap_or(1);
+    let experts = case.experts.unwrap_or(model.experts);
+    Ok(domain > 0 && case.ranks.is_multiple_of(domain) && experts >= case.ranks)
+}
+
+fn point(plan: &Plan, case: &Case) -> Result<Point, CliError> {
+    let ready = prepare(case, &plan.machine, plan.seed)?;
+    let mut all = Vec::new();
+    let mut before = 1.0;
+    for system in systems(&plan.systems, case.microbatches)? {
+        let report = step(&ready, &system, plan.fidelity, false)?;
+        before = report.system.imbalance_before;
+        all.push((system.name.clone(), figures(&report)));
+    }
+    relate(&mut all);
+    let of = |metric: Metric| {
+        let figure = |(name, figures): &(String, BTreeMap<Metric, f64>)| Some((name.clone(), *figures.get(&metric)?));
+        all.iter().filter_map(figure).collect()
+    };
+    Ok(Point {
+        case: case.name.clone(),
+        ranks: ready.spec.ranks,
+        domain: ready.spec.domain_ranks,
+        slots: case.slots,
+        bandwidth_percent: case.bandwidth_percent,
+        tokens: case.tokens,
+        top_k: ready.spec.model.top_k,
+        imbalance_before: before,
+        of_ideal: of(Metric::OfIdeal),
+        imbalance: of(Metric::Imbalance),
+    })
+}
+
+impl SweepRecord {
+    /// Means along every axis that varies.
+    pub(super) fn print(&self, out: &mut dyn Write) -> Result<(), CliError> {
+        writeln!(out, "{}: {} configurations, shares of ideal throughput (means)", self.title, self.points.len())?;
+        if self.left_out > 0 {
+            note(format!("{} combinations cannot exist and are left out", self.left_out));
+        }
+        let shown: Vec<&String> = self.systems.iter().filter(|name| *name != "ideal").collect();
+        let mut table = Table::new();
+        table.load_style(presets::UTF8_FULL_CONDENSED);
+        let mut header = vec!["axis", "value", "configurations", "imbalance"];
+        header.extend(shown.iter().map(|name| name.as_str()));
+        table.set_header(header);
+        for (axis, value) in AXES {
+            let mut values: Vec<u32> = self.points.iter().map(value).collect();
+            values.sort_unstable();
+            values.dedup();
+            if values.len() < 2 {
+                continue;
+            }
+            for (index, wanted) in values.into_iter().enumerate() {
+                let of: Vec<&Point> = self.points.iter().filter(|p| value(p) == wanted).collect();
+                let mean = |figure: &dyn Fn(&Point) -> f64| of.iter().map(|p| figure(p)).sum::<f64>() / of.len() as f64;
+                let mut row = vec![
+                    if index == 0 { axis.to_string() } else { String::new() },
+                    wanted.to_string(),
+                    of.len().to_string(),
+                    format!("{:.2}", mean(&|p| p.imbalance_before)),
+                ];
+                let share = |name: &str| mean(&|p: &Point| p.of_ideal.get(name).copied().unwrap_or(0.0));
+                row.extend(shown.iter().map(|name| format!("{:.1}%", 100.0 * share(name))));
+                table.add_row(row);
+            }
+        }
+        for column in 1..4 + shown.len() {
+            if let Some(column) = table.column_mut(column) {
+                column.set_cell_alignment(CellAlignment::Right);
+            }
+        }
+        writeln!(out, "{table}")?;
+        Ok(())
+    }
+}

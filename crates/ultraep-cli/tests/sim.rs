@@ -1,0 +1,144 @@
+//! `ultraep sim` as a user meets it.
+
+use std::fs;
+
+use assert_cmd::Command;
+use predicates::prelude::*;
+use serde_json::Value;
+
+fn sim(arguments: &[&str]) -> Command {
+    let mut command = Command::cargo_bin("ultraep").expect("built");
+    command.arg("sim").args(arguments);
+    command
+}
+
+const SMALL: &str = r#"
+title = "small"
+experiment = "training"
+machine = "paper-rack"
+systems = ["none", "ultraep", "ideal"]
+metrics = ["tflops", "of-ideal", "imbalance"]
+
+[[case]]
+name = "a case"
+model = "qwen3-235b-a22b"
+ranks = 16
+microbatches = 2
+layers_sampled = 1
+load = { none = 1.8 }
+paper = [{ system = "none", metric = "imbalance", value = 1.8, calibrated = true }]
+"#;
+
+/// A plan file in a folder of its own.
+fn plan(text: &str) -> (tempfile::TempDir, String) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("plan.toml");
+    fs::write(&path, text).expect("written");
+    let path = path.to_str().expect("UTF-8").to_owned();
+    (folder, path)
+}
+
+fn json(arguments: &[&str]) -> Value {
+    let output = sim(arguments).arg("--json").assert().success().get_output().stdout.clone();
+    serde_json::from_slice(&output).expect("JSON")
+}
+
+#[test]
+fn a_table_has_paper_simulated_and_difference() {
+    let (_folder, path) = plan(SMALL);
+    sim(&[&path])
+        .assert()
+        .success()
+        .stdout(predicate::str::contains("calibrated").and(predicate::str::contains("difference")));
+}
+
+#[test]
+fn results_do_not_depend_on_threads_and_a_small_run_is_kept() {
+    let (_folder, path) = plan(SMALL);
+    let (one, two) = (json(&[&path, "--threads", "1"]), json(&[&path, "--threads", "2"]));
+    assert_eq!(one, two);
+    let case = &one["cases"][0];
+    let row = |system: &str, metric: &str| {
+        let rows = case["rows"].as_array().expect("rows");
+        let found = rows.iter().find(|row| row["system"] == system && row["metric"] == metric);
+        found.expect("a row")["simulated"].as_f64().expect("a number")
+    };
+    assert!((row("none", "imbalance") - 1.8).abs() < 0.02);
+    assert!(row("none", "tflops") < row("ultraep", "tflops") && row("ultraep", "tflops") < row("ideal", "tflops"));
+    assert!(row("ultraep", "imbalance") < 1.02);
+    let digests: Vec<u64> =
+        case["systems"].as_array().expect("systems").iter().filter_map(|s| s["digest"].as_u64()).collect();
+    assert_eq!(digests, [0, 0, 0], "the simulation changed");
+}
+
+#[test]
+fn plots_and_a_timeline_are_written() {
+    let (folder, path) = plan(SMALL);
+    let (plots, trace) = (folder.path().join("plots"), folder.path().join("trace.json"));
+    sim(&[&path, "--svg", plots.to_str().expect("UTF-8"), "--trace", trace.to_str().expect("UTF-8")])
+        .assert()
+        .success()
+        .stderr(predicate::str::contains("wrote"));
+    let svg = fs::read_to_string(plots.join("plan-of-ideal.svg")).expect("a plot");
+    assert!(svg.starts_with("<svg") && svg.contains("simulated"), "a plot with its legend");
+    let events: Vec<Value> = serde_json::from_slice(&fs::read(trace).expect("a timeline")).expect("JSON");
+    for (name, pid) in [("experts", 16), ("dispatch", 1), ("forward 0", 0), ("backward 1", 0)] {
+        let found = |event: &Value| event["name"] == name && event["pid"] == pid && event["ph"] == "X";
+        assert!(events.iter().any(found), "{name} of process {pid}");
+    }
+}
+
+#[test]
+fn a_sweep_runs_every_combination_that_exists() {
+    let text = SMALL.replace("\"training\"", "\"sweep\"").replace("load = { none = 1.8 }", "load = { skew = 500 }");
+    let (_folder, path) = plan(&format!("{text}\n[sweep]\nranks = [8, 16]\ndomain = [8, 16]\nslots = [0, 2]\n"));
+    let record = json(&[&path]);
+    assert_eq!(record["points"].as_array().expect("points").len(), 6, "a domain of 16 does not divide 8 ranks");
+    assert_eq!(record["left_out"], 2);
+    sim(&[&path]).assert().success().stdout(predicate::str::contains("slots"));
+}
+
+#[test]
+fn prefill_serves_all_requests() {
+    let text = SMALL
+        .replace("\"training\"", "\"prefill\"")
+        .replace("microbatches = 2", "microbatches = 2\ntokens = 1024")
+        .replace("metrics = [\"tflops\", \"of-ideal\", \"imbalance\"]\n", "");
+    let (_folder, path) = plan(&format!("{text}\n[prefill]\nrates = [200]\nrequests = 60\nmost_tokens = 2048\n"));
+    let record = json(&[&path, "--threads", "2"]);
+    let value = |case: usize, system: &str, metric: &str| {
+        let rows = record["cases"][case]["rows"].as_array().expect("rows");
+        let found = rows.iter().find(|row| row["system"] == system && row["metric"] == metric).expect("a row");
+        found["simulated"].as_f64().expect("a number")
+    };
+    assert!(value(0, "none", "of-ideal") < value(0, "ultraep", "of-ideal"), "saturated");
+    assert!(value(1, "none", "ttft-ms") > value(1, "ideal", "ttft-ms"), "at a rate");
+}
+
+#[test]
+fn bad_plans_name_the_line_the_field_and_what_is_allowed() {
+    for (from, to, words) in [
+        ("ranks = 16", "ranks = 0", "line 10: `ranks = 0`: 0: allowed are 1 to 1024"),
+        ("ranks = 16", "rank = 16", "line 10: `rank = 16`: unknown field `rank`"),
+        ("none = 1.8 }", "none = 99 }", "imbalance 99: allowed are 1.0 (even) to 64.0"),
+        ("none = 1.8 }", "none = 30.0 }", "no load process has a mean imbalance of 30000 thousandths"),
+        ("\"training\"", "\"trainin\"", "unknown variant `trainin`, expected one of `training`"),
+        ("\"ultraep\", \"ideal\"", "\"ultra\"", "no system \"ultra\": allowed are eplb, eplb-plus, ideal"),
+        ("\"qwen3-235b-a22b\"", "\"qwen\"", "allowed are a file or qwen3-235b-a22b"),
+        ("ranks = 16", "ranks = 16\ndomain = 3", "domains of 3 ranks do not divide 16 ranks"),
+        ("ranks = 16", "ranks = 16\nstages = 95", "95 pipeline parts for 94 layers"),
+        ("\"training\"", "\"sweep\"", "no [sweep]"),
+        ("\"training\"", "\"balancing\"", "no [grid]"),
+        ("[[case]]", "[[cases]]", "unknown field `cases`"),
+    ] {
+        assert!(SMALL.contains(from), "{from}");
+        let (_folder, path) = plan(&SMALL.replacen(from, to, 1));
+        sim(&[&path])
+            .assert()
+            .code(2)
+            .stdout("")
+            .stderr(predicate::str::contains(words).and(predicate::str::contains("\n").count(1)));
+    }
+    sim(&["no-such-plan"]).assert().code(2).stderr(predicate::str::contains("allowed are a file or calibrate"));
+    sim(&[]).assert().code(2).stderr(predicate::str::contains("no plan"));
+}

@@ -1,0 +1,79 @@
+//! Direct access to open windows, for the tile engine.
+
+use super::endpoint::{Endpoint, Phase};
+use super::failure::Failure;
+use super::segment::Segment;
+use crate::operation::OperationKind;
+use crate::stream::{Direct, Reach};
+use crate::sync::Ordering;
+use crate::{AccessError, FabricError, WindowId};
+use std::time::{Duration, Instant};
+use ultraep_plan::Rank;
+
+/// Longest sleep before a waiter looks again: tiles arrive without a bell when their chunk is not yet complete.
+const NAP: Duration = Duration::from_millis(100);
+
+impl Direct for Endpoint {
+    fn reach(&mut self, window: WindowId) -> Result<Reach, FabricError> {
+        let kind = OperationKind::Stream;
+        self.check_group(kind)?;
+        let index = self.checked_window(kind, window)?;
+        if self.windows[index].phase != Phase::Open {
+            return Err(self.access(kind, "window")(AccessError::Closed));
+        }
+        Ok(Reach::new(&self.segment, window, self.rank, &self.windows[index].reaches))
+    }
+
+    fn wait_until(&mut self, peer: Rank, ready: &dyn Fn() -> bool) -> Result<(), FabricError> {
+        let kind = OperationKind::Stream;
+        for spin in 0..self.spins {
+            if ready() {
+                return Ok(());
+            }
+            core::hint::spin_loop();
+            if spin % 64 == 63 {
+                std::thread::yield_now();
+            }
+        }
+        self.give_permit_back();
+        let control = &std::sync::Arc::clone(&self.segment);
+        let control = control.control(self.rank);
+        self.segment.note_awaited(self.rank, Some(peer));
+        let since = Instant::now();
+        let result = loop {
+            let left = self.timeout.saturating_sub(since.elapsed());
+            if control.doorbell.sleep_unless(ready, left.min(NAP)) {
+                break Ok(());
+            }
+            if self.segment.has_failed() {
+                break Err(self.group_error(kind));
+            }
+            if left.is_zero() {
+                let failure = Failure::Timeout { missing: vec![peer], operation: kind, waited: since.elapsed() };
+                break Err(self.fail(kind, &failure));
+            }
+        };
+        self.segment.note_awaited(self.rank, None);
+        result?;
+        self.take_permit(kind)
+    }
+}
+
+impl Segment {
+    /// The rank is blocked for tiles of a peer, or is so no more.
+    pub(super) fn note_awaited(&self, rank: Rank, peer: Option<Rank>) {
+        let (activity, awaits) = match peer {
+            Some(peer) => (OperationKind::Stream, peer.index() as u32 + 1),
+            None => (OperationKind::Compute, 0),
+        };
+        let control = self.control(rank);
+        control.awaits.store(awaits, Ordering::Relaxed);
+        control.activity.store(activity as u32, Ordering::Relaxed);
+    }
+
+    /// The rank whose tiles a rank is blocked for.
+    pub(super) fn awaited(&self, rank: Rank) -> Option<Rank> {
+        let peer = self.control(rank).awaits.load(Ordering::Relaxed).checked_sub(1)? as usize;
+        (peer < self.layout.ranks).then(|| Rank::new(peer))
+    }
+}

@@ -1,0 +1,456 @@
+//! One piece of work, ready for workers: streams with addresses, flags, and the rights that make touching them sound.
+
+use super::kernel::{self, Stores, Vectors};
+use super::layout::Masters;
+use super::reach::Reach;
+use super::schedule::{Geometry, Schedule, Tile};
+use super::slots::Slots;
+use super::worker::Hands;
+use crate::region::Hold;
+use crate::sync::{AtomicU32, Ordering};
+use crate::{AccessError, FabricError, OperationKind, Region};
+use core::ops::Range;
+use core::ptr::NonNull;
+use ultraep_plan::{Rank, Topology, Transfer, TransferPlan, Transfers};
+
+/// Bytes of a sum that are added to from all replicas before the next: they stay in the first-level cache.
+const SUM_BYTES: usize = 4096;
+
+/// Weight sync of one plan, on one rank.
+#[derive(Clone, Copy, Debug)]
+pub struct WeightSync<'a> {
+    /// Where replicas go. Its window is open, and its flags were lowered ([`Slots::lower_flags`]) before it was opened.
+    pub slots: &'a Slots,
+    /// The group.
+    pub topology: &'a Topology,
+    /// Who sends what to whom, the same on every rank.
+    pub plan: &'a TransferPlan,
+    /// This rank's weights.
+    pub masters: &'a Masters,
+}
+
+/// Grad reduce of one plan, on one rank: `master += replica`, replica by replica in the plan's order, then the replica is 0.
+#[derive(Clone, Copy, Debug)]
+pub struct GradReduce<'a> {
+    /// Where replicas' gradients are. Its window is open.
+    pub slots: &'a Slots,
+    /// The group.
+    pub topology: &'a Topology,
+    /// Which replicas there are, the same on every rank.
+    pub transfers: &'a Transfers,
+    /// This rank's gradients: all shards `f32`.
+    pub masters: &'a Masters,
+}
+
+/// What a piece of work moves on this rank.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Moved {
+    /// Bytes read, each once.
+    pub read_bytes: u64,
+    /// Bytes written.
+    pub written_bytes: u64,
+}
+
+#[derive(Clone, Copy)]
+enum Source {
+    /// A master of this rank, the n-th.
+    Master(usize),
+    /// A packed expert.
+    Packed(NonNull<u8>),
+}
+
+#[derive(Clone)]
+struct Stream {
+    source: Source,
+    targets: Range<usize>,
+    /// Flags of the chunks to wait for, and who sends them.
+    waits: Option<(NonNull<AtomicU32>, Rank)>,
+}
+
+#[derive(Clone, Copy)]
+struct Target {
+    place: NonNull<u8>,
+    /// Flags to raise, if someone waits for them.
+    flags: Option<NonNull<AtomicU32>>,
+    rank: Rank,
+}
+
+/// A shard of the masters as workers see it.
+#[derive(Clone, Copy)]
+struct ShardView {
+    base: NonNull<u8>,
+    expert_stride: usize,
+    row_stride: usize,
+    row_bytes: usize,
+    /// Its place in the packed form.
+    start: usize,
+    end: usize,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Copy(Stores),
+    Reduce,
+}
+
+/// The work in hand; its memory is kept from one to the next.
+pub(crate) struct Job {
+    pub(crate) schedule: Schedule,
+    streams: Vec<Stream>,
+    targets: Vec<Target>,
+    shards: Vec<ShardView>,
+    /// For each task of the plan whether another one waits for what it brings.
+    feeds: Vec<bool>,
+    kind: Kind,
+    vectors: Vectors,
+    holds: Vec<Hold>,
+    reach: Option<Reach>,
+}
+
+// SAFETY: the addresses are those of window parts that `reach` allows to touch, and of regions that `holds` hold; workers use
+// them only through the copies of `kernel.rs` and atomics, which may race.
+unsafe impl Send for Job {}
+// SAFETY: as above.
+unsafe impl Sync for Job {}
+
+impl Job {
+    /// No work, with room for so many streams and as many targets.
+    pub(crate) fn with_capacity(tasks: usize) -> Self {
+        Self {
+            schedule: Schedule::with_capacity(tasks),
+            streams: Vec::with_capacity(tasks),
+            targets: Vec::with_capacity(tasks),
+            shards: Vec::with_capacity(8),
+            feeds: Vec::with_capacity(tasks),
+            kind: Kind::Reduce,
+            vectors: Vectors::detect(),
+            holds: Vec::with_capacity(8),
+            reach: None,
+        }
+    }
+
+    /// Gives back every right. The caller has made sure that no worker is at it.
+    pub(crate) fn clear(&mut self) {
+        self.schedule.begin(Geometry::new(1, 1, 1), 1);
+        self.streams.clear();
+        self.targets.clear();
+        self.shards.clear();
+        self.holds.clear();
+        self.reach = None;
+    }
+
+    pub(crate) fn reach(&self) -> Option<&Reach> {
+        self.reach.as_ref()
+    }
+
+    /// Who sends what a blocked tile waits for.
+    pub(crate) fn awaited(&self, tile: &Tile) -> Option<Rank> {
+        self.streams[tile.stream].waits.map(|(_, rank)| rank)
+    }
+
+    /// Makes the job this weight sync; on an error the job must be cleared.
+    pub(crate) fn sync(
+        &mut self,
+        sync: &WeightSync<'_>,
+        reach: Reach,
+        streaming_from: u64,
+    ) -> Result<Moved, FabricError> {
+        let WeightSync { slots, topology, plan, masters } = *sync;
+        let (rank, stripes) = (reach.rank(), plan.stripes().max(1));
+        let units = plan.tasks().len() as u64 / u64::from(stripes);
+        let moved = 2 * units * slots.layout().bytes() as u64;
+        let stores = if moved >= streaming_from { Stores::Streaming } else { Stores::Cached };
+        self.begin(Kind::Copy(stores), slots, stripes as usize, masters, rank)?;
+        self.feeds.clear();
+        self.feeds.resize(plan.tasks().len(), false);
+        let feeders = (0..plan.tasks().len()).filter_map(|task| plan.feeder(task));
+        feeders.for_each(|feeder| self.feeds[feeder] = true);
+        let mut task = plan.tasks().partition_point(|task| task.transfer.from < rank);
+        let mut result = Moved::default();
+        for stream in plan.streams(rank) {
+            let first = &stream[0];
+            let (source, waits) = match first.waits_for {
+                None => (self.master(&first.transfer, topology, masters, rank)?, None),
+                Some(physical) => {
+                    let slot = slot_of(slots, topology, rank, physical)?;
+                    let place = reach.place(rank, slots.range(slot).start, slots.layout().bytes())?;
+                    let feeder = plan.feeder(task).map_or(rank, |feeder| plan.tasks()[feeder].transfer.from);
+                    (Source::Packed(place), Some((flags_of(&reach, slots, rank, slot)?, feeder)))
+                }
+            };
+            let start = self.targets.len();
+            for each in stream {
+                let feeds = self.feeds[task];
+                self.target(&reach, slots, topology, &each.transfer, feeds)?;
+                task += 1;
+            }
+            self.schedule.push(first.stripe.index as usize);
+            let bytes = self.schedule.stripe_bytes(first.stripe.index as usize);
+            result.read_bytes += bytes;
+            result.written_bytes += bytes * stream.len() as u64;
+            self.streams.push(Stream { source, targets: start..self.targets.len(), waits });
+        }
+        self.reach = Some(reach);
+        Ok(result)
+    }
+
+    /// Makes the job this grad reduce; on an error the job must be cleared.
+    pub(crate) fn reduce(&mut self, reduce: &GradReduce<'_>, reach: Reach) -> Result<Moved, FabricError> {
+        let GradReduce { slots, topology, transfers, masters } = *reduce;
+        let rank = reach.rank();
+        let refused = |subject, source| FabricError::Access { operation: OperationKind::Stream, rank, subject, source };
+        self.begin(Kind::Reduce, slots, 1, masters, rank)?;
+        let align = align_of::<f32>();
+        let aligned = |shard: &ShardView| {
+            let steps = [shard.base.as_ptr() as usize, shard.expert_stride, shard.row_stride];
+            steps.iter().all(|step| step.is_multiple_of(align))
+        };
+        if !self.shards.iter().all(aligned) {
+            return Err(refused("gradients of masters", AccessError::Misaligned { align }));
+        }
+        let mut result = Moved::default();
+        for of_expert in transfers.all().chunk_by(|a, b| a.expert == b.expert) {
+            if of_expert[0].from != rank {
+                continue;
+            }
+            let source = self.master(&of_expert[0], topology, masters, rank)?;
+            let start = self.targets.len();
+            of_expert.iter().try_for_each(|transfer| self.target(&reach, slots, topology, transfer, false))?;
+            self.schedule.push(0);
+            let bytes = slots.layout().bytes() as u64 * (1 + of_expert.len() as u64);
+            result.read_bytes += bytes;
+            result.written_bytes += bytes;
+            self.streams.push(Stream { source, targets: start..self.targets.len(), waits: None });
+        }
+        self.reach = Some(reach);
+        Ok(result)
+    }
+
+    fn begin(
+        &mut self,
+        kind: Kind,
+        slots: &Slots,
+        stripes: usize,
+        masters: &Masters,
+        rank: Rank,
+    ) -> Result<(), FabricError> {
+        self.clear();
+        self.kind = kind;
+        self.schedule.begin(slots.geometry(), stripes);
+        let packed = slots.layout().packed();
+        let refused = |source| FabricError::Access {
+            operation: OperationKind::Stream,
+            rank,
+            subject: "region of the masters",
+            source,
+        };
+        if packed.len() != masters.shards().len() {
+            let (asked, limit) = (masters.shards().len(), packed.len());
+            let what = "shards of the masters";
+            return Err(FabricError::OutOfRange { operation: OperationKind::Stream, rank, what, asked, limit });
+        }
+        for (index, (packed, master)) in packed.iter().zip(masters.shards()).enumerate() {
+            let earlier = masters.shards()[..index].iter().any(|other| other.region.same(&master.region));
+            if !earlier {
+                self.holds.push(hold(&master.region, kind).map_err(refused)?);
+            }
+            let start = master.region.start().map_err(refused)?;
+            self.shards.push(ShardView {
+                // SAFETY: `Masters::new` has shown that all masters lie within the region. (With none, or no rows, nothing is
+                // ever read at this address, which wrapping keeps harmless.)
+                base: unsafe { NonNull::new_unchecked(start.as_ptr().wrapping_add(master.offset)) },
+                expert_stride: master.expert_stride,
+                row_stride: if packed.rows <= 1 { packed.row_bytes } else { master.row_stride },
+                row_bytes: packed.row_bytes,
+                start: packed.start,
+                end: packed.start + packed.bytes(),
+            });
+        }
+        Ok(())
+    }
+
+    /// The source of a stream from a master: which of this rank's it is.
+    fn master(
+        &self,
+        transfer: &Transfer,
+        topology: &Topology,
+        masters: &Masters,
+        rank: Rank,
+    ) -> Result<Source, FabricError> {
+        let own = topology.masters(rank);
+        let expert = transfer.expert.index();
+        match expert.checked_sub(own.start) {
+            Some(index) if expert < own.end && index < masters.experts() => Ok(Source::Master(index)),
+            _ => {
+                let (what, limit) = ("expert of a master", own.end.saturating_sub(1));
+                Err(FabricError::OutOfRange { operation: OperationKind::Stream, rank, what, asked: expert, limit })
+            }
+        }
+    }
+
+    fn target(
+        &mut self,
+        reach: &Reach,
+        slots: &Slots,
+        topology: &Topology,
+        transfer: &Transfer,
+        feeds: bool,
+    ) -> Result<(), FabricError> {
+        let rank = transfer.to;
+        let slot = slot_of(slots, topology, rank, transfer.physical)?;
+        let place = reach.place(rank, slots.range(slot).start, slots.layout().bytes())?;
+        let flags = feeds.then(|| flags_of(reach, slots, rank, slot)).transpose()?;
+        self.targets.push(Target { place, flags, rank });
+        Ok(())
+    }
+
+    /// Calls `with(address, place in the packed form, bytes)` for the pieces of a tile of a master that lie together.
+    fn pieces(&self, master: usize, tile: &Tile, mut with: impl FnMut(*mut u8, usize, usize)) {
+        for shard in &self.shards {
+            let (mut at, end) = (tile.start.max(shard.start), (tile.start + tile.bytes).min(shard.end));
+            while at < end {
+                let within = at - shard.start;
+                let (offset, bytes) = if shard.row_stride == shard.row_bytes {
+                    (within, end - at)
+                } else {
+                    let (row, column) = (within / shard.row_bytes, within % shard.row_bytes);
+                    (row * shard.row_stride + column, (end - at).min(shard.row_bytes - column))
+                };
+                with(shard.base.as_ptr().wrapping_add(master * shard.expert_stride + offset), at, bytes);
+                at += bytes;
+            }
+        }
+    }
+
+    fn copy(&self, stream: &Stream, tile: &Tile, stores: Stores) {
+        let targets = &self.targets[stream.targets.clone()];
+        let copy = |from: *mut u8, at: usize, bytes: usize| {
+            for target in targets {
+                // SAFETY: the source is a piece of a held master, or of an expert in a slot of this rank; the target is the same
+                // piece of an expert in a slot; both lie within places that were checked. No reference to either is
+                // alive, by the hold and the reach.
+                unsafe { self.vectors.copy(from, target.place.as_ptr().add(at), bytes, stores) };
+            }
+        };
+        match stream.source {
+            Source::Master(master) => self.pieces(master, tile, copy),
+            // SAFETY: a tile lies within the packed expert.
+            Source::Packed(place) => copy(unsafe { place.as_ptr().add(tile.start) }, tile.start, tile.bytes),
+        }
+    }
+
+    fn add_and_zero(&self, stream: &Stream, tile: &Tile) {
+        let Source::Master(master) = stream.source else { return };
+        let targets = &self.targets[stream.targets.clone()];
+        self.pieces(master, tile, |sum, at, bytes| {
+            let mut done = 0;
+            while done < bytes {
+                let part = SUM_BYTES.min(bytes - done);
+                for target in targets {
+                    // SAFETY: pieces of a master held for writing and of a slot, both checked to lie within, aligned (checked in
+                    // `reduce`; slots, shards and tiles start on lines), and whole `f32` as rows are; a window is no region of
+                    // masters, so they do not overlap. No reference to either is alive.
+                    unsafe {
+                        let (sum, replica) = (sum.add(done).cast(), target.place.as_ptr().add(at + done).cast());
+                        self.vectors.add_and_zero(sum, replica, part / size_of::<f32>());
+                    }
+                }
+                done += part;
+            }
+        });
+    }
+
+    /// Makes the worker's stores visible to whoever is told next.
+    pub(crate) fn fence(&self) {
+        if let Kind::Copy(stores) = self.kind {
+            kernel::fence(stores);
+        }
+    }
+
+    /// Whether the chunk of a tile is there.
+    pub(crate) fn is_ready(&self, tile: &Tile) -> bool {
+        let Some((flags, _)) = self.streams[tile.stream].waits else { return true };
+        // SYNC POINT tile: acquires the bytes that the sender's workers released in `publish`, each with one count.
+        flag(flags, tile.chunk).load(Ordering::Acquire) as usize >= self.schedule.geometry().tiles(tile.chunk)
+    }
+}
+
+/// The flag of a chunk.
+fn flag<'a>(flags: NonNull<AtomicU32>, chunk: usize) -> &'a AtomicU32 {
+    // SAFETY: `flags_of` has checked the flags of all chunks; aligned, as they start on a line of the window's part; atomics
+    // take any bytes, and the job's reach keeps them mapped.
+    unsafe { flags.add(chunk).as_ref() }
+}
+
+fn hold(region: &Region, kind: Kind) -> Result<Hold, AccessError> {
+    match kind {
+        Kind::Copy(_) => region.hold_read(),
+        Kind::Reduce => region.hold_write(),
+    }
+}
+
+fn slot_of(
+    slots: &Slots,
+    topology: &Topology,
+    rank: Rank,
+    physical: ultraep_plan::PhysicalIndex,
+) -> Result<usize, FabricError> {
+    let asked = physical.index();
+    let limit = slots.slots();
+    let (operation, what) = (OperationKind::Stream, "physical index of a replica (number of slots)");
+    let out_of_range = FabricError::OutOfRange { operation, rank, what, asked, limit };
+    slots.slot(topology, rank, physical).ok_or(out_of_range)
+}
+
+fn flags_of(reach: &Reach, slots: &Slots, rank: Rank, slot: usize) -> Result<NonNull<AtomicU32>, FabricError> {
+    let bytes = slots.geometry().chunks() * size_of::<AtomicU32>();
+    Ok(reach.place(rank, slots.flags(slot), bytes)?.cast())
+}
+
+impl Hands for &Job {
+    fn ready(&mut self, tile: &Tile) -> bool {
+        self.is_ready(tile)
+    }
+
+    fn look_ahead(&mut self, tile: &Tile) {
+        match self.streams[tile.stream].source {
+            Source::Packed(place) => kernel::prefetch(place.as_ptr().wrapping_add(tile.start), tile.bytes),
+            Source::Master(master) => {
+                let mut first = true;
+                self.pieces(master, tile, |from, _, bytes| {
+                    if core::mem::take(&mut first) {
+                        kernel::prefetch(from, bytes);
+                    }
+                });
+            }
+        }
+    }
+
+    fn move_tile(&mut self, tile: &Tile) {
+        let stream = &self.streams[tile.stream];
+        match self.kind {
+            Kind::Copy(stores) => self.copy(stream, tile, stores),
+            Kind::Reduce => self.add_and_zero(stream, tile),
+        }
+    }
+
+    fn publish(&mut self, tile: &Tile) {
+        let targets = &self.targets[self.streams[tile.stream].targets.clone()];
+        if targets.iter().all(|target| target.flags.is_none()) {
+            return;
+        }
+        self.fence();
+        let tiles = self.schedule.geometry().tiles(tile.chunk);
+        for target in targets {
+            let Some(flags) = target.flags else { continue };
+            // SYNC POINT tile: releases the tile's bytes to the relay, which acquires in `is_ready`. Counts of several workers
+            // are one release sequence.
+            let before = flag(flags, tile.chunk).fetch_add(1, Ordering::Release);
+            if before as usize + 1 == tiles
+                && let Some(reach) = &self.reach
+            {
+                reach.ring(target.rank);
+            }
+        }
+    }
+}

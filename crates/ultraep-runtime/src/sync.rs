@@ -1,0 +1,171 @@
+//! Weight sync: from a plan to the bytes in the slots, and what it costs.
+
+use ultraep_fabric::stream::{EngineSpec, LayoutError, Masters, Slots, TileEngine, WeightSync};
+use ultraep_fabric::{Operation, Region};
+use ultraep_plan::{Rank, TransferClock, TransferPlan, TransferPlanner, Transfers};
+
+use crate::clock::Deadline;
+use crate::config::window;
+use crate::reduce::Reducing;
+use crate::{Endpoint, LayerMasters, RuntimeConfig, RuntimeError};
+
+/// Which pass a weight sync belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Direction {
+    Forward,
+    Backward,
+}
+
+/// Transfers of one plan, as planned: kept with the plan.
+#[derive(Debug, Default)]
+pub(crate) struct PlannedTransfers {
+    /// Every replica, from its home rank.
+    pub(crate) direct: Transfers,
+    /// Who really sends what to whom.
+    pub(crate) plan: TransferPlan,
+    /// When the last replica is complete, under the stated link.
+    sync_ns: u64,
+    /// Copies on the busiest link, sent or received, when gradients come back.
+    pub(super) busiest_copies: u64,
+}
+
+/// A weight sync under way.
+#[must_use = "a weight sync is complete only once it has been finished"]
+#[derive(Debug)]
+pub(crate) struct Syncing {
+    deadline: Deadline,
+    open: bool,
+}
+
+/// Moves expert state of one rank: slots, registered masters, the tile engine and the planner of transfers.
+pub(crate) struct Carrier {
+    pub(super) config: RuntimeConfig,
+    pub(super) rank: Rank,
+    weight_slots: Slots,
+    pub(super) grad_slots: Slots,
+    slot_weights: Region,
+    slot_grads: Region,
+    weights: Vec<Masters>,
+    pub(super) grads: Vec<Masters>,
+    /// An engine each, as a grad reduce may be under way when the next layer's weights are restored.
+    sync_engine: TileEngine,
+    pub(super) reduce_engine: TileEngine,
+    planner: TransferPlanner,
+    clock: TransferClock,
+    pub(super) reducing: Option<Reducing>,
+    synced_ns: u64,
+}
+
+impl Carrier {
+    /// For `masters`, one entry a layer. Takes all memory, starts the worker threads.
+    pub(crate) fn new(
+        config: &RuntimeConfig,
+        endpoint: &mut Endpoint,
+        masters: &[LayerMasters],
+    ) -> Result<Self, RuntimeError> {
+        let (rank, topology) = (endpoint.rank(), &config.topology);
+        let (own, stride) = (topology.masters(rank).len(), config.shape.weight_bytes());
+        let (weight_slots, grad_slots) = (config.weight_slots()?, config.grad_slots()?);
+        let of = |region: fn(&LayerMasters) -> &Region| -> Result<Vec<Masters>, LayoutError> {
+            let layout = weight_slots.layout();
+            masters.iter().map(|layer| Masters::packed(layout, own, region(layer), stride)).collect()
+        };
+        let weights = of(|layer| &layer.weights)?;
+        let grads = if config.trains() { of(|layer| &layer.grads)? } else { Vec::new() };
+        let transfer = &config.transfer;
+        let model = weight_slots.model(config.link.bytes_per_s(), transfer.hop_ns)?;
+        let replicas = topology.ranks() * config.slot_capacity();
+        let engine = |background| {
+            let tasks = replicas * transfer.params.max_stripes.max(1) as usize;
+            TileEngine::new(EngineSpec { background, tasks, streaming_from_bytes: transfer.streaming_from_bytes })
+        };
+        let mut window = |id| endpoint.fabric().window(id).ok_or(RuntimeError::NotHostMemory);
+        Ok(Self {
+            rank,
+            slot_weights: window(window::SLOT_WEIGHTS)?,
+            slot_grads: window(window::SLOT_GRADS)?,
+            weight_slots,
+            grad_slots,
+            weights,
+            grads,
+            sync_engine: engine(transfer.sync_workers)?,
+            reduce_engine: engine(if config.trains() { transfer.reduce_workers } else { 0 })?,
+            planner: TransferPlanner::new(topology, model, transfer.params)?,
+            clock: TransferClock::new(topology, model)?,
+            reducing: None,
+            synced_ns: 0,
+            config: config.clone(),
+        })
+    }
+
+    /// Memory of the slots: weights, then gradients.
+    pub(crate) fn slots(&self) -> (&Region, &Region) {
+        (&self.slot_weights, &self.slot_grads)
+    }
+
+    /// Elements of a physical expert's slot, of weights and gradients alike; `None` for a master.
+    pub(crate) fn slot_elements(&self, physical: usize) -> Option<std::ops::Range<usize>> {
+        let slot = physical.checked_sub(self.config.topology.masters(self.rank).len())?;
+        let bytes = self.weight_slots.range(slot);
+        Some(bytes.start / size_of::<f32>()..bytes.end / size_of::<f32>())
+    }
+
+    /// Room for the transfers of one plan.
+    pub(crate) fn room(config: &RuntimeConfig) -> PlannedTransfers {
+        let (direct, plan) = (Transfers::new(&config.topology), TransferPlan::new(&config.topology));
+        PlannedTransfers { direct, plan, ..PlannedTransfers::default() }
+    }
+
+    /// Plans the transfers of `plan`: every rank gets the same.
+    pub(crate) fn plan(&mut self, plan: &ultraep_plan::Plan, planned: &mut PlannedTransfers) {
+        planned.direct.list(&self.config.topology, plan);
+        self.planner.plan(&planned.direct, &mut planned.plan);
+    }
+
+    /// What only the clock needs to know of transfers.
+    pub(crate) fn measure(&mut self, planned: &mut PlannedTransfers) {
+        planned.sync_ns = self.clock.run(&planned.plan);
+        let both = planned.direct.sends().iter().chain(planned.direct.receives());
+        planned.busiest_copies = both.copied().max().map_or(0, u64::from);
+    }
+
+    /// Starts the weight sync of a plan: home ranks and relays write into the replicas' slots. In virtual time it runs beside
+    /// the computation and takes what the plan takes under the stated link; `charged` is whether it costs anything at all.
+    pub(crate) fn start_sync(
+        &mut self,
+        endpoint: &mut Endpoint,
+        layer: usize,
+        planned: &PlannedTransfers,
+        charged: bool,
+    ) -> Result<Syncing, RuntimeError> {
+        endpoint.clock.pause();
+        if planned.direct.all().is_empty() {
+            return Ok(Syncing { deadline: endpoint.clock.beside(0), open: false });
+        }
+        let sync_ns = if charged { planned.sync_ns } else { 0 };
+        self.synced_ns += sync_ns;
+        let deadline = endpoint.clock.beside(sync_ns);
+        let topology = &self.config.topology;
+        self.weight_slots.lower_flags(&self.slot_weights, topology, &planned.plan, self.rank)?;
+        endpoint.aside(Operation::Open { window: window::SLOT_WEIGHTS }, 0)?;
+        let (slots, masters) = (&self.weight_slots, &self.weights[layer]);
+        let work = WeightSync { slots, topology, plan: &planned.plan, masters };
+        self.sync_engine.start_sync(endpoint.fabric(), &work, self.config.transfer.sync_workers)?;
+        Ok(Syncing { deadline, open: true })
+    }
+
+    /// Waits until every slot of the group has its weights.
+    pub(crate) fn finish_sync(&mut self, endpoint: &mut Endpoint, syncing: Syncing) -> Result<Deadline, RuntimeError> {
+        if syncing.open {
+            endpoint.clock.pause();
+            self.sync_engine.wait(endpoint.fabric())?;
+            endpoint.aside(Operation::Close { window: window::SLOT_WEIGHTS }, 0)?;
+        }
+        Ok(syncing.deadline)
+    }
+
+    /// Virtual time that weight syncs took since the last call, from start to end, hidden or not.
+    pub(crate) fn take_synced_ns(&mut self) -> u64 {
+        std::mem::take(&mut self.synced_ns)
+    }
+}

@@ -1,0 +1,5 @@
+//! What the runtime must withstand: every order of microbatches that a pipeline asks for, and ranks that disagree.
+
+mod common;
+mod disagreement;
+mod pipeline;

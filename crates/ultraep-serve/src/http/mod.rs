@@ -1,0 +1,244 @@
+//! The HTTP edge: routes, keys, limits on connections, shutdown.
+
+mod answer;
+mod api;
+mod completions;
+mod error;
+
+use std::convert::Infallible;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use axum::extract::{Request, State};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::middleware::{Next, from_fn_with_state};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use hyper::body::Incoming;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::server::graceful::GracefulShutdown;
+use hyper_util::service::TowerToHyperService;
+use serde_json::json;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use crate::{EngineHandle, Health, Outcome};
+use error::ApiError;
+
+/// Limits of the HTTP edge.
+#[derive(Clone, Debug)]
+pub struct HttpConfig {
+    /// A key that clients of `/v1` must show, if any.
+    pub api_key: Option<String>,
+    /// Most bytes of a body.
+    pub body_bytes_max: usize,
+    /// Most tokens of a prompt.
+    pub prompt_tokens_max: usize,
+    /// Most tokens that a request may produce.
+    pub new_tokens_max: u32,
+    /// After this long a request is cancelled.
+    pub request_timeout: Duration,
+    /// After this long a body must have arrived.
+    pub body_timeout: Duration,
+    /// After this long a request's head must have arrived; idle connections are closed then too.
+    pub head_timeout: Duration,
+    /// Most connections at a time; more wait to be accepted.
+    pub connections_max: usize,
+    /// How long a shutdown waits for what was admitted.
+    pub drain_timeout: Duration,
+}
+
+impl HttpConfig {
+    /// Limits for prompts of up to `prompt_tokens_max` tokens.
+    pub fn for_prompts(prompt_tokens_max: usize) -> Self {
+        Self {
+            api_key: None,
+            // A token is at most four characters in a list, six as escaped text.
+            body_bytes_max: (prompt_tokens_max * 8).max(1 << 20),
+            prompt_tokens_max,
+            new_tokens_max: 256,
+            request_timeout: Duration::from_secs(120),
+            body_timeout: Duration::from_secs(30),
+            head_timeout: Duration::from_secs(10),
+            connections_max: 4096,
+            drain_timeout: Duration::from_secs(30),
+        }
+    }
+}
+
+/// What all handlers share.
+struct App {
+    engine: EngineHandle,
+    config: HttpConfig,
+    next_id: AtomicU64,
+}
+
+impl App {
+    fn next_id(&self) -> u64 {
+        self.next_id.fetch_add(1, Ordering::Relaxed)
+    }
+
+    fn count_refused(&self, error: &ApiError) {
+        let outcome = if error.is_rejection() { Outcome::Rejected } else { Outcome::Refused };
+        self.engine.metrics().request(outcome);
+    }
+}
+
+/// This server's description of itself.
+const OPENAPI: &str = include_str!("openapi.json");
+
+fn router(app: Arc<App>) -> Router {
+    let api = Router::new()
+        .route("/v1/completions", post(completions::complete))
+        .route("/v1/models", get(models))
+        .route("/v1/models/{model}", get(model))
+        .layer(from_fn_with_state(app.clone(), check_key));
+    Router::new()
+        .merge(api)
+        .route("/health", get(health))
+        .route("/metrics", get(metrics))
+        .route("/openapi.json", get(openapi))
+        .fallback(|request: Request| async move { ApiError::no_route(format!("nothing at {}", request.uri().path())) })
+        .method_not_allowed_fallback(no_method)
+        .with_state(app)
+}
+
+async fn no_method(request: Request) -> ApiError {
+    ApiError::no_method(format!("{} is not for {}", request.method(), request.uri().path()))
+}
+
+async fn check_key(State(app): State<Arc<App>>, headers: HeaderMap, request: Request, next: Next) -> Response {
+    let Some(key) = &app.config.api_key else { return next.run(request).await };
+    let shown = headers.get(header::AUTHORIZATION).and_then(|value| value.as_bytes().strip_prefix(b"Bearer "));
+    if shown.is_some_and(|shown| equal_in_constant_time(shown, key.as_bytes())) {
+        return next.run(request).await;
+    }
+    let error = ApiError::unauthorised();
+    app.count_refused(&error);
+    error.into_response()
+}
+
+/// The time tells the length at most.
+fn equal_in_constant_time(a: &[u8], b: &[u8]) -> bool {
+    a.len() == b.len() && a.iter().zip(b).fold(0, |difference, (x, y)| difference | (x ^ y)) == 0
+}
+
+fn model_object(name: &str) -> serde_json::Value {
+    json!({ "id": name, "object": "model", "created": 0, "owned_by": "ultraep" })
+}
+
+async fn models(State(app): State<Arc<App>>) -> Json<serde_json::Value> {
+    Json(json!({ "object": "list", "data": [model_object(app.engine.model().name())] }))
+}
+
+async fn model(
+    State(app): State<Arc<App>>,
+    axum::extract::Path(name): axum::extract::Path<String>,
+) -> Result<Json<serde_json::Value>, ApiError> {
+    let served = app.engine.model().name();
+    if name == served { Ok(Json(model_object(served))) } else { Err(ApiError::no_model(&name, served)) }
+}
+
+async fn health(State(app): State<Arc<App>>) -> Response {
+    let health = app.engine.health();
+    let (status, name, reason) = match health {
+        Health::Serving => (StatusCode::OK, "serving", None),
+        Health::Starting => (StatusCode::SERVICE_UNAVAILABLE, "starting", None),
+        Health::Restarting { reason } => (StatusCode::SERVICE_UNAVAILABLE, "restarting", Some(reason)),
+        Health::Draining => (StatusCode::SERVICE_UNAVAILABLE, "draining", None),
+        Health::Stopped => (StatusCode::SERVICE_UNAVAILABLE, "stopped", None),
+    };
+    (status, Json(json!({ "status": name, "reason": reason }))).into_response()
+}
+
+async fn metrics(State(app): State<Arc<App>>) -> Response {
+    // Writing into a string does not fail.
+    let text = app.engine.metrics().encode().unwrap_or_default();
+    let kind = HeaderValue::from_static("application/openmetrics-text; version=1.0.0; charset=utf-8");
+    ([(header::CONTENT_TYPE, kind)], text).into_response()
+}
+
+async fn openapi() -> Response {
+    ([(header::CONTENT_TYPE, HeaderValue::from_static("application/json"))], OPENAPI).into_response()
+}
+
+/// Serves `engine` at `listener` until `shutdown` comes true: then it takes no connection any more, finishes what was
+/// admitted (for as long as the drain timeout says), and comes back.
+pub async fn serve(
+    listener: TcpListener,
+    engine: EngineHandle,
+    config: HttpConfig,
+    shutdown: impl Future<Output = ()>,
+) {
+    let app = Arc::new(App { engine: engine.clone(), config: config.clone(), next_id: AtomicU64::new(0) });
+    let router = router(app);
+    let graceful = GracefulShutdown::new();
+    let connections = Arc::new(Semaphore::new(config.connections_max));
+    let mut shutdown = std::pin::pin!(shutdown);
+    loop {
+        let accepted = tokio::select! {
+            biased;
+            () = &mut shutdown => break,
+            accepted = accept(&listener, &connections) => accepted,
+        };
+        let (stream, permit) = accepted;
+        connect(stream, permit, &router, &config, &graceful);
+    }
+    drop(listener);
+    engine.drain();
+    // Idle connections close at once, busy ones when their answer is out.
+    if tokio::time::timeout(config.drain_timeout, graceful.shutdown()).await.is_err() {
+        engine.abort();
+    }
+}
+
+/// The next connection, when there is room for it.
+async fn accept(listener: &TcpListener, connections: &Arc<Semaphore>) -> (TcpStream, Option<OwnedSemaphorePermit>) {
+    // The semaphore is never closed; without a permit the connection would only go uncounted.
+    let permit = connections.clone().acquire_owned().await.ok();
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => return (stream, permit),
+            // A client that went away at once, or no file descriptor left: others may be luckier.
+            Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+        }
+    }
+}
+
+fn connect(
+    stream: TcpStream,
+    permit: Option<OwnedSemaphorePermit>,
+    router: &Router,
+    config: &HttpConfig,
+    graceful: &GracefulShutdown,
+) {
+    // Small answers must not wait for each other; a socket that refuses is served all the same.
+    let _ = stream.set_nodelay(true);
+    let service = TowerToHyperService::new(router.clone());
+    let service = hyper::service::service_fn(move |request: hyper::Request<Incoming>| {
+        let call = hyper::service::Service::call(&service, request.map(axum::body::Body::new));
+        async move { Ok::<_, Infallible>(call.await.unwrap_or_else(|never| match never {})) }
+    });
+    let connection = hyper::server::conn::http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(config.head_timeout)
+        .max_buf_size(64 << 10)
+        .serve_connection(TokioIo::new(stream), service);
+    let connection = graceful.watch(connection);
+    tokio::spawn(async move {
+        // A client that breaks off is its own affair.
+        let _ = connection.await;
+        drop(permit);
+    });
+}
+
+/// Binds `address`; gives the listener and where it really is (port 0 takes a free one).
+pub async fn bind(address: SocketAddr) -> Result<(TcpListener, SocketAddr), crate::ServeError> {
+    let io = || crate::ServeError::io(format!("listen at {address}"));
+    let listener = TcpListener::bind(address).await.map_err(io())?;
+    let address = listener.local_addr().map_err(io())?;
+    Ok((listener, address))
+}

@@ -1,0 +1,277 @@
+//! Clients that go away, load beyond the limits, ranks that die, shutdown, and nonsense.
+
+mod common;
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::time::Duration;
+
+use common::{Server, connect, engine_config, exchange, get, http_config, request};
+use proptest::prelude::*;
+use serde_json::json;
+use ultraep_baselines::PolicyKind;
+use ultraep_serve::http::HttpConfig;
+use ultraep_serve::{Event, Generation, Health, SubmitError};
+
+fn server() -> Server {
+    Server::start(engine_config(2, PolicyKind::Ultraep, 64), http_config())
+}
+
+/// Runs for seconds if nobody stops it.
+fn endless() -> Generation {
+    Generation { prompt: b"endless".to_vec(), new_tokens: 8000, ..Generation::default() }
+}
+
+fn idle(server: &Server) {
+    server.wait_for("/metrics", |response| {
+        let text = response.text();
+        ["ultraep_running_requests 0\n", "ultraep_queued_requests 0\n", "ultraep_kv_tokens 0\n"]
+            .iter()
+            .all(|line| text.contains(line))
+    });
+}
+
+/// A stream of many tokens, after its first part has arrived.
+fn begin_stream(server: &Server) -> TcpStream {
+    let body = json!({ "prompt": "s", "max_tokens": 256, "stream": true, "temperature": 0, "logprobs": 0 }).to_string();
+    let mut stream = connect(server.address);
+    stream.write_all(request("POST", "/v1/completions", "", &body).as_bytes()).unwrap();
+    let mut first = [0; 600];
+    stream.read_exact(&mut first[..400]).unwrap();
+    assert!(String::from_utf8_lossy(&first).contains("data: {"), "{}", String::from_utf8_lossy(&first));
+    stream
+}
+
+#[test]
+fn a_client_that_goes_away_frees_its_work() {
+    let server = server();
+    drop(begin_stream(&server));
+    // One that waits for a whole answer.
+    let body = json!({ "prompt": "w", "max_tokens": 256, "temperature": 0 }).to_string();
+    let mut stream = connect(server.address);
+    stream.write_all(request("POST", "/v1/completions", "", &body).as_bytes()).unwrap();
+    server.wait_for("/metrics", |r| !r.text().contains("ultraep_running_requests 0\n"));
+    drop(stream);
+    drop(server.engine.submit(endless()).unwrap());
+    idle(&server);
+    let text = get(server.address, "/metrics").text();
+    assert!(text.contains("outcome=\"Cancelled\""), "{text}");
+}
+
+#[test]
+fn a_full_queue_says_when_to_come_again() {
+    let server = server();
+    // KV for one of these on each of 2 ranks, 8 places in the queue.
+    let mut held: Vec<_> = (0..2).map(|_| server.engine.submit(endless()).unwrap()).collect();
+    server.wait_for("/metrics", |r| r.text().contains("ultraep_queued_requests 0\n"));
+    held.extend((0..8).map(|_| server.engine.submit(endless()).unwrap()));
+    let response = server.complete(json!({ "prompt": "a" }));
+    assert_eq!((response.status, response.header("retry-after")), (429, Some("1")), "{response:?}");
+    assert_eq!(response.json()["error"]["code"], "rate_limit_exceeded");
+    drop(held);
+    idle(&server);
+    assert_eq!(server.complete(json!({ "prompt": "a" })).status, 200);
+}
+
+#[test]
+fn a_request_that_takes_too_long_is_cancelled() {
+    let http = HttpConfig { request_timeout: Duration::from_millis(1), ..http_config() };
+    let server = Server::start(engine_config(2, PolicyKind::Ultraep, 64), http);
+    let response = server.complete(json!({ "prompt": "a", "max_tokens": 256 }));
+    assert_eq!(response.status, 504, "{response:?}");
+    idle(&server);
+}
+
+#[test]
+fn a_lost_rank_ends_its_requests_with_503_and_the_ranks_come_back() {
+    let server = server();
+    let ask = json!({ "prompt": "steady", "max_tokens": 8, "temperature": 0 });
+    let before = server.complete(ask.clone()).json();
+    for rank in [1, 0] {
+        let waiting = server.engine.submit(endless()).unwrap();
+        let address = server.address;
+        let body = json!({ "prompt": "lost", "max_tokens": 256 }).to_string();
+        let client = std::thread::spawn(move || common::post(address, "/v1/completions", &body));
+        server.wait_for("/metrics", |r| r.text().contains("ultraep_running_requests 2\n"));
+        server.engine.fail_rank(rank);
+        let lost = client.join().unwrap();
+        assert_eq!((lost.status, lost.header("retry-after")), (503, Some("1")), "{lost:?}");
+        assert!(lost.json()["error"]["message"].as_str().unwrap().contains(&format!("rank {rank}")), "{lost:?}");
+        let mut waiting = waiting;
+        let last = std::iter::from_fn(|| waiting.next_blocking()).last();
+        assert!(matches!(last, Some(Event::Lost(_))), "{last:?}");
+        server.wait_for("/health", |r| r.status == 200);
+        let after = server.complete(ask.clone()).json();
+        assert_eq!(before["choices"], after["choices"]);
+    }
+    assert!(get(server.address, "/metrics").text().contains("ultraep_restarts_total 2\n"));
+    idle(&server);
+}
+
+#[test]
+fn health_is_red_while_the_ranks_are_down() {
+    let server = server();
+    let mut waiting = server.engine.submit(endless()).unwrap();
+    server.engine.fail_rank(1);
+    let lost = std::iter::from_fn(|| waiting.next_blocking()).last();
+    assert!(matches!(&lost, Some(Event::Lost(_))), "{lost:?}");
+    // The ranks rest before they start again, so this is seen; if the machine slept meanwhile they are up.
+    match server.engine.health() {
+        Health::Restarting { reason } => {
+            assert!(reason.contains("rank 1"), "{reason}");
+            let refused = server.engine.submit(endless()).err();
+            assert!(refused.is_none_or(|e| matches!(e, SubmitError::Unavailable(_))));
+        }
+        health => assert_eq!(health, Health::Serving),
+    }
+    server.wait_for("/health", |r| r.status == 200);
+}
+
+#[test]
+fn a_shutdown_finishes_what_was_admitted() {
+    let mut server = server();
+    let mut stream = begin_stream(&server);
+    // An idle connection does not keep it.
+    let idle = connect(server.address);
+    server.begin_stop();
+    let mut rest = String::new();
+    stream.read_to_string(&mut rest).unwrap();
+    assert!(rest.contains("data: [DONE]"), "{rest}");
+    assert!(rest.contains("\"finish_reason\":\"length\""));
+    server.join();
+    assert!(TcpStream::connect(server.address).is_err());
+    drop(idle);
+    assert!(matches!(server.engine.submit(endless()), Err(SubmitError::Unavailable(_))));
+    assert_eq!(server.engine.health(), Health::Stopped);
+}
+
+#[test]
+fn slow_and_idle_clients_are_dropped_and_do_not_hurt_others() {
+    let times = HttpConfig {
+        head_timeout: Duration::from_millis(300),
+        body_timeout: Duration::from_millis(300),
+        ..http_config()
+    };
+    let server = Server::start(engine_config(2, PolicyKind::Ultraep, 64), times);
+    let idle: Vec<_> = (0..100).map(|_| connect(server.address)).collect();
+    let mut slow_head = connect(server.address);
+    slow_head.write_all(b"POST /v1/completions HTTP/1.1\r\nHost").unwrap();
+    let mut slow_body = connect(server.address);
+    slow_body.write_all(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{\"pro").unwrap();
+    assert_eq!(server.complete(json!({ "prompt": "a", "max_tokens": 2 })).status, 200);
+    let mut answer = String::new();
+    slow_body.read_to_string(&mut answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 408"), "{answer}");
+    for mut stream in idle.into_iter().chain([slow_head]) {
+        // Closed, with or without a word.
+        let _ = stream.read_to_end(&mut Vec::new());
+    }
+}
+
+/// JSON that is nearly a request.
+fn nearly() -> impl Strategy<Value = String> {
+    let names =
+        ["prompt", "max_tokens", "temperature", "top_p", "stop", "stream", "logprobs", "echo", "seed", "n", "x"];
+    let value = prop_oneof![
+        Just("null".to_string()),
+        any::<bool>().prop_map(|b| b.to_string()),
+        any::<i64>().prop_map(|n| n.to_string()),
+        (-2..9i64).prop_map(|n| n.to_string()),
+        any::<f64>().prop_map(|n| json!(n).to_string()),
+        ".{0,12}".prop_map(|s| json!(s).to_string()),
+        proptest::collection::vec(-1..258i64, 0..5).prop_map(|v| json!(v).to_string()),
+        proptest::collection::vec(".{0,4}", 0..3).prop_map(|v| json!(v).to_string()),
+        Just("[[1],[2,3]]".to_string()),
+        Just("{\"include_usage\":1}".to_string()),
+        Just("[".repeat(300)),
+    ];
+    let field =
+        (proptest::sample::select(names.to_vec()), value).prop_map(|(name, value)| format!("\"{name}\":{value}"));
+    let cut = proptest::option::weighted(0.2, 0..60usize);
+    (proptest::collection::vec(field, 0..6), cut).prop_map(|(fields, cut)| {
+        let mut text = format!("{{\"prompt\":\"p\",\"max_tokens\":2,{}}}", fields.join(","));
+        if let Some(cut) = cut {
+            text = text.chars().take(cut).collect();
+        }
+        text
+    })
+}
+
+/// Bytes that are nearly HTTP.
+fn nearly_http() -> impl Strategy<Value = Vec<u8>> {
+    let valid =
+        request("POST", "/v1/completions", "Content-Type: application/json\r\n", "{\"prompt\":\"p\"}").into_bytes();
+    let edit = (0..valid.len(), any::<u8>());
+    let edits = proptest::collection::vec(edit, 1..6);
+    let cut = proptest::option::weighted(0.3, 0..valid.len());
+    (edits, cut, proptest::collection::vec(any::<u8>(), 0..40)).prop_map(move |(edits, cut, noise)| {
+        let mut bytes = valid.clone();
+        edits.into_iter().for_each(|(at, byte)| bytes[at] = byte);
+        bytes.truncate(cut.unwrap_or(bytes.len()));
+        bytes.extend(noise);
+        bytes
+    })
+}
+
+#[test]
+fn nonsense_never_gives_a_5xx_or_a_hang() {
+    let times = HttpConfig {
+        head_timeout: Duration::from_millis(200),
+        body_timeout: Duration::from_millis(200),
+        ..http_config()
+    };
+    let server = Server::start(engine_config(2, PolicyKind::Ultraep, 64), times);
+    let address = server.address;
+    let runner = || proptest::test_runner::TestRunner::new(ProptestConfig { cases: 96, ..ProptestConfig::default() });
+    let bodies = runner().run(&nearly(), |body| {
+        let response = common::post(address, "/v1/completions", &body);
+        prop_assert!((200..500).contains(&response.status), "{body}: {response:?}");
+        prop_assert!(response.status == 200 || response.json()["error"]["message"].is_string());
+        Ok(())
+    });
+    bodies.unwrap_or_else(|error| panic!("{error}"));
+    let bytes = runner().run(&nearly_http(), |bytes| {
+        let mut stream = connect(address);
+        let _ = stream.write_all(&bytes);
+        let _ = stream.shutdown(std::net::Shutdown::Write);
+        drop(stream);
+        if let Some(response) = exchange(address, &bytes) {
+            prop_assert!(response.status < 500, "{:?}: {response:?}", String::from_utf8_lossy(&bytes));
+        }
+        Ok(())
+    });
+    bytes.unwrap_or_else(|error| panic!("{error}"));
+    assert_eq!(server.complete(json!({ "prompt": "a" })).status, 200);
+}
+
+#[test]
+fn a_load_test_counts_what_the_server_did() {
+    use std::sync::Arc;
+    use ultraep_serve::bench::Prompt;
+    use ultraep_serve::loadtest::{LoadSpec, Target, run};
+
+    let server = server();
+    let pool = (1..5).map(|i| Prompt { domain: "test".into(), tokens: vec![b'a'; 40 * i] }).collect();
+    let pool = Arc::new(pool);
+    let spec = LoadSpec {
+        requests_per_1000_s: 200_000,
+        requests: 60,
+        new_tokens: 1,
+        ttft_limit_ms: 20_000,
+        timeout_ms: 20_000,
+        seed: 1,
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let target = |address| Target::new(&format!("http://{address}"), None).unwrap();
+    let result = runtime.block_on(run(&target(server.address), &pool, &spec, &|_| ()));
+    let lost: usize = result.errors.values().sum();
+    assert_eq!((result.requests, result.finished + lost), (60, 60), "{result:?}");
+    // The queue has eight places: at this rate some may be refused, and nothing else goes wrong.
+    assert!(result.errors.keys().all(|kind| kind == "429") && result.finished > 0, "{result:?}");
+    assert_eq!(result.ttft.served, result.finished);
+    assert!(result.goodput_rps > 0.0 && result.tokens_per_s > 0.0);
+    let gone = server.address;
+    drop(server);
+    let result = runtime.block_on(run(&target(gone), &pool, &LoadSpec { requests: 3, ..spec }, &|_| ()));
+    assert_eq!(result.errors["connection"], 3);
+}

@@ -1,0 +1,130 @@
+//! The machine: what is known of it, and what was calibrated.
+
+use serde::{Deserialize, Serialize};
+use ultraep_plan::{FULL_SPEED, TransferModel};
+
+use crate::PS_PER_S;
+use crate::model::{ModelSpec, bounded};
+
+const MAX_RATE: u64 = 1_000_000_000_000_000_000;
+
+/// A rack and what joins racks.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Machine {
+    /// For people.
+    pub name: String,
+    /// Ranks joined by the scale-up fabric.
+    #[serde(deserialize_with = "bounded::<1, 1024, _, _>")]
+    pub domain_ranks: u32,
+    /// What a rank's scale-up link carries in one direction for weight sync, bytes a second.
+    #[serde(deserialize_with = "bounded::<1, MAX_RATE, _, _>")]
+    pub link_bytes_per_s: u64,
+    /// What a rank's scale-out link carries in one direction, bytes a second.
+    #[serde(deserialize_with = "bounded::<1, MAX_RATE, _, _>")]
+    pub scale_out_bytes_per_s: u64,
+    /// What a rank's memory carries, bytes a second.
+    #[serde(deserialize_with = "bounded::<1, MAX_RATE, _, _>")]
+    pub memory_bytes_per_s: u64,
+    /// Latency of a hop in the fabric.
+    #[serde(deserialize_with = "bounded::<0, 1000000000, _, _>")]
+    pub hop_ns: u64,
+    /// Rows of a GEMM tile.
+    #[serde(deserialize_with = "bounded::<1, 65536, _, _>")]
+    pub tile_rows: u32,
+    /// Start of an instance's grouped GEMMs.
+    #[serde(deserialize_with = "bounded::<0, 1000000000, _, _>")]
+    pub gemm_ns: u64,
+    /// Bytes of a chunk of weights, the unit that a relay forwards.
+    #[serde(deserialize_with = "bounded::<4096, 1073741824, _, _>")]
+    pub chunk_bytes: u64,
+    /// Tokens of a chunk of the all-to-all at the event level.
+    #[serde(deserialize_with = "bounded::<1, 65536, _, _>")]
+    pub chunk_tokens: u32,
+    /// All-gather of the counts.
+    #[serde(deserialize_with = "bounded::<0, 1000000000, _, _>")]
+    pub count_ns: u64,
+    /// Reroute; weight sync runs beside it.
+    #[serde(deserialize_with = "bounded::<0, 1000000000, _, _>")]
+    pub reroute_ns: u64,
+    /// Start of a weight sync: work list, first look-up, last flag.
+    #[serde(deserialize_with = "bounded::<0, 1000000000, _, _>")]
+    pub sync_start_ns: u64,
+    /// What `ultraep sim calibrate` fitted.
+    pub calibrated: Calibrated,
+    /// Where the numbers are from, in words.
+    pub sources: Vec<String>,
+}
+
+/// Constants fitted to one model's published breakdown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Calibrated {
+    /// Operations a second of grouped GEMMs, forward.
+    #[serde(deserialize_with = "bounded::<1, MAX_RATE, _, _>")]
+    pub forward_flops_per_s: u64,
+    /// The same, backward.
+    #[serde(deserialize_with = "bounded::<1, MAX_RATE, _, _>")]
+    pub backward_flops_per_s: u64,
+    /// Rows' worth of time that the experts' backward takes on every rank, whatever its load.
+    #[serde(deserialize_with = "bounded::<0, 16777216, _, _>")]
+    pub backward_fixed_rows: u32,
+    /// All-to-all rate of a rank's link when routing is forced to be even, forward.
+    #[serde(deserialize_with = "bounded::<1, MAX_RATE, _, _>")]
+    pub forward_a2a_bytes_per_s: u64,
+    /// The same, backward.
+    #[serde(deserialize_with = "bounded::<1, MAX_RATE, _, _>")]
+    pub backward_a2a_bytes_per_s: u64,
+    /// What a byte above a pair's even share costs more, in thousandths (incast), forward.
+    #[serde(deserialize_with = "bounded::<0, 100000, _, _>")]
+    pub forward_incast_permille: u32,
+    /// The same, backward.
+    #[serde(deserialize_with = "bounded::<0, 100000, _, _>")]
+    pub backward_incast_permille: u32,
+    /// Time for one token and one unit of width in norms, router, permutation and other memory-bound work, forward,
+    /// femtoseconds.
+    #[serde(deserialize_with = "bounded::<0, 1000000000, _, _>")]
+    pub forward_element_fs: u64,
+    /// The same, backward.
+    #[serde(deserialize_with = "bounded::<0, 1000000000, _, _>")]
+    pub backward_element_fs: u64,
+    /// Time of a training step outside the layers' breakdown (recomputed attention, optimizer, head), over the time of
+    /// the layers' rest, in thousandths.
+    #[serde(deserialize_with = "bounded::<0, 100000, _, _>")]
+    pub outside_permille: u32,
+}
+
+/// `amount` units at `rate` units a second, in picoseconds, rounded up.
+pub(crate) fn at_rate_ps(amount: u64, rate: u64) -> u64 {
+    let ps = (u128::from(amount) * PS_PER_S).div_ceil(u128::from(rate.max(1)));
+    u64::try_from(ps).unwrap_or(u64::MAX)
+}
+
+/// `full_ps` at `speed / FULL_SPEED` of full speed; weight 0 counts as full.
+pub(crate) fn at_speed_ps(full_ps: u64, speed: u32) -> u64 {
+    match speed {
+        0 | FULL_SPEED => full_ps,
+        _ => {
+            let ps = (u128::from(full_ps) * u128::from(FULL_SPEED)).div_ceil(u128::from(speed));
+            u64::try_from(ps).unwrap_or(u64::MAX)
+        }
+    }
+}
+
+impl Machine {
+    /// The fabric as the transfer planner sees it, for experts of `model`.
+    pub fn transfer_model(&self, model: &ModelSpec) -> TransferModel {
+        TransferModel::of_link(model.expert_bytes(), self.chunk_bytes, self.link_bytes_per_s, self.hop_ns)
+    }
+
+    /// The same machine with its links scaled by `percent` of their rate.
+    pub fn with_bandwidth_percent(&self, percent: u32) -> Self {
+        let scaled = |rate: u64| (u128::from(rate) * u128::from(percent) / 100).clamp(1, u128::from(MAX_RATE)) as u64;
+        let calibrated = Calibrated {
+            forward_a2a_bytes_per_s: scaled(self.calibrated.forward_a2a_bytes_per_s),
+            backward_a2a_bytes_per_s: scaled(self.calibrated.backward_a2a_bytes_per_s),
+            ..self.calibrated
+        };
+        Self { link_bytes_per_s: scaled(self.link_bytes_per_s), calibrated, ..self.clone() }
+    }
+}

@@ -1,0 +1,254 @@
+//! Load processes: counts of every (layer, step, microbatch), from a seed.
+//!
+//! ```text
+//! log2 weight(layer, step, microbatch, source r, expert e) =
+//!     heat(layer) (skew z[layer, e] + drift w[layer, step, microbatch, e]) + spread s[layer, step, microbatch, r, e]
+//! heat(layer) = 2^(layer_spread h[layer])
+//! ```
+//!
+//! with z, w of deviation 1 and heavy tails (a normal number times its own size: a few experts are very hot), s, h standard
+//! normal. `skew` is what history can see, `drift` is what it cannot (new in every microbatch),
+//! `spread` is how much sources differ. A source's choices are shared in proportion to its weights, exactly `tokens top_k` in
+//! all and at most `tokens` for one expert (a token's experts are distinct). Integers throughout.
+
+use crate::SimError;
+use crate::error::within;
+use crate::random::{ONE, exp2, heavy, normal, random};
+
+/// What a [`LoadProcess`] is made from. Deviations are in thousandths of an octave.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ProcessParams {
+    /// `N`, source ranks.
+    pub ranks: u32,
+    /// `E`.
+    pub experts: u32,
+    /// Tokens of a source in a microbatch.
+    pub tokens_per_rank: u32,
+    /// Experts that each token chooses.
+    pub top_k: u32,
+    /// Lasting difference of experts.
+    pub skew_milli: u32,
+    /// Difference that is new in every microbatch.
+    pub drift_milli: u32,
+    /// Difference of sources.
+    pub spread_milli: u32,
+    /// Difference of layers.
+    pub layer_spread_milli: u32,
+    /// Equal seeds give equal loads.
+    pub seed: u64,
+}
+
+/// Largest deviation, octaves times a thousand.
+pub(crate) const MAX_DEVIATION: u64 = 6_000;
+
+/// Generates counts.
+#[derive(Clone, Debug)]
+pub struct LoadProcess {
+    params: ProcessParams,
+    /// `[E]`, of the microbatch at hand.
+    exponents: Vec<i64>,
+    weights: Vec<u64>,
+    capped: Vec<bool>,
+}
+
+const SKEW: u32 = 1;
+const DRIFT: u32 = 2;
+const SPREAD: u32 = 3;
+const HEAT: u32 = 4;
+
+impl LoadProcess {
+    /// Checks the limits.
+    pub fn new(params: ProcessParams) -> Result<Self, SimError> {
+        within("ranks of a load process", u64::from(params.ranks), 1, 1024)?;
+        within("experts of a load process", u64::from(params.experts), 1, 65_535)?;
+        within("top-k", u64::from(params.top_k), 1, u64::from(params.experts))?;
+        let total = u64::from(params.ranks) * u64::from(params.tokens_per_rank) * u64::from(params.top_k);
+        within("tokens of a microbatch in all", total, 1, u64::from(ultraep_plan::MAX_TOKENS))?;
+        for (what, got) in [
+            ("skew", params.skew_milli),
+            ("drift", params.drift_milli),
+            ("spread", params.spread_milli),
+            ("layer spread", params.layer_spread_milli),
+        ] {
+            within(what, u64::from(got), 0, MAX_DEVIATION)?;
+        }
+        let experts = params.experts as usize;
+        Ok(Self { params, exponents: vec![0; experts], weights: vec![0; experts], capped: vec![false; experts] })
+    }
+
+    /// What it was made from.
+    pub fn params(&self) -> &ProcessParams {
+        &self.params
+    }
+
+    /// Counts `lambda[r,e]`, `[N, E]` row-major, into `out`.
+    pub fn counts(&mut self, layer: u32, step: u32, microbatch: u32, out: &mut Vec<u32>) {
+        self.counts_of(layer, (step, microbatch), |_| None, out);
+    }
+
+    /// As [`LoadProcess::counts`], at a moment `(step, microbatch)`, for sources with `tokens` of their own (where that is
+    /// `Some`).
+    pub fn counts_of(
+        &mut self,
+        layer: u32,
+        (step, microbatch): (u32, u32),
+        tokens: impl Fn(usize) -> Option<u32>,
+        out: &mut Vec<u32>,
+    ) {
+        let ProcessParams { ranks, experts, seed, skew_milli, drift_milli, spread_milli, .. } = self.params;
+        let moment = u64::from(step) << 32 | u64::from(microbatch);
+        let heat = self.heat(layer);
+        let mut lasting = random(seed, SKEW, u64::from(layer), 0);
+        let mut fresh = random(seed, DRIFT, u64::from(layer), moment);
+        for exponent in &mut self.exponents {
+            let sum = scaled(heavy(&mut lasting), skew_milli) + scaled(heavy(&mut fresh), drift_milli);
+            *exponent = sum * heat / ONE;
+        }
+        out.clear();
+        out.resize(ranks as usize * experts as usize, 0);
+        let mut own = random(seed, SPREAD, u64::from(layer), moment);
+        self.weigh(|exponent| exponent);
+        for (source, row) in out.chunks_mut(experts as usize).enumerate() {
+            if spread_milli > 0 {
+                self.weigh(|exponent| exponent + scaled(normal(&mut own), spread_milli));
+            }
+            self.fill(source, tokens(source).unwrap_or(self.params.tokens_per_rank), row);
+        }
+    }
+
+    /// Counts of a layer's first microbatch after the steps that history sees, as fits and steps count them.
+    pub fn sample(&mut self, layer: u32) -> Vec<u32> {
+        let mut counts = Vec::new();
+        self.counts(layer, crate::fit::HISTORY_STEPS, 0, &mut counts);
+        counts
+    }
+
+    /// In `ONE`ths.
+    fn heat(&self, layer: u32) -> i64 {
+        match self.params.layer_spread_milli {
+            0 => ONE,
+            spread => {
+                let mut rng = random(self.params.seed, HEAT, u64::from(layer), 0);
+                (exp2(scaled(normal(&mut rng), spread)) >> 8) as i64
+            }
+        }
+    }
+
+    fn weigh(&mut self, mut exponent: impl FnMut(i64) -> i64) {
+        for (weight, &base) in self.weights.iter_mut().zip(&self.exponents) {
+            *weight = exp2(exponent(base)).max(1);
+        }
+    }
+
+    /// Shares the choices of one source over the experts.
+    fn fill(&mut self, source: usize, tokens_per_rank: u32, row: &mut [u32]) {
+        let ProcessParams { ranks, top_k, .. } = self.params;
+        self.capped.fill(false);
+        let mut choices = u128::from(tokens_per_rank) * u128::from(top_k);
+        let mut sum: u128 = self.weights.iter().map(|&w| u128::from(w)).sum();
+        loop {
+            let (round, weights) = (choices, sum);
+            for ((capped, &weight), cell) in self.capped.iter_mut().zip(&self.weights).zip(row.iter_mut()) {
+                if !*capped && u128::from(weight) * round > u128::from(tokens_per_rank) * weights {
+                    (*capped, *cell) = (true, tokens_per_rank);
+                    choices -= u128::from(tokens_per_rank);
+                    sum -= u128::from(weight);
+                }
+            }
+            if round == choices {
+                break;
+            }
+        }
+        // Rounded along the line of experts, from another phase for each source.
+        let mut before = sum * source as u128 / u128::from(ranks);
+        let mut dealt = 0;
+        for ((&capped, &weight), cell) in self.capped.iter().zip(&self.weights).zip(row.iter_mut()) {
+            if !capped {
+                before += u128::from(weight) * choices;
+                let upto = before / sum.max(1);
+                *cell = (upto - dealt) as u32;
+                dealt = upto;
+            }
+        }
+    }
+}
+
+/// `deviations` standard normal, times `milli` thousandths of an octave, in `ONE`ths of an octave.
+fn scaled(deviations: i64, milli: u32) -> i64 {
+    deviations * i64::from(milli) / 1000
+}
+
+/// Tokens of every expert over all sources.
+pub(crate) fn expert_loads(counts: &[u32], experts: usize, loads: &mut Vec<u64>) {
+    loads.clear();
+    loads.resize(experts, 0);
+    for row in counts.chunks(experts) {
+        loads.iter_mut().zip(row).for_each(|(load, &count)| *load += u64::from(count));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn params() -> ProcessParams {
+        ProcessParams {
+            ranks: 8,
+            experts: 32,
+            tokens_per_rank: 500,
+            top_k: 4,
+            skew_milli: 1500,
+            drift_milli: 500,
+            spread_milli: 300,
+            layer_spread_milli: 200,
+            seed: 3,
+        }
+    }
+
+    #[test]
+    fn every_source_routes_its_tokens_and_no_expert_gets_a_token_twice() {
+        for (skew_milli, top_k) in [(0, 1), (1500, 4), (6000, 4), (6000, 32)] {
+            let mut process = LoadProcess::new(ProcessParams { skew_milli, top_k, ..params() }).unwrap();
+            let mut counts = Vec::new();
+            process.counts(3, 1, 2, &mut counts);
+            for row in counts.chunks(32) {
+                assert_eq!(row.iter().sum::<u32>(), 500 * top_k);
+                assert!(row.iter().all(|&c| c <= 500), "{row:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn without_deviation_experts_are_even() {
+        let even = ProcessParams { skew_milli: 0, drift_milli: 0, spread_milli: 0, ..params() };
+        let mut process = LoadProcess::new(even).unwrap();
+        let (mut counts, mut loads) = (Vec::new(), Vec::new());
+        process.counts(0, 0, 0, &mut counts);
+        expert_loads(&counts, 32, &mut loads);
+        assert!(loads.iter().all(|&l| l.abs_diff(500) <= 8), "{loads:?}");
+    }
+
+    #[test]
+    fn equal_seeds_give_equal_loads_and_moments_differ() {
+        let (mut a, mut b) = (LoadProcess::new(params()).unwrap(), LoadProcess::new(params()).unwrap());
+        let (mut x, mut y) = (Vec::new(), Vec::new());
+        a.counts(5, 0, 1, &mut x);
+        b.counts(1, 1, 1, &mut y);
+        b.counts(5, 0, 1, &mut y);
+        assert_eq!(x, y);
+        a.counts(5, 0, 2, &mut x);
+        assert_ne!(x, y);
+    }
+
+    #[test]
+    fn limits_are_checked() {
+        let refused = |change: fn(&mut ProcessParams)| {
+            let mut params = params();
+            change(&mut params);
+            LoadProcess::new(params).unwrap_err().to_string()
+        };
+        assert_eq!(refused(|p| p.top_k = 33), "top-k 33: allowed are 1 to 32");
+        assert!(refused(|p| p.skew_milli = 7000).contains("skew 7000"));
+        assert!(refused(|p| p.ranks = 0).contains("ranks"));
+    }
+}
