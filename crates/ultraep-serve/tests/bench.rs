@@ -15,8 +15,14 @@ use ultraep_serve::bench::{
 };
 use ultraep_text::{Corpus, TextDomain};
 
-const LIMITS: Limits =
-    Limits { ranks: 4, chunk_tokens: 128, context_per_token: 0, kv_tokens_per_rank: 4096, sequences_per_rank: 16, queue_max: 400 };
+const LIMITS: Limits = Limits {
+    ranks: 4,
+    chunk_tokens: 128,
+    context_per_token: 0,
+    kv_tokens_per_rank: 4096,
+    sequences_per_rank: 16,
+    queue_max: 400,
+};
 
 fn corpus() -> Arc<Corpus> {
     let domain = |name: &str, text: &str| TextDomain {

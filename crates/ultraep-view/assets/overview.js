@@ -100,6 +100,8 @@ function layersTable(data, links) {
 function runCards(run) {
   const state = run.reason ? `${run.state}: ${run.reason}` : run.state;
   const steps = run.steps ? `${count(run.steps_done)} of ${count(run.steps)} steps` : `${count(run.steps_done)} steps`;
+  const profile = run.profile
+    ? `; ${run.profile.every === 1 ? "every step" : `one step in ${run.profile.every}`} recorded, ${count(run.profile.dropped)} records dropped` : "";
   const curves = [{ name: run.policy || "training", values: run.loss.values, kind: "after" }];
   // A reference's curve on the steps of the training's.
   for (const reference of run.references) {
@@ -115,7 +117,7 @@ function runCards(run) {
   }
   return [
     card("Loss", false,
-      html("p", { class: "faint" }, `${state}; ${steps}; started ${run.started}${run.ended ? `, ended ${run.ended}` : ""}`),
+      html("p", { class: "faint" }, `${state}; ${steps}; started ${run.started}${run.ended ? `, ended ${run.ended}` : ""}${profile}`),
       lines({ title: "Loss", x: run.loss.steps, xName: "step", series: curves, shown: (v) => v.toFixed(4) })),
     card("Parallel time of a step", false,
       lines({ title: "Parallel time of a step", x: run.step_ms.steps, xName: "step", low: 0, shown: (v) => time(v * 1e6),

@@ -35,7 +35,14 @@ pub(crate) fn model() -> ServedModel {
 }
 
 pub(crate) fn engine_config(ranks: usize, policy: PolicyKind, chunk_tokens: u32) -> EngineConfig {
-    let limits = Limits { ranks, chunk_tokens, context_per_token: 0, kv_tokens_per_rank: 8192, sequences_per_rank: 4, queue_max: 8 };
+    let limits = Limits {
+        ranks,
+        chunk_tokens,
+        context_per_token: 0,
+        kv_tokens_per_rank: 8192,
+        sequences_per_rank: 4,
+        queue_max: 8,
+    };
     EngineConfig {
         group: GroupConfig {
             ranks,
