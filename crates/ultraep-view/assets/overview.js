@@ -30,7 +30,7 @@ export function overviewBody(data, links) {
       ["worst as routed", ratio(data.before.worst), "before"],
       ["worst after", data.after.count ? ratio(data.after.worst) : "–", "after"],
       ["replicas a layer", data.replicas_mean.toFixed(1)],
-      ["tokens on another rank", percent(data.remote_share)],
+      ["tokens on another rank", data.remote_share === null ? "–" : percent(data.remote_share)],
     ]),
     about.notes.length ? html("ul", { class: "notes" }, about.notes.map((note) => html("li", null, note))) : null,
     html("div", { class: "cards" },
