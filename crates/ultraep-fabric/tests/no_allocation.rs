@@ -120,7 +120,7 @@ fn a_running_tile_engine_allocates_nothing() {
         let mut before = 0;
         for round in 0..40 {
             if round == 10 {
-                // All threads have run by now; whatever they take at their start is taken.
+                // Buffers have their sizes by now; threads took what they take when the engine was made.
                 fabric.run(Operation::Barrier, 0)?;
                 before = TOTAL.load(Ordering::Relaxed);
                 fabric.run(Operation::Barrier, 0)?;

@@ -17,6 +17,7 @@ fn spec() -> PrefillSpec {
         limits: Limits {
             ranks: 8,
             chunk_tokens: 65_536,
+            context_per_token: 0,
             kv_tokens_per_rank: 262_144,
             sequences_per_rank: 16,
             queue_max: 64,

@@ -57,6 +57,8 @@ struct Shared {
     next: AtomicU64,
     state: Mutex<State>,
     wake: Condvar,
+    /// A worker's thread has started.
+    start: Condvar,
     /// The rank that a blocked background worker waits for, plus 1.
     blocked_on: AtomicU32,
     /// Workers stop where they are.
@@ -73,6 +75,8 @@ struct State {
     helpers: usize,
     /// Workers at it.
     active: usize,
+    /// Workers whose threads run.
+    started: usize,
     stop: bool,
 }
 
@@ -87,7 +91,7 @@ impl Shared {
 }
 
 impl TileEngine {
-    /// Starts the threads.
+    /// Starts the threads and waits until they run: what a thread takes at its start is taken then.
     ///
     /// # Errors
     /// [`FabricError::Os`] when a thread cannot be started.
@@ -97,6 +101,7 @@ impl TileEngine {
             next: AtomicU64::new(0),
             state: Mutex::default(),
             wake: Condvar::new(),
+            start: Condvar::new(),
             blocked_on: AtomicU32::new(0),
             abort: AtomicU32::new(0),
         });
@@ -109,6 +114,9 @@ impl TileEngine {
             let thread = thread.spawn(move || background(&shared, index));
             engine.threads.push(thread.map_err(|error| FabricError::os("spawn a thread", error))?);
         }
+        let state = engine.shared.state();
+        let started = engine.shared.start.wait_while(state, |state| state.started < spec.background);
+        drop(started.unwrap_or_else(PoisonError::into_inner));
         Ok(engine)
     }
 
@@ -284,6 +292,8 @@ fn not_f32(rank: Rank, slots: &super::Slots) -> FabricError {
 /// A worker thread's life.
 fn background(shared: &Shared, index: usize) {
     let mut seen = 0;
+    shared.state().started += 1;
+    shared.start.notify_one();
     loop {
         let mut state = shared.state();
         loop {
