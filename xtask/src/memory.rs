@@ -13,7 +13,7 @@ use ultraep_trace::{Record, TraceMeta, TraceWriter};
 use crate::root;
 
 /// Most memory that a command may take.
-const PEAK_MIB_MAX: u64 = 192;
+const PEAK_MIB_MAX: u64 = 64;
 const RANKS: usize = 64;
 const EXPERTS: usize = 256;
 const LAYERS: u32 = 16;
@@ -81,7 +81,8 @@ fn generate(path: &Path, bytes: u64) -> Result<u64, String> {
 
 /// Runs the program and watches its peak.
 fn run(arguments: &[&str]) -> Result<(), String> {
-    let shown = format!("ultraep {}", arguments[..2].join(" "));
+    let words: Vec<&str> = arguments.iter().copied().take_while(|argument| !argument.contains('/')).collect();
+    let shown = format!("ultraep {}", words.join(" "));
     let start = Instant::now();
     let mut command = Command::new(root().join("target/release/ultraep"));
     let mut child =

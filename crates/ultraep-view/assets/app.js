@@ -150,7 +150,7 @@ function showStatus(about, run) {
   const isReading = !about.is_read;
   const part = about.records ? Math.floor((100 * about.read) / about.records) : 0;
   status.className = about.is_live && !isReading ? "live" : "";
-  status.textContent = isReading ? `reading, ${part}%` : about.is_live ? "live" : run ? run.state : "";
+  status.textContent = isReading ? `reading, ${part}%` : about.is_live ? (about.is_run ? "live" : "not closed, followed") : run ? run.state : "";
 }
 
 function navigate() {

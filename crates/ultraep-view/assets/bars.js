@@ -196,12 +196,12 @@ export function barsLegend(kinds) {
 export function timesTable(plans) {
   const most = Math.max(...plans.map((plan) => plan.parts.total_ns), 1);
   const names = [
-    ["plan", "plan_ns"], ["reroute", "reroute_ns"], ["weight sync, beside reroute", "weight_sync_ns"],
+    ["plan", "plan_ns"], ["reroute", "reroute_ns"], ["weight sync", "weight_sync_ns"],
     ["all-to-all", "all_to_all_ns"], ["experts", "experts_ns"], ["critical path", "total_ns"],
   ];
   const bar = (plan, key) => html("span", null, time(plan.parts[key]), " ",
-    svg("svg", { class: "inline", width: 52, height: 9, "aria-hidden": "true" },
-      svg("rect", { class: "bar-" + plan.kind, width: Math.max((52 * plan.parts[key]) / most, plan.parts[key] > 0 ? 1 : 0), height: 9 })));
+    svg("svg", { class: "inline", width: 46, height: 9, "aria-hidden": "true" },
+      svg("rect", { class: "bar-" + plan.kind, width: Math.max((46 * plan.parts[key]) / most, plan.parts[key] > 0 ? 1 : 0), height: 9 })));
   const rows = names.map(([name, key]) => [name, ...plans.map((plan) => bar(plan, key))]);
   const base = plans[0].parts.total_ns;
   rows.push(["speed-up", ...plans.map((plan) => (base / Math.max(plan.parts.total_ns, 1)).toFixed(3) + "×")]);

@@ -46,7 +46,7 @@ function timesCard(data, asked) {
     { name: "as routed", parts: data.plan.times.before, kind: "before" },
     { name: data.plan.policy, parts: data.plan.times.after, kind: "after" },
   ];
-  if (asked) plans.push({ name: `what if: ${asked.plan.policy}`, parts: asked.plan.times.after, kind: "what-if" });
+  if (asked) plans.push({ name: "what if", parts: asked.plan.times.after, kind: "what-if" });
   const settings = (asked || data).settings;
   return [
     timesTable(plans),

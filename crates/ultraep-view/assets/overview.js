@@ -8,7 +8,7 @@ import { histogram, lines } from "./lines.js";
 // to go to.
 export function overviewView(data, links) {
   const about = data.about;
-  const layers = `${data.layers.length} ${data.layers.length === 1 ? "layer" : "layers"}`;
+  const layers = `${data.layer_count} ${data.layer_count === 1 ? "layer" : "layers"}`;
   return [
     html("h1", { class: "path" }, about.title),
     html("p", { class: "faint" },
@@ -30,7 +30,7 @@ export function overviewBody(data, links) {
       ["worst as routed", ratio(data.before.worst), "before"],
       ["worst after", data.after.count ? ratio(data.after.worst) : "–", "after"],
       ["replicas a layer", data.replicas_mean.toFixed(1)],
-      ["tokens on another rank", percent(data.remote_share)],
+      ["tokens on another rank", data.remote_share === null ? "–" : percent(data.remote_share)],
     ]),
     about.notes.length ? html("ul", { class: "notes" }, about.notes.map((note) => html("li", null, note))) : null,
     html("div", { class: "cards" },
@@ -92,12 +92,16 @@ function layersTable(data, links) {
     links ? html("a", { href: links.layer(line.layer) }, `layer ${line.layer}`) : `layer ${line.layer}`,
     ratio(line.before_mean), ratio(line.before_worst), ratio(line.after_mean), ratio(line.after_worst),
   ]);
-  return html("div", { class: "tall" }, table(["layer", "mean as routed", "worst", "mean after", "worst after"], rows));
+  const left = data.layer_count - rows.length;
+  return [html("div", { class: "tall" }, table(["layer", "mean as routed", "worst", "mean after", "worst after"], rows)),
+    left > 0 ? html("p", { class: "faint" }, `and ${left} more`) : null];
 }
 
 function runCards(run) {
   const state = run.reason ? `${run.state}: ${run.reason}` : run.state;
   const steps = run.steps ? `${count(run.steps_done)} of ${count(run.steps)} steps` : `${count(run.steps_done)} steps`;
+  const profile = run.profile
+    ? `; ${run.profile.every === 1 ? "every step" : `one step in ${run.profile.every}`} recorded, ${count(run.profile.dropped)} records dropped` : "";
   const curves = [{ name: run.policy || "training", values: run.loss.values, kind: "after" }];
   // A reference's curve on the steps of the training's.
   for (const reference of run.references) {
@@ -113,7 +117,7 @@ function runCards(run) {
   }
   return [
     card("Loss", false,
-      html("p", { class: "faint" }, `${state}; ${steps}; started ${run.started}${run.ended ? `, ended ${run.ended}` : ""}`),
+      html("p", { class: "faint" }, `${state}; ${steps}; started ${run.started}${run.ended ? `, ended ${run.ended}` : ""}${profile}`),
       lines({ title: "Loss", x: run.loss.steps, xName: "step", series: curves, shown: (v) => v.toFixed(4) })),
     card("Parallel time of a step", false,
       lines({ title: "Parallel time of a step", x: run.step_ms.steps, xName: "step", low: 0, shown: (v) => time(v * 1e6),

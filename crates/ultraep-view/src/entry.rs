@@ -164,7 +164,8 @@ impl Entry {
                 return Ok(Pass::Again);
             }
             let is_running = run.as_ref().map_or(!scanner.progress().is_closed, RunFollower::is_running);
-            let ending = scanner.ending().filter(|_| !is_running || !is_following);
+            // Of a run at work it is no news that its trace is open.
+            let ending = scanner.ending().filter(|_| run.is_none() || !is_running || !is_following);
             self.set_standing(run.as_ref().map(RunFollower::json), is_following && is_running, ending);
             if !(is_following && is_running) {
                 return Ok(Pass::Done);

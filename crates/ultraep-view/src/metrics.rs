@@ -3,7 +3,9 @@
 use std::path::Path;
 
 use serde::Serialize;
-use ultraep_run::{Metric, MetricsReader, PolicyMeasurement, PolicyTable, RunInfo, RunReader, RunStatus};
+use ultraep_run::{
+    Metric, MetricsReader, PolicyMeasurement, PolicyTable, ProfileSummary, RunInfo, RunReader, RunStatus,
+};
 
 use crate::ViewError;
 
@@ -79,6 +81,8 @@ pub(crate) struct RunJson {
     references: Vec<Reference>,
     step_ms: Curve,
     table: Option<PolicyTable>,
+    /// What went into the trace: known when the run ends.
+    profile: Option<ProfileSummary>,
 }
 
 /// Reads a run's metrics as they come.
@@ -107,6 +111,7 @@ impl RunFollower {
             references: Vec::new(),
             step_ms: Curve::default(),
             table: None,
+            profile: None,
         };
         let resumed = info.resumed_from_steps.len();
         Ok(Self { metrics: run.metrics()?, measurements: Vec::new(), json, resumed })
@@ -167,6 +172,7 @@ impl RunFollower {
             RunStatus::Failed { reason } => ("failed", Some(reason.clone())),
             _ => ("of a later version", None),
         };
+        self.json.profile = info.profile;
         self.json.ended = info.ended.map(|time| time.to_string());
     }
 

@@ -9,7 +9,7 @@ use crate::entry::{Entry, State};
 use crate::metrics::RunJson;
 use crate::picture::round;
 use crate::settings::WhatIfJson;
-use crate::summary::{Cell, Layer, Measured, Summary};
+use crate::summary::{Cell, EXPERT_WIDTH, Layer, Measured, Summary};
 
 /// Most rows of the heat map; layers beyond are taken together.
 const ROWS_MAX: usize = 128;
@@ -72,12 +72,15 @@ pub(crate) struct Overview {
     before: Quantiles,
     after: Quantiles,
     replicas_mean: f64,
-    remote_share: f64,
+    /// Null where no split was recorded.
+    remote_share: Option<f64>,
     refused: u64,
     heat: Heat,
     distribution: Histogram,
     series: Series,
     worst: Vec<Case>,
+    layer_count: usize,
+    /// The first of them.
     layers: Vec<LayerLine>,
     run: Option<RunJson>,
 }
@@ -231,12 +234,13 @@ impl Entry {
             before: Quantiles::of(&summary.before),
             after: Quantiles::of(&summary.after),
             replicas_mean: share(summary.replicas, summary.records),
-            remote_share: share(summary.remote_tokens, summary.total_tokens),
+            remote_share: summary.remote_share().map(round),
             refused: summary.refused,
             heat: Heat::of(summary),
             distribution: Histogram::of(&summary.before, &summary.after),
             series: Series::of((0..summary.columns()).filter_map(|column| summary.over_layers(column))),
             worst: summary.worst.iter().map(Case::of).collect(),
+            layer_count: summary.layers.len(),
             layers: summary.layers.iter().take(LAYERS_MAX).map(|(&id, layer)| LayerLine::of(id, layer)).collect(),
             run: state.run.clone(),
         }
@@ -393,8 +397,7 @@ impl ExpertHeat {
         for column in layer.expert_loads.chunks(groups) {
             total.iter_mut().zip(column).for_each(|(sum, load)| *sum += load);
         }
-        let cells_per_column = layer.cells.len().div_ceil(columns.len().max(1)).max(1);
-        let steps = layer.cells.iter().step_by(cells_per_column).map(|cell| cell.first_step);
+        let steps = layer.cells.iter().step_by(EXPERT_WIDTH).map(|cell| cell.first_step);
         Self {
             experts,
             groups,

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use ultraep_plan::Instance;
 use ultraep_replay::{Evaluator, Scenario, imbalance, quotient, untimed};
 use ultraep_trace::Record;
 
@@ -101,7 +102,7 @@ impl Scanner {
             before: imbalance(&loads),
             after: None,
             replicas: 0,
-            remote_tokens: 0,
+            remote_tokens: None,
             total_tokens,
         };
         match &self.record.after {
@@ -111,11 +112,7 @@ impl Scanner {
                 }
                 measured.after = Some(imbalance(&plan.rank_loads(source.meta.ranks)));
                 measured.replicas = plan.instances.len().saturating_sub(source.meta.experts) as u32;
-                let instances = plan.instances.len().max(1);
-                for (rank, row) in plan.split.iter().flat_map(|split| split.chunks_exact(instances)).enumerate() {
-                    let foreign = plan.instances.iter().zip(row).filter(|(i, _)| i.rank.index() != rank);
-                    measured.remote_tokens += foreign.map(|(_, &share)| u64::from(share)).sum::<u64>();
-                }
+                measured.remote_tokens = plan.split.as_deref().map(|split| remote_tokens(&plan.instances, split));
             }
             None => {
                 self.planned += 1;
@@ -123,12 +120,21 @@ impl Scanner {
                 if let Some(evaluated) = self.planner.plan(layer, &self.record.before)? {
                     measured.after = Some(quotient(evaluated.report.imbalance_after()));
                     measured.replicas = evaluated.report.replicas as u32;
-                    measured.remote_tokens = evaluated.report.remote_tokens;
+                    measured.remote_tokens = Some(evaluated.report.remote_tokens);
                 }
             }
         }
         Ok(measured)
     }
+}
+
+/// Tokens that go to an instance on another rank than their source.
+fn remote_tokens(instances: &[Instance], split: &[u32]) -> u64 {
+    let of_source = |(rank, row): (usize, &[u32])| {
+        let foreign = instances.iter().zip(row).filter(|(instance, _)| instance.rank.index() != rank);
+        foreign.map(|(_, &share)| u64::from(share)).sum::<u64>()
+    };
+    split.chunks_exact(instances.len().max(1)).enumerate().map(of_source).sum()
 }
 
 impl Planner {

@@ -16,7 +16,7 @@ const COLUMNS_MIN: usize = 16;
 /// Most cells of all layers.
 pub(crate) const CELLS_MAX: usize = 1 << 20;
 /// Columns of loads that stand for one column of expert loads.
-const EXPERT_WIDTH: usize = 4;
+pub(crate) const EXPERT_WIDTH: usize = 4;
 /// Most groups of experts whose loads are kept apart.
 pub(crate) const EXPERT_GROUPS_MAX: usize = 128;
 /// Worst cases kept, over all layers and of each.
@@ -33,7 +33,8 @@ pub(crate) struct Measured {
     /// As planned; `None` where the policy refused the microbatch.
     pub(crate) after: Option<f64>,
     pub(crate) replicas: u32,
-    pub(crate) remote_tokens: u64,
+    /// Tokens processed on another rank than their source; `None` where a plan was recorded without its split.
+    pub(crate) remote_tokens: Option<u64>,
     pub(crate) total_tokens: u64,
 }
 
@@ -112,7 +113,8 @@ pub(crate) struct Summary {
     pub(crate) after: Distribution,
     pub(crate) replicas: u64,
     pub(crate) remote_tokens: u64,
-    pub(crate) total_tokens: u64,
+    /// Tokens of which it is known where they are processed.
+    pub(crate) placed_tokens: u64,
     /// Microbatches that the policy refused.
     pub(crate) refused: u64,
     pub(crate) layers: BTreeMap<u32, Layer>,
@@ -138,7 +140,7 @@ impl Summary {
             after: Distribution::default(),
             replicas: 0,
             remote_tokens: 0,
-            total_tokens: 0,
+            placed_tokens: 0,
             refused: 0,
             layers: BTreeMap::new(),
             worst: Vec::new(),
@@ -160,8 +162,10 @@ impl Summary {
             None => self.refused += 1,
         }
         self.replicas += u64::from(measured.replicas);
-        self.remote_tokens += measured.remote_tokens;
-        self.total_tokens += measured.total_tokens;
+        if let Some(remote_tokens) = measured.remote_tokens {
+            self.remote_tokens += remote_tokens;
+            self.placed_tokens += measured.total_tokens;
+        }
         keep_worst(&mut self.worst, measured);
         let layer = self.layers.entry(measured.layer).or_default();
         keep_worst(&mut layer.worst, measured);
@@ -202,6 +206,11 @@ impl Summary {
         }
     }
 
+    /// Share of tokens processed on another rank than their source, where that is known.
+    pub(crate) fn remote_share(&self) -> Option<f64> {
+        (self.placed_tokens > 0).then(|| self.remote_tokens as f64 / self.placed_tokens as f64)
+    }
+
     /// Columns in use: those of the longest layer.
     pub(crate) fn columns(&self) -> usize {
         self.layers.values().map(|layer| layer.cells.len()).max().unwrap_or(0)
@@ -237,7 +246,16 @@ mod tests {
     fn measured(layer: u32, step: u64) -> Measured {
         let before = 1.0 + (step * 7 % 100) as f64 / 10.0;
         let after = (!step.is_multiple_of(10)).then_some(1.0 + before / 100.0);
-        Measured { step, microbatch: 0, layer, before, after, replicas: 1, remote_tokens: 1, total_tokens: 4 }
+        Measured {
+            step,
+            microbatch: 0,
+            layer,
+            before,
+            after,
+            replicas: 1,
+            remote_tokens: after.map(|_| 1),
+            total_tokens: 4,
+        }
     }
 
     #[test]
@@ -265,7 +283,7 @@ mod tests {
         assert_eq!(summary.worst.len(), WORST_KEPT);
         assert!(summary.worst.iter().all(|m| m.before == 1.0 + 9.9));
         assert_eq!((summary.worst[0].layer, summary.worst[1].layer), (0, 1));
-        assert_eq!(summary.refused, 1500);
+        assert_eq!((summary.refused, summary.remote_share()), (1500, Some(0.25)));
     }
 
     #[test]

@@ -26,15 +26,17 @@ pub(crate) fn describe(source: &Source, state: &State) -> Vec<String> {
         let removed = 100.0 * (1.0 - excess(after.mean()) / excess(before.mean()).max(1e-12));
         let removed =
             if excess(before.mean()) > 1e-9 { format!(", {removed:.1}% of the excess removed") } else { String::new() };
+        let remote = summary.remote_share().map_or_else(String::new, |share| {
+            format!("; {:.1}% of the tokens are processed on another rank than their source", 100.0 * share)
+        });
         words.push(format!(
             "Under {policy} it is {:.3} times (median {:.3}, 95th percentile {:.3}, worst {:.3}){removed}, with {:.1} replicas a \
-             layer; {:.1}% of the tokens are processed on another rank than their source.",
+             layer{remote}.",
             after.mean(),
             after.quantile(50),
             after.quantile(95),
             after.largest,
-            summary.replicas as f64 / summary.records as f64,
-            100.0 * summary.remote_tokens as f64 / summary.total_tokens.max(1) as f64
+            summary.replicas as f64 / summary.records as f64
         ));
     }
     if let Some(worst) = summary.worst.first() {

@@ -55,11 +55,20 @@ fn overview(served: &Served) -> Value {
 }
 
 fn closed_trace(path: &Path) {
+    trace_of(path, |_| {});
+}
+
+/// A trace whose records are changed before they are written.
+fn trace_of(path: &Path, change: impl Fn(&mut Record)) {
     let topology = topology();
     let meta = TraceMeta::of_topology(&topology, LAYERS);
     let mut writer = TraceWriter::new(BufWriter::new(File::create(path).unwrap()), meta).unwrap();
     for step in 0..6 {
-        (0..LAYERS as u32).for_each(|layer| writer.append(&record(&topology, step, layer)).unwrap());
+        for layer in 0..LAYERS as u32 {
+            let mut record = record(&topology, step, layer);
+            change(&mut record);
+            writer.append(&record).unwrap();
+        }
     }
     writer.finish().unwrap();
 }
@@ -148,6 +157,21 @@ fn a_microbatch_is_shown_as_recorded_and_planned_again() {
     }
     let (status, body) = get(&served, "/api/recordings/0/microbatch?step=77&microbatch=0&layer=0");
     assert!(status == 404 && body.contains("steps 0 to 5"), "{body}");
+}
+
+/// Where tokens went is not made up for the overview; a microbatch's page follows the plan's rule.
+#[test]
+fn a_plan_without_its_split_is_shown_without_places() {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("loads.uet");
+    let drop_split = |record: &mut Record| record.after.iter_mut().for_each(|plan| plan.split = None);
+    trace_of(&path, drop_split);
+    let served = Served::start(&[path]);
+    let all = overview(&served);
+    assert!(all["remote_share"].is_null() && all["after"]["count"] == 24, "{all}");
+    assert!(!all["words"].to_string().contains("another rank"), "{}", all["words"]);
+    let shown = json(&served, "/api/recordings/0/microbatch?step=3&microbatch=0&layer=2");
+    assert_eq!((shown["is_recorded"].as_bool(), shown["plan"]["remote_share"].is_number()), (Some(true), true));
 }
 
 /// A trace of the largest group, and one of many layers and steps: no answer over a megabyte.

@@ -127,7 +127,9 @@ const INTERRUPT_POLL: Duration = Duration::from_millis(100);
 
 pub(crate) fn view(args: &ViewArgs, out: &mut dyn Write) -> Result<(), CliError> {
     let listener = listen(&args.host, args.port)?;
+    let waiting = spinner("reading recordings of other systems");
     let viewer = Viewer::open(&args.paths, &args.settings.settings()).map_err(view_error)?;
+    waiting.finish_and_clear();
     let address = listener.local_addr().map_err(CliError::failure)?;
     if !address.ip().is_loopback() {
         note(format!("{address}: every machine that reaches this address can read the recordings"));
@@ -149,6 +151,15 @@ pub(crate) fn view(args: &ViewArgs, out: &mut dyn Write) -> Result<(), CliError>
     served.map_err(CliError::failure)
 }
 
+/// Shown on a terminal only.
+fn spinner(message: &'static str) -> ProgressBar {
+    let spinner = ProgressBar::new_spinner().with_message(message);
+    if std::io::stderr().is_terminal() {
+        spinner.enable_steady_tick(Duration::from_millis(200));
+    }
+    spinner
+}
+
 fn listen(host: &str, port: u16) -> Result<TcpListener, CliError> {
     let refuse = |error: std::io::Error| CliError::Input(format!("--host {host} --port {port}: {error}"));
     match host.parse::<IpAddr>() {
@@ -165,14 +176,13 @@ pub(crate) fn report(args: &ReportArgs, out: &mut dyn Write) -> Result<(), CliEr
         let path = args.output.display();
         return Err(CliError::Input(format!("{path}: exists: allowed is a name that is free")));
     }
-    let bar = ProgressBar::new(0);
-    if let Ok(style) = ProgressStyle::with_template("{bar:30} {human_pos}/{human_len} records {eta}") {
-        bar.set_style(style);
-    }
-    if std::io::stderr().is_terminal() {
-        bar.enable_steady_tick(Duration::from_millis(200));
-    }
+    let bar = spinner("opening");
+    let style =
+        ProgressStyle::with_template("{bar:30} {human_pos}/{human_len} records {eta}").map_err(CliError::failure)?;
     let show = |read: u64, records: u64| {
+        if read > 0 && bar.length() != Some(records) {
+            bar.set_style(style.clone());
+        }
         bar.set_length(records);
         bar.set_position(read);
     };
