@@ -82,7 +82,9 @@ impl Carrier {
         let mut window = |id| endpoint.fabric().window(id).ok_or(RuntimeError::NotHostMemory);
         let (slot_weights, slot_grads) = (window(window::SLOT_WEIGHTS)?, window(window::SLOT_GRADS)?);
         touch(&slot_weights, &weight_slots, topology.slots(rank))?;
-        touch(&slot_grads, &grad_slots, topology.slots(rank))?;
+        if config.trains() {
+            touch(&slot_grads, &grad_slots, topology.slots(rank))?;
+        }
         Ok(Self {
             rank,
             slot_weights,
