@@ -133,6 +133,8 @@ pub struct Balance {
     pub worst_after: f64,
     /// Most tokens (choices) on a rank in a layer: the activation peak.
     pub peak_tokens: u64,
+    /// The even share of a rank in the largest layer: what the peak would be in the same batches with perfect balance.
+    pub even_peak_tokens: u64,
     /// Replicas over all layers.
     pub replicas: u64,
     /// Layers planned.
@@ -319,6 +321,7 @@ impl<'w> Replay<'w> {
         b.weighted_after += (largest(after) * ranks as u64) as f64;
         b.tokens += total;
         b.peak_tokens = b.peak_tokens.max(largest(after));
+        b.even_peak_tokens = b.even_peak_tokens.max(total.div_ceil(ranks as u64));
         b.replicas += (self.plan.instances().len() - topology.experts()) as u64;
         b.layers += 1;
         b.exposed_sync_ns += exposed_sync_ns;

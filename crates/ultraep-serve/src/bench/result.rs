@@ -76,6 +76,9 @@ pub struct PolicyResult {
     pub imbalance_worst: f64,
     /// Most tokens (choices) on a rank in one layer.
     pub peak_tokens: u64,
+    /// The same in the same batches with perfect balance. Policies that take longer have other batches, so peaks compare with
+    /// this and not with each other.
+    pub even_peak_tokens: u64,
     /// Replicas in a layer, mean.
     pub replicas_per_layer: f64,
     /// Weight sync that was not hidden, of the time in which batches ran.

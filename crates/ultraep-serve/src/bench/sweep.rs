@@ -158,6 +158,7 @@ fn result(
         imbalance_after: b.weighted_after / tokens,
         imbalance_worst: b.worst_after,
         peak_tokens: b.peak_tokens,
+        even_peak_tokens: b.even_peak_tokens,
         replicas_per_layer: b.replicas as f64 / b.layers.max(1) as f64,
         exposed_sync_share: b.exposed_sync_ns as f64 / at_knee.busy_ns.max(1) as f64,
         points,
