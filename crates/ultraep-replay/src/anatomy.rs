@@ -1,9 +1,9 @@
 //! Everything that a picture of one planned microbatch shows: loads, split, copies, and predicted times.
 
 use ultraep_plan::{
-    Choice, HardwareModel, Plan, Prediction, Problem, ProblemError, Rank, SplitError, SplitWorkspace, Topology,
-    TransferClock, TransferMode, TransferModel, TransferModelError, TransferParams, TransferPlan, TransferPlanner,
-    Transfers, split_all,
+    Choice, HardwareModel, Instance, MAX_TOKENS, Plan, Prediction, Problem, ProblemError, Rank, SplitError,
+    SplitWorkspace, Topology, TransferClock, TransferMode, TransferModel, TransferModelError, TransferParams,
+    TransferPlan, TransferPlanner, Transfers, split_all,
 };
 use ultraep_trace::PlanRecord;
 
@@ -58,6 +58,16 @@ pub enum AnatomyError {
         /// `N` times instances.
         expected: usize,
     },
+    /// Quotas that do not add up to the load: of all experts over the most there can be, or of one other than it has.
+    #[error("{what}: quotas of {got} tokens, {expected} expected")]
+    Quotas {
+        /// Of what.
+        what: &'static str,
+        /// Their sum.
+        got: u64,
+        /// The load, or the most.
+        expected: u64,
+    },
     /// A plan whose instances the group does not have.
     #[error("the plan is for another group: {0}")]
     Group(&'static str),
@@ -74,6 +84,7 @@ impl Anatomy {
     ) -> Result<Self, AnatomyError> {
         check_group(topology, &plan)?;
         let problem = Problem::new(topology, &counts)?;
+        check_quotas(&problem, &plan, split.is_some())?;
         let expected = topology.ranks() * plan.instances().len();
         let split = match split {
             Some(split) if split.len() == expected => split,
@@ -170,6 +181,27 @@ fn check_group(topology: &Topology, plan: &Plan) -> Result<(), AnatomyError> {
     let experts = || (0..plan.experts()).map(ultraep_plan::Expert::new);
     if experts().any(|expert| plan.of(expert).is_empty()) {
         return Err(AnatomyError::Group("an expert without an instance"));
+    }
+    Ok(())
+}
+
+/// A recorded plan may say anything; the model of times and the split rely on quotas.
+fn check_quotas(problem: &Problem<'_>, plan: &Plan, has_split: bool) -> Result<(), AnatomyError> {
+    let sum = |instances: &[Instance]| instances.iter().map(|i| u64::from(i.quota)).sum::<u64>();
+    let (got, expected) = (sum(plan.instances()), u64::from(MAX_TOKENS));
+    if got > expected {
+        return Err(AnatomyError::Quotas { what: "all experts", got, expected });
+    }
+    if has_split {
+        return Ok(());
+    }
+    let mut loads = vec![0; plan.experts()];
+    problem.expert_loads(&mut loads);
+    for (expert, load) in loads.into_iter().enumerate() {
+        let (got, expected) = (sum(plan.of(ultraep_plan::Expert::new(expert))), u64::from(load));
+        if got != expected {
+            return Err(AnatomyError::Quotas { what: "an expert", got, expected });
+        }
     }
     Ok(())
 }

@@ -86,6 +86,15 @@ fn a_recorded_plan_is_the_plan() {
     split_all(&problem, &plan, &mut ultraep_plan::SplitWorkspace::new(&scenario.topology), &mut again).unwrap();
     assert_eq!(of(None).unwrap().split, again);
     assert!(matches!(of(Some(vec![0; 3])), Err(AnatomyError::Shares { got: 3, .. })));
+    // Quotas that a hostile or faulty recording may hold.
+    for (quota, what) in [(u32::MAX, "all experts"), (0, "an expert")] {
+        let mut lying = record.clone();
+        lying.instances[0].quota = quota;
+        lying.instances[1].quota = quota;
+        let plan = plan_of_record(&lying, &scenario.topology);
+        let error = Anatomy::of(&scenario.topology, &hardware, made.counts.clone(), plan, None).unwrap_err();
+        assert!(matches!(error, AnatomyError::Quotas { what: got, .. } if got == what), "{error}");
+    }
     let other = Topology::new(TopologySpec { ranks: 2, experts: 4, domain_ranks: 2, slots_per_rank: 1 }).unwrap();
     assert!(matches!(Anatomy::of(&other, &hardware, vec![0; 8], plan, None), Err(AnatomyError::Group(_))));
 }
