@@ -23,8 +23,8 @@ pub struct EngineSpec {
 }
 
 impl EngineSpec {
-    /// 512 MiB. On the machine that this was measured on (2 cores of an AMD EPYC, Zen 5) cached stores win by up to a third below
-    /// 256 MiB, neither wins at 400 MB, and streaming stores win by a third at 800 MB.
+    /// 512 MiB. Where this was measured (2 shared cores of an AMD EPYC, Zen 5, under load) neither way was clearly faster up to
+    /// 400 MB; at 800 MB streaming stores were, by a third in the fastest runs.
     pub const STREAMING_FROM_BYTES: u64 = 512 << 20;
 }
 

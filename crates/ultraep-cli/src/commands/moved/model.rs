@@ -47,6 +47,7 @@ struct Line {
     bound_ns: u64,
     bound_receiver_ns: u64,
     bound_links_ns: u64,
+    bound_sharing_ns: u64,
     bound_chain_ns: u64,
     modes: Vec<OfMode>,
 }
@@ -126,6 +127,7 @@ fn line(
         bound_ns,
         bound_receiver_ns: bound.receiver_ns,
         bound_links_ns: bound.links_ns,
+        bound_sharing_ns: bound.sharing_ns,
         bound_chain_ns: bound.chain_ns,
         modes: args.mode.iter().map(|&mode| subject.of_mode(mode)).collect::<Result<_, _>>()?,
     })
@@ -209,7 +211,7 @@ fn print(record: &Record, out: &mut dyn Write) -> Result<(), CliError> {
                 pretty(of_mode.predicted_ns),
                 format!("{:.2}", of_mode.ratio_to_bound),
                 of_mode.relayed_experts.to_string(),
-                of_mode.fanout_copies.to_string(),
+                format!("{:.2}", of_mode.fanout_copies),
                 of_mode.stripes.to_string(),
                 of_mode.hops.to_string(),
                 pretty(of_mode.plan_p50_ns),
