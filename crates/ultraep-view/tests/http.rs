@@ -246,32 +246,29 @@ fn a_run_that_is_taken_up_again_is_read_anew() {
     let mut run = Run::begin(&path);
     (0..4).for_each(|step| run.step(step));
     let served = Served::start(std::slice::from_ref(&path));
-    let wait_for = |microbatches: u64| {
+    // The loads and the metrics are followed on their own.
+    let wait_until = |what: &str, holds: &dyn Fn(&Value) -> bool| {
         for _ in 0..1000 {
             let overview = json(&served, "/api/recordings/0/overview");
             assert!(overview["about"]["error"].is_null(), "{overview}");
-            if overview["microbatches"] == microbatches {
+            if holds(&overview) {
                 return overview;
             }
             std::thread::sleep(std::time::Duration::from_millis(10));
         }
-        panic!("never {microbatches} microbatches");
+        panic!("never {what}");
     };
-    let live = wait_for(16);
-    assert_eq!((&live["about"]["is_live"], &live["run"]["steps_done"]), (&Value::Bool(true), &serde_json::json!(4)));
+    let live = wait_until("4 steps", &|o| o["microbatches"] == 16 && o["run"]["steps_done"] == 4);
+    assert_eq!(live["about"]["is_live"], true);
     let Run { writer, trace, .. } = run;
     drop((writer, trace));
     // A crash, and a resumption from an earlier step that comes to its end.
     let writer = ultraep_run::RunWriter::resume(&path, 2).unwrap();
     let (trace, _) = writer.resume_trace(2).unwrap();
-    wait_for(8);
+    wait_until("the steps before the second", &|o| o["microbatches"] == 8);
     trace.finish().unwrap();
     writer.end(ultraep_run::RunStatus::Finished, ultraep_run::UtcTime::from_unix_s(1_795_000_200)).unwrap();
-    let ended = overview(&served);
-    assert_eq!(
-        (&ended["run"]["state"], &ended["run"]["steps_done"]),
-        (&serde_json::json!("finished"), &serde_json::json!(2))
-    );
+    wait_until("the end", &|o| o["run"]["state"] == "finished" && o["run"]["steps_done"] == 2);
 }
 
 /// Real recordings of released models.
