@@ -1,5 +1,5 @@
 // Experts on ranks as stacked bars, and where the time of a layer goes.
-import { colour, count, html, percent, picture, short, svg, table, ticks, time } from "./dom.js";
+import { colour, count, html, penOn, percent, picture, short, svg, table, ticks, time } from "./dom.js";
 
 const LEFT = 46;
 const TOP = 10;
@@ -38,15 +38,9 @@ export function rankBars(bars, shared) {
     const tall = (tokens) => (inner.h * tokens) / Math.max(bars.most, 1);
     const base = TOP + inner.h;
     const canvas = html("canvas", { tabindex: 0, role: "img", "aria-label": summary(bars) });
-    const dpr = window.devicePixelRatio || 1;
-    canvas.width = Math.round(width * dpr);
-    canvas.height = Math.round(height * dpr);
-    canvas.style.width = width + "px";
-    canvas.style.height = height + "px";
-    const pen = canvas.getContext("2d");
+    const { pen, clear } = penOn(canvas, width, height);
     const paint = () => {
-      pen.setTransform(dpr, 0, 0, dpr, 0, 0);
-      pen.clearRect(0, 0, width, height);
+      clear();
       axes(pen, bars, { width, tall, base, step, height });
       bars.ranks.forEach((segments, rank) => {
         const x = LEFT + rank * step + gap / 2;

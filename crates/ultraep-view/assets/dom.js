@@ -84,6 +84,21 @@ export function picture(draw) {
   return box;
 }
 
+// Sizes a canvas in CSS pixels, sharp on any screen; gives a pen that draws in them, and how to wipe it clean.
+export function penOn(canvas, width, height) {
+  const dpr = window.devicePixelRatio || 1;
+  canvas.width = Math.round(width * dpr);
+  canvas.height = Math.round(height * dpr);
+  canvas.style.width = width + "px";
+  canvas.style.height = height + "px";
+  const pen = canvas.getContext("2d");
+  const clear = () => {
+    pen.setTransform(dpr, 0, 0, dpr, 0, 0);
+    pen.clearRect(0, 0, width, height);
+  };
+  return { pen, clear };
+}
+
 // An id for the picture of this title: by it the focus finds a picture that was drawn anew.
 export function pictureId(title) {
   return "picture-" + title.toLowerCase().replace(/[^a-z0-9]+/g, "-");

@@ -1,5 +1,5 @@
 // A heat map on a canvas, with a cursor for mouse and keys, and its value in words below.
-import { colour, html, picture, pictureId } from "./dom.js";
+import { colour, html, penOn, picture, pictureId } from "./dom.js";
 import { scaleLegend, viridis } from "./scale.js";
 
 // Where the cursor of a picture was, by its title: a live view that is drawn anew keeps it.
@@ -26,15 +26,9 @@ export function heatmap(map) {
     const canvas = html("canvas", {
       id: pictureId(map.title), tabindex: 0, role: map.open ? "button" : "img", "aria-label": `${map.title}. ${map.summary}`,
     });
-    const dpr = window.devicePixelRatio || 1;
-    canvas.width = Math.round(width * dpr);
-    canvas.height = Math.round(height * dpr);
-    canvas.style.width = width + "px";
-    canvas.style.height = height + "px";
-    const pen = canvas.getContext("2d");
+    const { pen, clear } = penOn(canvas, width, height);
     const paint = () => {
-      pen.setTransform(dpr, 0, 0, dpr, 0, 0);
-      pen.clearRect(0, 0, width, height);
+      clear();
       for (let row = 0; row < map.rows; row++) {
         for (let column = 0; column < map.columns; column++) {
           const value = map.values[row * map.columns + column];
