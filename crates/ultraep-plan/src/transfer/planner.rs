@@ -118,8 +118,7 @@ impl TransferPlanner {
                     break;
                 }
                 self.builder.deep(all, &mut self.trial, stripes, budget);
-                self.builder.even_out(all, &mut self.trial, budget);
-                let keeps = self.builder.fanout() <= budget;
+                let keeps = self.builder.even_out(all, &mut self.trial, budget);
                 if keeps {
                     kept = kept.min(budget.div_ceil(stripes));
                 }

@@ -205,14 +205,16 @@ impl Trees<'_> {
 }
 
 impl Builder {
-    /// Hangs units elsewhere until no rank sends more than `budget`, as far as that goes, and puts the forest in order again.
-    pub(super) fn even_out(&mut self, all: &[Transfer], forest: &mut Forest, budget: u32) {
+    /// Hangs units elsewhere until no rank sends more than `budget`, as far as that goes, and puts the forest in order again;
+    /// whether no rank sends more now.
+    pub(super) fn even_out(&mut self, all: &[Transfer], forest: &mut Forest, budget: u32) -> bool {
         if self.fanout() <= budget {
-            return;
+            return true;
         }
         let mut trees = Trees { all, params: self.params, forest, account: &mut self.account };
-        self.relief.run(&mut trees, budget);
+        let keeps = self.relief.run(&mut trees, budget);
         self.put_in_order(forest);
+        keeps
     }
 
     /// Depths and order of a forest whose parents have changed.

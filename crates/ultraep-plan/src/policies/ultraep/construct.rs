@@ -222,8 +222,9 @@ impl Builder {
     /// (ties: lower rank). `false` when there is none, or no expert for it.
     fn merge(&mut self, field: &Field, donor: usize, need: u32, order: Order) -> bool {
         if self.peaks.is_empty() {
-            let most = |r| self.left[field.experts_of(r)].iter().max().copied().unwrap_or(0);
-            self.peaks.extend((0..field.ranks()).map(most));
+            for r in 0..field.ranks() {
+                self.peaks.push(self.most_left(field, r));
+            }
         }
         let expert = self.largest_of(field, donor);
         let returns = order == Order::Chain && need < field.min_quota;
@@ -465,7 +466,7 @@ impl Builder {
         self.placed[to * self.stride + usize::from(field.slots[to] - self.free[to]) - 1] = expert as u16;
         if !self.peaks.is_empty() {
             let home = usize::from(field.homes[expert]);
-            self.peaks[home] = self.left[field.experts_of(home)].iter().max().copied().unwrap_or(0);
+            self.peaks[home] = self.most_left(field, home);
         }
         let (expert, rank) = (field.first_expert + expert, field.first_rank + to);
         self.moves.push(Move { expert: expert as u16, rank: rank as u16, quota });
@@ -477,6 +478,11 @@ impl Builder {
         self.open += usize::from(self.free[rank]);
         let at = self.receivers.partition_point(|&k| k < receiver);
         self.receivers.insert(at, receiver);
+    }
+
+    /// Most that `rank` has left of one expert.
+    fn most_left(&self, field: &Field, rank: usize) -> u32 {
+        self.left[field.experts_of(rank)].iter().max().copied().unwrap_or(0)
     }
 
     /// The expert of `donor` with most left on its master (ties: lower expert).
