@@ -10,7 +10,7 @@ use ultraep_fabric::stream::{EngineSpec, ExpertLayout, Shard, Slots, TileSizes, 
 use ultraep_plan::{MAX_STRIPES, Ratio, Topology, TransferClock, TransferPlan, TransferPlanner, Transfers};
 
 use super::group::{Case, Outcome, Work};
-use super::{Args, LoadArgs, MeasureArgs, Planned, ReduceArgs};
+use super::{Args, LoadArgs, LoadRecord, MeasureArgs, Planned, ReduceArgs};
 use crate::commands::write_json;
 use crate::error::CliError;
 use crate::timing::pretty;
@@ -29,16 +29,9 @@ struct Record {
     schema: &'static str,
     bench: &'static str,
     source: &'static str,
-    policy: &'static str,
-    workload: &'static str,
+    #[serde(flatten)]
+    load: LoadRecord,
     format: &'static str,
-    ranks: usize,
-    experts: usize,
-    slots_per_rank: usize,
-    domain: usize,
-    tokens_per_rank: u32,
-    top_k: u32,
-    seed: u64,
     workers: u64,
     /// Threads of the group and of the limit.
     threads: usize,
@@ -249,16 +242,8 @@ impl<'a> Subject<'a> {
             schema: "ultraep.moved/1",
             bench: self.bench,
             source: "measured",
-            policy: load.policy.name(),
-            workload: load.workload.name(),
+            load: load.record(&self.topology, self.top_k()),
             format: self.format.name(),
-            ranks,
-            experts: self.topology.experts(),
-            slots_per_rank: load.slots,
-            domain: self.topology.domain_ranks(),
-            tokens_per_rank: load.tokens,
-            top_k: self.top_k(),
-            seed: load.seed,
             workers: self.measure.workers,
             threads: ranks * (1 + self.engine.background),
             tile_bytes: self.tiles.tile_bytes,
@@ -282,13 +267,13 @@ fn print(record: &Record, out: &mut dyn Write) -> Result<(), CliError> {
         out,
         "{} of {}, measured in this machine's memory: {} experts of {} on {} ranks (threads) with {} workers each, {} slots, {}",
         record.bench,
-        record.policy,
-        record.experts,
+        record.load.policy,
+        record.load.experts,
         record.format,
-        record.ranks,
+        record.load.ranks,
         record.workers,
-        record.slots_per_rank,
-        record.workload
+        record.load.slots_per_rank,
+        record.load.workload
     )?;
     writeln!(
         out,

@@ -8,6 +8,7 @@ mod model;
 
 use std::io::Write;
 
+use serde::Serialize;
 use ultraep_baselines::{HistoryParams, PolicyKind, build, plan_for};
 use ultraep_fabric::stream::{EngineSpec, TileSizes, WeightFormat};
 use ultraep_load::{LoadParams, Workload, generate};
@@ -114,6 +115,20 @@ pub(crate) struct LoadArgs {
     params: PolicyArgs,
 }
 
+/// The group and its loads, as both records give them.
+#[derive(Debug, Serialize)]
+struct LoadRecord {
+    policy: &'static str,
+    workload: &'static str,
+    ranks: usize,
+    experts: usize,
+    slots_per_rank: usize,
+    domain: usize,
+    tokens_per_rank: u32,
+    top_k: u32,
+    seed: u64,
+}
+
 /// What is to be moved at one initial imbalance.
 struct Planned {
     imbalance_before: f64,
@@ -126,6 +141,20 @@ impl LoadArgs {
         let ranks = self.ranks.unwrap_or(ranks);
         let experts = self.experts.unwrap_or(ranks.saturating_mul(2));
         GroupArgs::uniform(self.slots, self.domain).topology(ranks, experts)
+    }
+
+    fn record(&self, topology: &Topology, top_k: u32) -> LoadRecord {
+        LoadRecord {
+            policy: self.policy.name(),
+            workload: self.workload.name(),
+            ranks: topology.ranks(),
+            experts: topology.experts(),
+            slots_per_rank: self.slots,
+            domain: topology.domain_ranks(),
+            tokens_per_rank: self.tokens,
+            top_k,
+            seed: self.seed,
+        }
     }
 
     /// The imbalances asked for, or these.

@@ -9,7 +9,7 @@ use ultraep_plan::{
     BoundTables, Ratio, Topology, TransferClock, TransferModel, TransferPlan, TransferPlanner, Transfers,
 };
 
-use super::{Args, Mode, Planned};
+use super::{Args, LoadRecord, Mode, Planned};
 use crate::commands::write_json;
 use crate::error::CliError;
 use crate::timing::{measure, pretty};
@@ -21,15 +21,8 @@ struct Record {
     bench: &'static str,
     /// Where the times come from.
     source: &'static str,
-    policy: &'static str,
-    workload: &'static str,
-    ranks: usize,
-    experts: usize,
-    slots_per_rank: usize,
-    domain: usize,
-    tokens_per_rank: u32,
-    top_k: u32,
-    seed: u64,
+    #[serde(flatten)]
+    load: LoadRecord,
     expert_bytes: u64,
     chunk_bytes: u64,
     send_ns: u64,
@@ -91,15 +84,7 @@ pub(super) fn run(args: &Args, out: &mut dyn Write) -> Result<(), CliError> {
         schema: "ultraep.weight-sync/1",
         bench: "weight-sync",
         source: "model",
-        policy: load.policy.name(),
-        workload: load.workload.name(),
-        ranks: topology.ranks(),
-        experts: topology.experts(),
-        slots_per_rank: load.slots,
-        domain: topology.domain_ranks(),
-        tokens_per_rank: load.tokens,
-        top_k,
-        seed: load.seed,
+        load: load.record(&topology, top_k),
         expert_bytes: model.expert_bytes,
         chunk_bytes: model.chunk_bytes,
         send_ns: model.send_ns,
@@ -168,13 +153,13 @@ fn print(record: &Record, out: &mut dyn Write) -> Result<(), CliError> {
     writeln!(
         out,
         "weight-sync of {}, predicted by a model: {} experts on {} ranks, {} slots, {}, {} tokens a rank, top-{}",
-        record.policy,
-        record.experts,
-        record.ranks,
-        record.slots_per_rank,
-        record.workload,
-        record.tokens_per_rank,
-        record.top_k
+        record.load.policy,
+        record.load.experts,
+        record.load.ranks,
+        record.load.slots_per_rank,
+        record.load.workload,
+        record.load.tokens_per_rank,
+        record.load.top_k
     )?;
     writeln!(
         out,
