@@ -1,21 +1,15 @@
 //! Archives and folders of other systems, written here as those systems write them, and the round trip ours -> v1 -> ours.
 
+mod common;
+
 use std::path::{Path, PathBuf};
 
+use common::pieces;
 use serde_json::json;
 use tempfile::TempDir;
-use ultraep_import::{Format, Load, Piece, Recording, Sources, V1Options, open, v1_manifest_path, write_ultra_ep_v1};
+use ultraep_import::{Format, Load, Piece, Sources, V1Options, open, v1_manifest_path, write_ultra_ep_v1};
 use ultraep_plan::{Instance, PhysicalIndex, Rank, Topology, TopologySpec};
 use ultraep_trace::{PlanRecord, Record, TraceMeta, TraceWriter};
-
-fn pieces(recording: &mut dyn Recording) -> Vec<Piece> {
-    let mut pieces = Vec::new();
-    let mut piece = Piece::default();
-    while recording.next(&mut piece).expect("a piece") {
-        pieces.push(piece.clone());
-    }
-    pieces
-}
 
 fn counts(step: u64, microbatch: u32, layer: u32, sources: usize, counts: &[u32]) -> Piece {
     Piece { step, microbatch, layer, load: Load::Counts { sources, counts: counts.to_vec() } }

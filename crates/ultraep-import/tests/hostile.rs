@@ -1,26 +1,14 @@
 //! Files that lie, explode, call or escape are refused with words that name the place, in bounded memory.
 
+mod common;
+
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use tempfile::TempDir;
+use common::Folder;
 use ultraep_import::{Grouping, Load, Microbatch, Microbatches, Piece, SourceRule, Sources, open, survey};
 use zip::ZipWriter;
 use zip::write::SimpleFileOptions;
-
-struct Folder(TempDir);
-
-impl Folder {
-    fn new() -> Self {
-        Self(TempDir::new().expect("a folder"))
-    }
-
-    fn with(&self, name: &str, contents: impl AsRef<[u8]>) -> PathBuf {
-        let path = self.0.path().join(name);
-        std::fs::write(&path, contents).expect("written");
-        path
-    }
-}
 
 /// Opens and reads to the end; the error's words, or `None`.
 fn refusal(path: &Path) -> Option<String> {

@@ -1,37 +1,15 @@
 //! Every reader on a small recording written here, and the rules by which sources are made.
 
+mod common;
+
 use std::io::Write;
 use std::path::PathBuf;
 
-use tempfile::TempDir;
+use common::{Folder, pieces};
 use ultraep_import::{
     Format, Grouping, Load, Microbatch, Microbatches, OpenOptions, Piece, Recording, SourceRule, Sources, open,
     open_with, spread, survey,
 };
-
-struct Folder(TempDir);
-
-impl Folder {
-    fn new() -> Self {
-        Self(TempDir::new().expect("a folder"))
-    }
-
-    fn with(&self, name: &str, contents: impl AsRef<[u8]>) -> PathBuf {
-        let path = self.0.path().join(name);
-        std::fs::create_dir_all(path.parent().expect("a parent")).expect("folders");
-        std::fs::write(&path, contents).expect("written");
-        path
-    }
-}
-
-fn pieces(recording: &mut dyn Recording) -> Vec<Piece> {
-    let mut pieces = Vec::new();
-    let mut piece = Piece::default();
-    while recording.next(&mut piece).expect("a piece") {
-        pieces.push(piece.clone());
-    }
-    pieces
-}
 
 fn choices(pieces: &[Piece]) -> Vec<(u32, Vec<u16>)> {
     let ids = |piece: &Piece| match &piece.load {

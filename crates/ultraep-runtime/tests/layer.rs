@@ -1,7 +1,10 @@
 //! One MoE layer over a group of ranks, against a sequential oracle and against itself under other policies.
 
+mod noise;
+
 use std::time::Duration;
 
+use noise::noise;
 use ultraep_baselines::{PolicyKind, PolicyParams};
 use ultraep_device::{ExpertShape, ExpertWorkspace, expert::Backward};
 use ultraep_fabric::{
@@ -42,17 +45,6 @@ fn case(ranks: usize, experts: usize, slots: usize, kinds: &[PolicyKind]) -> Cas
 
 fn small_quota() -> PolicyParams {
     PolicyParams::default()
-}
-
-fn noise(len: usize, seed: u64) -> Vec<f32> {
-    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state >> 40) as f32 / (1u64 << 24) as f32 - 0.5
-    };
-    (0..len).map(|_| next()).collect()
 }
 
 fn weights(layer: usize, expert: usize) -> Vec<f32> {

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use crate::noise::noise;
 use ultraep_baselines::{PolicyKind, PolicyParams};
 use ultraep_device::ExpertShape;
 use ultraep_fabric::{Fabric, GroupSpec, Region};
@@ -73,15 +74,4 @@ pub(crate) fn batch(rank: usize, experts: usize, at: VirtualLayer) -> Batch {
         dy: noise(TOKENS * SHAPE.hidden, seed + 2),
         chosen: (0..TOKENS).flat_map(pick).collect(),
     }
-}
-
-fn noise(len: usize, seed: u64) -> Vec<f32> {
-    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state >> 40) as f32 / (1u64 << 24) as f32 - 0.5
-    };
-    (0..len).map(|_| next()).collect()
 }

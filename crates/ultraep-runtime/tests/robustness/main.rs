@@ -2,4 +2,6 @@
 
 mod common;
 mod disagreement;
+#[path = "../noise/mod.rs"]
+mod noise;
 mod pipeline;
