@@ -59,6 +59,7 @@ mod copy;
 mod error;
 mod fabric;
 mod operation;
+mod pages;
 pub mod processes;
 mod region;
 mod shared;

@@ -1,7 +1,7 @@
 //! Memory that the fabric knows, and the guards through which safe code reads and writes it.
 
-use crate::AccessError;
 use crate::borrow::{Borrow, OPEN, RECEIVING, WRITER};
+use crate::{AccessError, pages};
 use bytemuck::Pod;
 use core::any::Any;
 use core::fmt;
@@ -83,6 +83,7 @@ impl Region {
         let layout = heap_layout(bytes);
         // SAFETY: the layout has a non-zero size.
         let Some(start) = NonNull::new(unsafe { alloc_zeroed(layout) }) else { handle_alloc_error(layout) };
+        pages::advise_huge(start, bytes);
         Self::new(Memory::Heap(start), bytes)
     }
 

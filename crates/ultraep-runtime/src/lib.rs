@@ -18,6 +18,8 @@ mod error;
 mod exchange;
 mod expert_parallel;
 mod manager;
+#[cfg(test)]
+mod no_allocation;
 mod observed;
 mod record;
 mod reduce;

@@ -7,7 +7,7 @@ use super::permits::Permits;
 use super::status::Status;
 use super::turnstile::Turnstile;
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
-use crate::{FabricError, GroupSpec, PROTOCOL_VERSION, SIGNALS, WindowId};
+use crate::{FabricError, GroupSpec, PROTOCOL_VERSION, SIGNALS, WindowId, pages};
 use core::mem::size_of;
 use core::ptr::NonNull;
 use rustix::fd::BorrowedFd;
@@ -102,9 +102,10 @@ impl Segment {
     pub(crate) fn anonymous(spec: &GroupSpec) -> Result<Self, FabricError> {
         let layout = Layout::new(spec)?;
         let access = ProtFlags::READ | ProtFlags::WRITE;
+        // Private to this process, as its threads are: unlike shared memory it may lie on huge pages everywhere.
         // SAFETY: a new mapping at an address of the kernel's choice touches no existing memory.
         let start = unsafe {
-            mmap_anonymous(core::ptr::null_mut(), layout.total_bytes, access, MapFlags::SHARED | MapFlags::NORESERVE)
+            mmap_anonymous(core::ptr::null_mut(), layout.total_bytes, access, MapFlags::PRIVATE | MapFlags::NORESERVE)
         };
         let segment = Self::mapped(start, layout)?;
         segment.initialise(spec);
@@ -123,7 +124,14 @@ impl Segment {
     fn mapped(start: rustix::io::Result<*mut core::ffi::c_void>, layout: Layout) -> Result<Self, FabricError> {
         let start = start.map_err(|error| FabricError::os("mmap", error))?;
         let start = NonNull::new(start.cast::<u8>()).ok_or_else(|| FabricError::os("mmap", "mapped at address 0"))?;
-        Ok(Self { start, bytes: layout.total_bytes, layout })
+        let segment = Self { start, bytes: layout.total_bytes, layout };
+        for window in &segment.layout.windows {
+            // Parts of one window lie together, so that huge pages cost at most one more a rank than it touches.
+            if window.bytes >= pages::HUGE_BYTES {
+                pages::advise_huge(segment.at(window, Rank::new(0)), window.stride * segment.layout.ranks);
+            }
+        }
+        Ok(segment)
     }
 
     /// Reads the identity of the group whose segment is behind `fd`: `None` when that cannot be one.

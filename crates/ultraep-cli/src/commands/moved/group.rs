@@ -1,14 +1,13 @@
 //! Ranks as threads that move the same experts again and again, beside the machine's own limit.
 
-use std::sync::Mutex;
 use std::time::Duration;
 
 use indicatif::ProgressBar;
 use ultraep_fabric::stream::{EngineSpec, GradReduce, Masters, Moved, Slots, TileEngine, WeightSync};
 use ultraep_fabric::{AccessError, Fabric, FabricError, GroupSpec, Operation, Region, run_threads};
-use ultraep_plan::{Topology, Transfer, TransferPlan, Transfers};
+use ultraep_plan::{Rank, Topology, Transfer, TransferPlan, Transfers};
 
-use super::limit::{Gate, Loop, Share, families, shares, timed};
+use super::limit::{Gate, Loop, Share, Stream, timed};
 use crate::error::CliError;
 
 /// Runs that do not count.
@@ -33,16 +32,20 @@ pub(super) struct Case<'a> {
     pub(super) progress: &'a ProgressBar,
 }
 
-/// Medians.
-#[derive(Default)]
+/// What one plan took.
+#[derive(Clone, Debug)]
 pub(super) struct Outcome {
-    /// Of each plan, in nanoseconds.
-    pub(super) p50_ns: Vec<u64>,
-    pub(super) fastest_ns: Vec<u64>,
-    /// All ranks' bytes, by plan.
-    pub(super) moved: Vec<Moved>,
+    /// Median and least, in nanoseconds.
+    pub(super) p50_ns: u64,
+    pub(super) fastest_ns: u64,
+    /// All ranks' bytes.
+    pub(super) moved: Moved,
+    /// Bytes that the busiest rank's threads read and write, over the mean of the ranks.
+    pub(super) busiest: f64,
     /// The loop with the best median, and that.
     pub(super) limit: (String, u64),
+    /// That loop's time over the plan's, run by run: lower quartile, median, upper quartile.
+    pub(super) of_limit: [f64; 3],
 }
 
 /// What can go wrong on a rank.
@@ -81,11 +84,17 @@ impl Drop for Opener<'_> {
     }
 }
 
-/// Times of one rank, by plan and by loop, and what it moved.
+/// Of one plan on one rank.
+#[derive(Clone, Default)]
 struct Times {
-    plans: Vec<Vec<Duration>>,
-    loops: Vec<Vec<Duration>>,
-    moved: Vec<Moved>,
+    /// By loop, run by run: what the loop took, and the plan just before it.
+    loops: Vec<Vec<(Duration, Duration)>>,
+    moved: Moved,
+}
+
+/// The middle, or another part of the way, of sorted values.
+fn quantile<T: Copy + Default>(sorted: &[T], parts: usize, of: usize) -> T {
+    sorted.get(sorted.len() * parts / of).copied().unwrap_or_default()
 }
 
 impl Case<'_> {
@@ -103,13 +112,31 @@ impl Case<'_> {
         }
     }
 
-    /// Turns of an iteration: in each a plan, then a loop, so that both find the caches full of the other's memory.
-    fn turns(&self) -> usize {
-        self.plans().max(self.loops().len())
+    /// What a rank's own thread, or one of its workers, reads and writes: by plan. All of them move equal parts of a rank's
+    /// streams.
+    fn streams(&self, rank: Rank) -> Vec<Vec<Stream>> {
+        let words = self.slots.layout().bytes().div_ceil(size_of::<f32>());
+        let parts = 1 + self.engine.background;
+        let of_rank = |transfer: &Transfer| transfer.from == rank;
+        match self.work {
+            Work::Sync(plans) => plans
+                .iter()
+                .map(|plan| {
+                    let words = words.div_ceil(parts * plan.stripes().max(1) as usize);
+                    plan.streams(rank).map(|stream| Stream { words, targets: stream.len() }).collect()
+                })
+                .collect(),
+            Work::Reduce => {
+                let words = words.div_ceil(parts);
+                let experts = self.transfers.all().chunk_by(|a, b| a.expert == b.expert);
+                let of_rank = experts.filter(|of_expert| of_rank(&of_expert[0]));
+                vec![of_rank.map(|of_expert| Stream { words, targets: of_expert.len() }).collect()]
+            }
+        }
     }
 
-    /// Measures.
-    pub(super) fn run(&self) -> Result<Outcome, CliError> {
+    /// Measures: for each plan what it took.
+    pub(super) fn run(&self) -> Result<Vec<Outcome>, CliError> {
         let ranks = self.topology.ranks();
         let mut spec = GroupSpec::new(ranks);
         let bytes = self
@@ -117,58 +144,63 @@ impl Case<'_> {
             .window_bytes()
             .ok_or_else(|| CliError::input("--expert-bytes: more than there are addresses"))?;
         spec.add_window("slots", bytes);
-        let threads = ranks * (1 + self.engine.background);
-        let mut families = families(self.transfers, self.slots.layout().bytes().div_ceil(size_of::<f32>()));
-        let shares = shares(&mut families, threads);
-        let (gate, ranks_gate) = (Gate::new(threads), Gate::new(ranks));
+        let (gate, ranks_gate) = (Gate::new(ranks * (1 + self.engine.background)), Gate::new(ranks));
         let gates = Gates { all: &gate, ranks: &ranks_gate };
-        let results = run_threads(&spec, |fabric| self.rank(fabric, &shares, gates)).map_err(CliError::failure)?;
-        let median = |times: &[Duration]| {
-            let mut sorted = times.to_vec();
-            sorted.sort_unstable();
-            sorted.get(sorted.len() / 2).map_or(0, |time| time.as_nanos() as u64)
-        };
-        let Some(first) = results.first() else { return Ok(Outcome::default()) };
-        let loops = self.loops().iter().zip(&first.loops).map(|(how, times)| (how.name(), median(times)));
-        let of_plan = |plan: usize| {
-            results.iter().fold(Moved::default(), |sum, of_rank| Moved {
-                read_bytes: sum.read_bytes + of_rank.moved[plan].read_bytes,
-                written_bytes: sum.written_bytes + of_rank.moved[plan].written_bytes,
-            })
-        };
-        Ok(Outcome {
-            p50_ns: first.plans.iter().map(|times| median(times)).collect(),
-            fastest_ns: first
-                .plans
-                .iter()
-                .map(|times| times.iter().min().map_or(0, |time| time.as_nanos() as u64))
-                .collect(),
-            moved: (0..self.plans()).map(of_plan).collect(),
-            limit: loops.min_by_key(|(_, ns)| *ns).unwrap_or_default(),
-        })
+        let results = run_threads(&spec, |fabric| self.rank(fabric, gates)).map_err(CliError::failure)?;
+        Ok((0..self.plans()).map(|plan| self.outcome(plan, &results)).collect())
     }
 
-    fn rank(
-        &self,
-        mut fabric: Box<dyn Fabric>,
-        all: &[Mutex<Share<'_>>],
-        gates: Gates<'_>,
-    ) -> Result<Times, RankError> {
-        let (rank, workers) = (fabric.rank().index(), self.engine.background);
-        let own = &all[rank * (1 + workers)..][..1 + workers];
-        let rounds = (WARM_UP + self.iterations) * self.turns();
+    /// Times are from the last to come to the last to go, so every rank has the same.
+    fn outcome(&self, plan: usize, ranks: &[Vec<Times>]) -> Outcome {
+        let sorted = |times: &mut dyn Iterator<Item = Duration>| {
+            let mut sorted: Vec<u64> = times.map(|time| time.as_nanos() as u64).collect();
+            sorted.sort_unstable();
+            sorted
+        };
+        let loops = &ranks[0][plan].loops;
+        let medians = loops.iter().map(|pairs| quantile(&sorted(&mut pairs.iter().map(|&(limit, _)| limit)), 1, 2));
+        let (best, limit_ns) = medians.enumerate().min_by_key(|&(_, ns)| ns).unwrap_or_default();
+        let times = sorted(&mut loops.iter().flatten().map(|&(_, time)| time));
+        let of_limit = loops[best].iter().map(|(limit, time)| limit.as_secs_f64() / time.as_secs_f64());
+        let mut of_limit: Vec<f64> = of_limit.collect();
+        of_limit.sort_unstable_by(f64::total_cmp);
+        let sum = |moved: Moved| moved.read_bytes + moved.written_bytes;
+        let of_rank = || ranks.iter().map(|times| sum(times[plan].moved));
+        let moved = ranks.iter().fold(Moved::default(), |all, times| Moved {
+            read_bytes: all.read_bytes + times[plan].moved.read_bytes,
+            written_bytes: all.written_bytes + times[plan].moved.written_bytes,
+        });
+        let mean = sum(moved) as f64 / ranks.len() as f64;
+        Outcome {
+            p50_ns: quantile(&times, 1, 2),
+            fastest_ns: quantile(&times, 0, 1),
+            moved,
+            busiest: if mean > 0.0 { of_rank().max().unwrap_or(0) as f64 / mean } else { 1.0 },
+            limit: (self.loops()[best].name(), limit_ns),
+            of_limit: [1, 2, 3].map(|quarter| quantile(&of_limit, quarter, 4)),
+        }
+    }
+
+    fn rank(&self, mut fabric: Box<dyn Fabric>, gates: Gates<'_>) -> Result<Vec<Times>, RankError> {
+        let rank = fabric.rank();
         let times = std::thread::scope(|scope| {
             let mut opener = Opener(gates, false);
-            for share in &own[1..] {
+            for _ in 0..self.engine.background {
                 scope.spawn(move || {
-                    for round in 0..rounds {
-                        if timed(gates.all, share, self.loops()[round % self.turns() % self.loops().len()]).is_none() {
-                            return;
+                    let Ok(share) = Share::new(self.streams(rank)) else {
+                        gates.all.break_open();
+                        return;
+                    };
+                    for _ in 0..WARM_UP + self.iterations {
+                        for plan in 0..self.plans() {
+                            if self.loops().iter().any(|&how| timed(gates.all, &share, plan, how).is_none()) {
+                                return;
+                            }
                         }
                     }
                 });
             }
-            let times = self.measure(&mut *fabric, gates, &own[0])?;
+            let times = self.measure(&mut *fabric, gates)?;
             opener.1 = true;
             Ok::<_, RankError>(times)
         })?;
@@ -176,7 +208,7 @@ impl Case<'_> {
         Ok(times)
     }
 
-    fn measure(&self, fabric: &mut dyn Fabric, gates: Gates<'_>, share: &Mutex<Share<'_>>) -> Result<Times, RankError> {
+    fn measure(&self, fabric: &mut dyn Fabric, gates: Gates<'_>) -> Result<Vec<Times>, RankError> {
         let (rank, layout) = (fabric.rank(), self.slots.layout());
         let own = self.topology.masters(rank);
         // All pages are touched before anything is measured.
@@ -185,20 +217,20 @@ impl Case<'_> {
         let masters = Masters::packed(layout, own.len(), &region, layout.slot_bytes())?;
         let part = fabric.window(self.slots.window()).ok_or(RankError::NotHostMemory)?;
         part.write::<u8>()?.fill(0);
+        let share = Share::new(self.streams(rank))?;
         let mut engine = TileEngine::new(self.engine)?;
-        let (plans, loops) = (vec![Vec::new(); self.plans()], vec![Vec::new(); self.loops().len()]);
-        let mut times = Times { plans, loops, moved: vec![Moved::default(); self.plans()] };
+        let loops = vec![Vec::with_capacity(self.iterations); self.loops().len()];
+        let mut times = vec![Times { loops, moved: Moved::default() }; self.plans()];
         for iteration in 0..WARM_UP + self.iterations {
-            for turn in 0..self.turns() {
-                let (plan, of_loop) = (turn % self.plans(), turn % self.loops().len());
-                let (time, moved) = self.once(fabric, gates.ranks, &mut engine, plan, &masters, &part)?;
-                times.plans[plan].push(time);
-                times.moved[plan] = moved;
-                let time = timed(gates.all, share, self.loops()[of_loop]).ok_or(RankError::GivenUp)?;
-                times.loops[of_loop].push(time);
-            }
-            if iteration < WARM_UP {
-                times.plans.iter_mut().chain(&mut times.loops).for_each(Vec::clear);
+            let counts = iteration >= WARM_UP;
+            for (plan, times) in times.iter_mut().enumerate() {
+                // One of the other, so that both find the caches full of the other's memory.
+                for (&how, of_loop) in self.loops().iter().zip(&mut times.loops) {
+                    let (time, moved) = self.once(fabric, gates.ranks, &mut engine, plan, &masters, &part)?;
+                    let limit = timed(gates.all, &share, plan, how).ok_or(RankError::GivenUp)?;
+                    times.moved = moved;
+                    of_loop.extend(counts.then_some((limit, time)));
+                }
             }
             if rank.index() == 0 {
                 self.progress.inc(1);

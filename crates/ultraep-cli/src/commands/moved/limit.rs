@@ -1,10 +1,11 @@
-//! The machine's own limit: the same reads and writes in plain loops, shared out evenly over as many threads.
+//! The machine's own limit: the same reads and writes by as many threads, each what its rank moves, in plain loops.
 
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use ultraep_fabric::stream::{PlainCopy, plain_add_and_zero};
-use ultraep_plan::Transfers;
+use ultraep_fabric::{AccessError, Region};
 
 /// Bytes of the loops that go by tiles or blocks.
 const TILE_BYTES: usize = 32 * 1024;
@@ -43,64 +44,73 @@ impl Loop {
     }
 }
 
-/// One expert and its replicas, as `f32` words (whose bytes are copied).
-pub(super) struct Family {
-    master: Vec<f32>,
-    replicas: Vec<Vec<f32>>,
+/// What one worker of a rank reads once and writes to (or adds from) so many places.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Stream {
+    pub(super) words: usize,
+    pub(super) targets: usize,
 }
 
-/// Memory for the loops: every replicated expert once, every replica once; all pages touched.
-pub(super) fn families(transfers: &Transfers, words: usize) -> Vec<Family> {
-    let filled = |value: f32| vec![value; words];
-    let family = |of_expert: &[ultraep_plan::Transfer]| Family {
-        master: filled(1.0),
-        replicas: of_expert.iter().map(|_| filled(0.5)).collect(),
-    };
-    transfers.all().chunk_by(|a, b| a.expert == b.expert).map(family).collect()
+/// The memory of one thread and what it moves of each plan. Threads share nothing, as the ranks of a plan write to different
+/// places.
+pub(super) struct Share {
+    plans: Vec<Vec<Stream>>,
+    sources: Vec<Region>,
+    targets: Vec<Region>,
 }
 
-/// What one thread moves: pieces of masters with the same pieces of their replicas.
-#[derive(Default)]
-pub(super) struct Share<'a> {
-    pieces: Vec<(&'a mut [f32], Vec<&'a mut [f32]>)>,
-}
-
-/// Shares all families out evenly, by words read and written.
-pub(super) fn shares(families: &mut [Family], threads: usize) -> Vec<Mutex<Share<'_>>> {
-    let total: usize = families.iter().map(|family| family.master.len() * (1 + family.replicas.len())).sum();
-    let per_thread = total.div_ceil(threads).max(1);
-    let mut shares: Vec<Share<'_>> = (0..threads).map(|_| Share::default()).collect();
-    let mut done = 0;
-    for Family { master, replicas } in families {
-        let weight = 1 + replicas.len();
-        let mut master = &mut master[..];
-        let mut replicas: Vec<&mut [f32]> = replicas.iter_mut().map(Vec::as_mut_slice).collect();
-        while !master.is_empty() {
-            let thread = (done / per_thread).min(threads - 1);
-            let left = ((thread + 1) * per_thread).saturating_sub(done).div_ceil(weight).max(1);
-            let words = left.next_multiple_of(16).min(master.len());
-            let (piece, rest) = master.split_at_mut(words);
-            let (pieces, rests): (Vec<_>, Vec<_>) = replicas.into_iter().map(|r| r.split_at_mut(words)).unzip();
-            (master, replicas) = (rest, rests);
-            shares[thread].pieces.push((piece, pieces));
-            done += words * weight;
+impl Share {
+    /// Memory for the largest plan, from where the engine's is, all pages touched.
+    ///
+    /// # Errors
+    /// None: the memory is its own.
+    pub(super) fn new(plans: Vec<Vec<Stream>>) -> Result<Self, AccessError> {
+        let (mut sources, mut targets) = (Vec::<usize>::new(), Vec::<usize>::new());
+        for plan in &plans {
+            let of_targets = plan.iter().flat_map(|stream| std::iter::repeat_n(stream.words, stream.targets));
+            grow(&mut sources, plan.iter().map(|stream| stream.words));
+            grow(&mut targets, of_targets);
         }
+        let filled = |sizes: Vec<usize>, value: f32| {
+            let regions = sizes.into_iter().map(|words| {
+                let region = Region::zeroed(words * size_of::<f32>());
+                region.write::<f32>()?.fill(value);
+                Ok(region)
+            });
+            regions.collect::<Result<Vec<_>, AccessError>>()
+        };
+        Ok(Self { plans, sources: filled(sources, 1.0)?, targets: filled(targets, 0.5)? })
     }
-    shares.into_iter().map(Mutex::new).collect()
-}
 
-impl Share<'_> {
-    pub(super) fn run(&mut self, how: Loop) {
-        for (master, replicas) in &mut self.pieces {
+    pub(super) fn run(&self, plan: usize, how: Loop) -> Result<(), AccessError> {
+        let mut sources = self.sources.iter().map(Region::write::<f32>).collect::<Result<Vec<_>, _>>()?;
+        let mut targets = self.targets.iter().map(Region::write::<f32>).collect::<Result<Vec<_>, _>>()?;
+        let mut places = targets.iter_mut();
+        for (source, &Stream { words, targets }) in sources.iter_mut().zip(&self.plans[plan]) {
+            let source = &mut source[..words];
+            let mut targets: Vec<&mut [f32]> = places.by_ref().take(targets).map(|place| &mut place[..words]).collect();
             match how {
-                Loop::Copy(copy, tile) => copy.fan_out_words(master, replicas, tile.min(size_of_val(&**master))),
-                Loop::AddByReplica => replicas.iter_mut().for_each(|replica| {
-                    ultraep_device::math::add(master, replica);
+                Loop::Copy(copy, tile) => {
+                    copy.fan_out_words(source, &mut targets, tile.min(size_of_val(&*source)));
+                }
+                Loop::AddByReplica => targets.iter_mut().for_each(|replica| {
+                    ultraep_device::math::add(source, replica);
                     replica.fill(0.0);
                 }),
-                Loop::AddFused => fused(master, replicas),
-                Loop::AddEngine => plain_add_and_zero(master, replicas, BLOCK_BYTES / size_of::<f32>()),
+                Loop::AddFused => fused(source, &mut targets),
+                Loop::AddEngine => plain_add_and_zero(source, &mut targets, BLOCK_BYTES / size_of::<f32>()),
             }
+        }
+        Ok(())
+    }
+}
+
+/// Raises each of `sizes` to what is asked in its place.
+fn grow(sizes: &mut Vec<usize>, asked: impl Iterator<Item = usize>) {
+    for (index, words) in asked.enumerate() {
+        match sizes.get_mut(index) {
+            Some(size) => *size = (*size).max(words),
+            None => sizes.push(words),
         }
     }
 }
@@ -116,59 +126,81 @@ fn fused(master: &mut [f32], replicas: &mut [&mut [f32]]) {
     }
 }
 
-/// Where threads meet; broken when one of them gives up, so that none waits for it.
+/// Where threads meet; broken when one of them gives up, so that none waits for it. With no more threads than cores they wait
+/// awake: threads that sleep before every run are woken one after another, and often onto one core.
 pub(super) struct Gate {
-    state: Mutex<GateState>,
-    turned: Condvar,
     threads: usize,
-}
-
-struct GateState {
-    arrived: usize,
-    turns: u64,
-    broken: bool,
-    /// When the last one arrived.
-    last: Instant,
+    awake: bool,
+    start: Instant,
+    /// Turns that are over. `pass` of the last to come releases `last_ns`, that of the others acquires it.
+    turns: AtomicU64,
+    /// When the last one came, in nanoseconds since `start`.
+    last_ns: AtomicU64,
+    broken: AtomicBool,
+    arrived: Mutex<usize>,
+    turned: Condvar,
 }
 
 impl Gate {
     pub(super) fn new(threads: usize) -> Self {
-        let state = GateState { arrived: 0, turns: 0, broken: false, last: Instant::now() };
-        Self { state: Mutex::new(state), turned: Condvar::new(), threads }
+        let awake = std::thread::available_parallelism().is_ok_and(|cores| threads <= cores.get());
+        Self {
+            threads,
+            awake,
+            start: Instant::now(),
+            turns: AtomicU64::new(0),
+            last_ns: AtomicU64::new(0),
+            broken: AtomicBool::new(false),
+            arrived: Mutex::new(0),
+            turned: Condvar::new(),
+        }
     }
 
-    fn state(&self) -> MutexGuard<'_, GateState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    fn arrived(&self) -> MutexGuard<'_, usize> {
+        self.arrived.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits for all; when the last one came, or `None` when the gate is broken. (Not when the caller woke up: on a machine
+    /// Waits for all; when the last one came, or `None` when the gate is broken. (Not when the caller went on: on a machine
     /// with fewer cores than threads others may be done by then.)
-    pub(super) fn pass(&self) -> Option<Instant> {
-        let mut state = self.state();
-        state.arrived += 1;
-        let turn = state.turns;
-        if state.arrived == self.threads {
-            (state.arrived, state.turns, state.last) = (0, turn + 1, Instant::now());
+    pub(super) fn pass(&self) -> Option<Duration> {
+        let turn = self.turns.load(Ordering::Relaxed);
+        let mut arrived = self.arrived();
+        *arrived += 1;
+        if *arrived == self.threads {
+            *arrived = 0;
+            self.last_ns.store(self.start.elapsed().as_nanos() as u64, Ordering::Relaxed);
+            self.turns.store(turn + 1, Ordering::Release);
             self.turned.notify_all();
         }
-        while state.turns == turn && !state.broken {
-            state = self.turned.wait(state).unwrap_or_else(PoisonError::into_inner);
+        let waits = || self.turns.load(Ordering::Acquire) == turn && !self.broken.load(Ordering::Relaxed);
+        if self.awake {
+            drop(arrived);
+            for spin in 1_u32.. {
+                if !waits() {
+                    break;
+                }
+                if spin.is_multiple_of(1024) { std::thread::yield_now() } else { std::hint::spin_loop() }
+            }
+        } else {
+            drop(self.turned.wait_while(arrived, |_| waits()));
         }
         // The next turn needs this thread, so this is still the turn's.
-        (!state.broken).then_some(state.last)
+        let last = Duration::from_nanos(self.last_ns.load(Ordering::Relaxed));
+        (!self.broken.load(Ordering::Relaxed)).then_some(last)
     }
 
     pub(super) fn break_open(&self) {
-        self.state().broken = true;
+        let _arrived = self.arrived();
+        self.broken.store(true, Ordering::Relaxed);
         self.turned.notify_all();
     }
 }
 
 /// Runs one thread's share between two gates: the time from when all were ready until all were done; `None` when the gate is
 /// broken.
-pub(super) fn timed(gate: &Gate, share: &Mutex<Share<'_>>, how: Loop) -> Option<Duration> {
-    let mut share = share.lock().unwrap_or_else(PoisonError::into_inner);
+pub(super) fn timed(gate: &Gate, share: &Share, plan: usize, how: Loop) -> Option<Duration> {
     let start = gate.pass()?;
-    share.run(how);
+    // Its memory is its own, and no guard outlives a run.
+    share.run(plan, how).ok()?;
     Some(gate.pass()? - start)
 }

@@ -23,7 +23,7 @@ const EXPERT_BYTES: [u64; 4] = [1 << 20, 4 << 20, 16 << 20, 64 << 20];
 /// Elements of a row of fc1: experts have this width, and as many rows as their bytes allow.
 const HIDDEN: usize = 1024;
 
-/// `ultraep.moved/1`.
+/// `ultraep.moved/2`.
 #[derive(Debug, Serialize)]
 struct Record {
     schema: &'static str,
@@ -46,10 +46,6 @@ struct Line {
     imbalance_before: f64,
     expert_bytes: usize,
     replicas: usize,
-    /// What the machine does with the same bytes in plain loops, and in which of them.
-    limit_ns: u64,
-    limit_loop: String,
-    limit_bytes_per_s: f64,
     modes: Vec<OfMode>,
 }
 
@@ -66,8 +62,17 @@ struct OfMode {
     bytes_per_s: f64,
     /// What the busiest rank sends or receives, over the median.
     critical_bytes_per_s: f64,
-    /// Limit over median: 1 is the machine's own speed.
+    /// Bytes that the busiest rank reads and writes, over the mean of the ranks: the plan's unevenness, which the limit shares.
+    busiest_over_mean: f64,
+    /// What the machine does with the same bytes on the same threads in plain loops (median), and in which of them.
+    limit_ns: u64,
+    limit_loop: String,
+    limit_bytes_per_s: f64,
+    /// Limit over latency, run by run, median: 1 is the machine's own speed.
     of_limit: f64,
+    /// Its quartiles.
+    of_limit_low: f64,
+    of_limit_high: f64,
     /// Under the model of the stated link; none for grad reduce.
     predicted_ns: Option<u64>,
 }
@@ -91,8 +96,8 @@ pub(super) fn weight_sync(args: &Args, out: &mut dyn Write) -> Result<(), CliErr
         }
         let predicted: Vec<_> = plans.iter().map(|plan| Some(clock.run(plan))).collect();
         let critical: Vec<u64> = plans.iter().map(|plan| critical_bytes(plan, slots)).collect();
-        let outcome = subject.case(slots, &planned.transfers, Work::Sync(&plans), progress).run()?;
-        Ok(subject.line(slots, planned, outcome, names.iter().copied().zip(critical).zip(predicted)))
+        let outcomes = subject.case(slots, &planned.transfers, Work::Sync(&plans), progress).run()?;
+        Ok(subject.line(slots, planned, outcomes, names.iter().copied().zip(critical).zip(predicted)))
     })?;
     subject.report(lines, args.json, out)
 }
@@ -110,8 +115,8 @@ pub(super) fn grad_reduce(args: &ReduceArgs, out: &mut dyn Write) -> Result<(), 
     let lines = subject.lines(&args.expert_bytes, |slots, planned, progress| {
         let both = planned.transfers.sends().iter().chain(planned.transfers.receives());
         let critical = both.copied().max().map_or(0, u64::from) * slots.layout().bytes() as u64;
-        let outcome = subject.case(slots, &planned.transfers, Work::Reduce, progress).run()?;
-        Ok(subject.line(slots, planned, outcome, std::iter::once((("fixed order", critical), None))))
+        let outcomes = subject.case(slots, &planned.transfers, Work::Reduce, progress).run()?;
+        Ok(subject.line(slots, planned, outcomes, std::iter::once((("fixed order", critical), None))))
     })?;
     subject.report(lines, args.json, out)
 }
@@ -198,48 +203,44 @@ impl<'a> Subject<'a> {
         &self,
         slots: &Slots,
         planned: &Planned,
-        outcome: Outcome,
+        outcomes: Vec<Outcome>,
         modes: impl Iterator<Item = ((&'static str, u64), Option<u64>)>,
     ) -> Line {
         let per_s = |bytes: u64, ns: u64| bytes as f64 * 1e9 / ns.max(1) as f64;
-        let (limit_loop, limit_ns) = outcome.limit;
-        let of_mode = |(index, ((mode, critical), predicted_ns)): (usize, ((&'static str, u64), Option<u64>))| {
-            let (p50_ns, moved) = (outcome.p50_ns[index], outcome.moved[index]);
+        let of_mode = |(outcome, ((mode, critical), predicted_ns)): (Outcome, ((&'static str, u64), Option<u64>))| {
+            let Outcome { p50_ns, fastest_ns, moved, busiest, limit: (limit_loop, limit_ns), of_limit } = outcome;
+            let bytes = moved.read_bytes + moved.written_bytes;
+            let [of_limit_low, of_limit, of_limit_high] = of_limit;
             OfMode {
                 mode,
                 p50_ns,
-                fastest_ns: outcome.fastest_ns[index],
+                fastest_ns,
                 read_bytes: moved.read_bytes,
                 written_bytes: moved.written_bytes,
-                bytes_per_s: per_s(moved.read_bytes + moved.written_bytes, p50_ns),
+                bytes_per_s: per_s(bytes, p50_ns),
                 critical_bytes_per_s: per_s(critical, p50_ns),
-                of_limit: if p50_ns == 0 { 1.0 } else { limit_ns as f64 / p50_ns as f64 },
+                busiest_over_mean: busiest,
+                limit_ns,
+                limit_loop,
+                limit_bytes_per_s: per_s(bytes, limit_ns),
+                of_limit,
+                of_limit_low,
+                of_limit_high,
                 predicted_ns,
             }
-        };
-        let modes: Vec<OfMode> = modes.enumerate().map(of_mode).collect();
-        let (all, bytes) = (planned.transfers.all(), slots.layout().bytes() as u64);
-        let experts = all.chunk_by(|a, b| a.expert == b.expert).count() as u64;
-        // Sync: an expert is read once, its replicas written; reduce: all are read and written.
-        let limit_bytes = match self.bench {
-            "weight-sync" => (experts + all.len() as u64) * bytes,
-            _ => 2 * (experts + all.len() as u64) * bytes,
         };
         Line {
             imbalance_before: planned.imbalance_before,
             expert_bytes: slots.layout().bytes(),
-            replicas: all.len(),
-            limit_ns,
-            limit_loop,
-            limit_bytes_per_s: per_s(limit_bytes, limit_ns),
-            modes,
+            replicas: planned.transfers.all().len(),
+            modes: outcomes.into_iter().zip(modes).map(of_mode).collect(),
         }
     }
 
     fn report(&self, lines: Vec<Line>, json: bool, out: &mut dyn Write) -> Result<(), CliError> {
         let (load, ranks) = (self.load, self.topology.ranks());
         let record = Record {
-            schema: "ultraep.moved/1",
+            schema: "ultraep.moved/2",
             bench: self.bench,
             source: "measured",
             load: load.record(&self.topology, self.top_k()),
@@ -277,8 +278,9 @@ fn print(record: &Record, out: &mut dyn Write) -> Result<(), CliError> {
     )?;
     writeln!(
         out,
-        "median of {} runs; limit: the same reads and writes in plain loops on {} threads, interleaved (see --help)",
-        record.iterations, record.threads
+        "median of {} runs; limit: the same reads and writes in plain loops, each rank's by its {} threads, interleaved (see --help)",
+        record.iterations,
+        1 + record.workers
     )?;
     let mut table = Table::new();
     table.load_style(presets::UTF8_FULL_CONDENSED);
@@ -292,8 +294,10 @@ fn print(record: &Record, out: &mut dyn Write) -> Result<(), CliError> {
         "written",
         "rate",
         "critical rate",
+        "busiest",
         "limit",
         "of limit",
+        "quartiles",
         "model",
         "limit's loop",
     ];
@@ -313,10 +317,12 @@ fn print(record: &Record, out: &mut dyn Write) -> Result<(), CliError> {
                 size(of_mode.written_bytes),
                 rate(of_mode.bytes_per_s),
                 rate(of_mode.critical_bytes_per_s),
-                once(pretty(line.limit_ns)),
+                format!("{:.2}", of_mode.busiest_over_mean),
+                pretty(of_mode.limit_ns),
                 format!("{:.0}%", of_mode.of_limit * 100.0),
+                format!("{:.0}-{:.0}", of_mode.of_limit_low * 100.0, of_mode.of_limit_high * 100.0),
                 of_mode.predicted_ns.map_or_else(|| "-".to_owned(), pretty),
-                once(line.limit_loop.clone()),
+                of_mode.limit_loop.clone(),
             ]);
         }
     }

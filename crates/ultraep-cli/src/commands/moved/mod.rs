@@ -20,11 +20,13 @@ use crate::input::{GroupArgs, PolicyArgs};
 pub(crate) const SYNC_HELP: &str =
     "What is measured: ranks are threads with symmetric windows in this machine's memory. Latency is from the
 moment when every rank has its plan to the moment when every rank can use its slots.
-The limit is that of the machine in the same run, the runs interleaved: the same reads and writes (every
-expert read once, written to each of its replicas), shared out evenly over as many threads, in plain
-loops without plan, flags or windows; of four loops (the standard copy whole and by tiles, cached and
-streaming stores by tiles) the one with the best median. \"of limit\" is limit over latency; critical
-rate is what the busiest rank sends or receives, over latency.
+The limit is that of the machine in the same run, the runs interleaved: the same reads and writes by the
+same threads (what a rank sends is read once and written to each receiver's place by as many threads as
+the rank has, all ranks at a time), in plain loops without plan, flags or windows; of four loops (the
+standard copy whole and by tiles, cached and streaming stores by tiles) the one with the best median.
+\"of limit\" is limit over latency, run by run, its median and quartiles. \"busiest\" is how far the plan
+is from even: the bytes that the busiest rank's threads move over the mean, which slows both alike.
+Critical rate is what the busiest rank sends or receives, over latency.
 
 Examples:
   ultraep bench weight-sync
@@ -36,9 +38,10 @@ pub(crate) const REDUCE_HELP: &str =
     "What is measured: ranks are threads with symmetric windows in this machine's memory. Latency is from the
 moment when every rank has its gradients to the moment when every rank has its sums and its slots are
 zero. The limit is that of the machine in the same run, the runs interleaved: the same reads and
-writes (master and replicas read once, sum and zeros written), shared out evenly over as many threads, in
-plain loops without plan or windows; of three loops (one pass a replica, fused by blocks, the engine's
-instructions by blocks) the one with the best median. \"of limit\" is limit over latency.
+writes by the same threads (a home rank reads master and replicas once and writes sum and zeros), in plain
+loops without plan or windows; of three loops (one pass a replica, fused by blocks, the engine's
+instructions by blocks) the one with the best median. \"of limit\" is limit over latency, run by run, its
+median and quartiles; \"busiest\" is the bytes that the busiest rank's threads move over the mean.
 
 Examples:
   ultraep bench grad-reduce
@@ -242,7 +245,7 @@ pub(crate) struct Args {
     hop_ns: u64,
     #[command(flatten)]
     measure: MeasureArgs,
-    /// JSON (schema ultraep.weight-sync/1 with --model, ultraep.moved/1 measured) instead of a table
+    /// JSON (schema ultraep.weight-sync/1 with --model, ultraep.moved/2 measured) instead of a table
     #[arg(long)]
     json: bool,
 }
@@ -260,7 +263,7 @@ pub(crate) struct ReduceArgs {
     tile_bytes: usize,
     #[command(flatten)]
     measure: MeasureArgs,
-    /// JSON (schema ultraep.moved/1) instead of a table
+    /// JSON (schema ultraep.moved/2) instead of a table
     #[arg(long)]
     json: bool,
 }
