@@ -81,7 +81,7 @@ fn world(recorded: Vec<RecordedPrompt>) -> World {
     let settings = settings();
     let costs = costs(&settings);
     costs.check(&model()).unwrap();
-    World::new(settings, costs, Arc::new(recorded), &model())
+    World::new(settings, costs, Arc::new(recorded), &model()).unwrap()
 }
 
 fn recorded(pool: &[Prompt], cores: usize) -> Vec<RecordedPrompt> {
@@ -151,7 +151,7 @@ fn costs_are_measured_for_one_model_and_refused_for_another() {
     let settings = settings();
     let loads = sample_loads(&recorded(&pool(6), 1), &LIMITS, &settings.topology, &model()).unwrap();
     assert!(!loads.is_empty() && loads.iter().all(|l| l.iter().sum::<u32>() > 0));
-    costs.measure_plans(&settings, &loads).unwrap();
+    costs.measure_plans(&settings, &model(), &loads).unwrap();
     assert!(settings.policies.iter().all(|kind| costs.plan_ns[kind.name()] > 0) && costs.plan_ranks == 4);
     costs.check(&model()).unwrap();
     assert!(costs.expert.ns(64) > 0 && costs.attention(8, 300) > costs.attention(8, 0));

@@ -5,7 +5,7 @@ use ultraep_schedule::{Limits, TtftSummary};
 
 use super::check::SpotCheck;
 use super::costs::Costs;
-use super::prompts::PromptSpec;
+use super::prompts::{Prompt, PromptSpec};
 use super::sweep::SweepSpec;
 
 /// Name and version of the document.
@@ -53,6 +53,22 @@ pub struct PoolSummary {
     pub longest_tokens: u32,
     /// Prompts by domain.
     pub domains: std::collections::BTreeMap<String, usize>,
+}
+
+impl PoolSummary {
+    /// Of these prompts.
+    pub fn of(pool: &[Prompt]) -> Self {
+        let lengths = || pool.iter().map(|p| p.tokens.len() as u32);
+        let mut summary = Self {
+            prompts: pool.len(),
+            tokens: lengths().map(u64::from).sum(),
+            shortest_tokens: lengths().min().unwrap_or(0),
+            longest_tokens: lengths().max().unwrap_or(0),
+            ..Self::default()
+        };
+        pool.iter().for_each(|p| *summary.domains.entry(p.domain.clone()).or_default() += 1);
+        summary
+    }
 }
 
 /// One policy.
