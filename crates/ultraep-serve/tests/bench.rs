@@ -136,6 +136,10 @@ fn the_sweep_ranks_policies_and_repeats_itself() {
     assert!((none.imbalance_before - none.imbalance_after).abs() < 1e-9);
     assert!(none.throughput_rps < ultraep.throughput_rps, "{none:?} {ultraep:?}");
     assert!(results.iter().all(|r| r.peak_tokens >= r.even_peak_tokens && r.even_peak_tokens > 0));
+    // With everything at once all policies have the same batches.
+    let even = LIMITS.chunk_tokens as u64 * 2 / 4;
+    let saturated = [ideal, ultraep, none].map(|r| r.saturated_peak_tokens);
+    assert!(saturated.is_sorted() && saturated[0] >= even && saturated[1] * 100 <= saturated[0] * 105, "{saturated:?}");
     assert!(ultraep.peak_tokens < none.peak_tokens && ultraep.replicas_per_layer > 0.0);
     assert_eq!((ideal.replicas_per_layer, ideal.share_of_ideal), (0.0, Some(1.0)));
     for result in &results {

@@ -92,9 +92,12 @@ pub struct PolicyResult {
     pub imbalance_worst: f64,
     /// Most tokens (choices) on a rank in one layer.
     pub peak_tokens: u64,
-    /// The same in the same batches with perfect balance. Policies that take longer have other batches, so peaks compare with
-    /// this and not with each other.
+    /// The same in the same batches with perfect balance. Which batches a rate gives depends on how long they take, so peaks at
+    /// the knee compare with this and not with each other.
     pub even_peak_tokens: u64,
+    /// Most tokens (choices) on a rank in one layer when all requests come at once. Nothing depends on time then, so all policies
+    /// have the same batches, and the fullest: these peaks compare with each other, and are what memory must be there for.
+    pub saturated_peak_tokens: u64,
     /// Replicas in a layer, mean.
     pub replicas_per_layer: f64,
     /// Weight sync that was not hidden, of the time in which batches ran.

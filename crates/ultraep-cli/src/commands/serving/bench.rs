@@ -228,6 +228,7 @@ fn print(out: &mut dyn Write, result: &PrefillBench) -> Result<(), CliError> {
         "replicas\na layer",
         "peak tokens\non a rank",
         "over\neven",
+        "peak, all\nat once",
         "requests/s\nat the limit",
         "tokens/s\nat the limit",
         "over\nnone",
@@ -245,6 +246,7 @@ fn print(out: &mut dyn Write, result: &PrefillBench) -> Result<(), CliError> {
             format!("{:.1}", p.replicas_per_layer),
             p.peak_tokens.to_string(),
             format!("{:.2}", p.peak_tokens as f64 / p.even_peak_tokens.max(1) as f64),
+            p.saturated_peak_tokens.to_string(),
             format!("{:.2}", p.throughput_rps),
             format!("{:.0}", p.throughput_tokens_per_s),
             over,
@@ -255,7 +257,8 @@ fn print(out: &mut dyn Write, result: &PrefillBench) -> Result<(), CliError> {
     writeln!(
         out,
         "limit: p95 of the time to the first token (TTFT) {} ms. Imbalance weighted by tokens, worst of batches of {} tokens and more; both, replicas \
-         and peak at {:.2} requests/s",
+         and peak at {:.2} requests/s. Peaks there are of each policy's own batches, over even: of the same batches with perfect \
+         balance; all requests at once give every policy the same batches",
         ms(result.ttft_limit_ns),
         limits.chunk_tokens / 8,
         result.policies.first().map_or(0.0, |p| p.knee.rps)
