@@ -257,8 +257,8 @@ fn print(out: &mut dyn Write, result: &PrefillBench) -> Result<(), CliError> {
     writeln!(
         out,
         "limit: p95 of the time to the first token (TTFT) {} ms. Imbalance weighted by tokens, worst of batches of {} tokens and more; both, replicas \
-         and peak at {:.2} requests/s. Peaks there are of each policy's own batches, over even: of the same batches with perfect \
-         balance; all requests at once give every policy the same batches",
+         and peak at {:.2} requests/s.\nThere each policy has its own batches: over even is against an even share of the same \
+         batch. With all requests at once all have the same.",
         ms(result.ttft_limit_ns),
         limits.chunk_tokens / 8,
         result.policies.first().map_or(0.0, |p| p.knee.rps)
