@@ -295,11 +295,11 @@ fn report(args: &Args, outcome: &Outcome) -> Result<(), String> {
     } else {
         let [first, second, last] = outcome.rss_kib.map(mib);
         let allowed =
-            outcome.rss_kib_allowed.map_or("anything, in so short a run".into(), |kib| format!("{:.1}", mib(kib)));
+            outcome.rss_kib_allowed.map_or("not judged in so short a run".into(), |kib| format!("{:.1}", mib(kib)));
         let [p95, p95_last] = outcome.ttft_p95_ns.map(|ns| ns as f64 * 1e-6);
         println!(
             "{} requests in {:.0} s at {:.2} requests/s ({:.0}% of {:.2}): {} errors; {} of {} questions failed\n\
-             resident memory by thirds: {first:.1}, {second:.1}, {last:.1} MiB, at most {:.1}; allowed for the last {allowed}\n\
+             resident memory by thirds: {first:.1}, {second:.1}, {last:.1} MiB, at most {:.1}; allowed for the last: {allowed}\n\
              p95 TTFT, median of windows: {p95:.0} ms in the second third, {p95_last:.0} ms in the last",
             outcome.requests,
             outcome.seconds,
