@@ -1,6 +1,7 @@
 //! Checks that are commands of their own: `cargo xtask --help`. CI runs them in a small size.
 
 mod memory;
+mod serve_soak;
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -58,6 +59,8 @@ enum Task {
         #[arg(long, default_value_t = 20)]
         rounds: u32,
     },
+    /// A server under load for half an hour: no error, no growth of memory, a good end (Linux)
+    ServeSoak(serve_soak::Args),
     /// The runtime under seeded schedules with faults: `cargo xtask simulate --help`
     #[command(disable_help_flag = true)]
     Simulate {
@@ -92,6 +95,7 @@ fn main() -> ExitCode {
         Task::Streams { plans } => streams(plans),
         Task::Memory { megabytes } => memory::check(megabytes),
         Task::Soak { rounds } => soak(rounds),
+        Task::ServeSoak(args) => serve_soak::check(&args),
         Task::Simulate { arguments } => faults("simulate", arguments),
         Task::KillAnytime { arguments } => faults("kill-anytime", arguments),
         Task::KillPoints { arguments } => faults("kill-points", arguments),

@@ -43,7 +43,8 @@ pub(crate) fn check(megabytes: u64) -> Result<(), String> {
     result
 }
 
-fn absent(error: std::io::Error) -> std::io::Result<()> {
+/// What is not there needs no removing.
+pub(crate) fn absent(error: std::io::Error) -> std::io::Result<()> {
     if error.kind() == std::io::ErrorKind::NotFound { Ok(()) } else { Err(error) }
 }
 
@@ -90,7 +91,7 @@ fn run(arguments: &[&str]) -> Result<(), String> {
     let mut peak_kib = 0;
     let status = loop {
         // The peak never falls, so that looking often enough is enough.
-        peak_kib = peak_of(child.id()).unwrap_or(peak_kib).max(peak_kib);
+        peak_kib = status_kib(child.id(), "VmHWM:").unwrap_or(peak_kib).max(peak_kib);
         match child.try_wait() {
             Ok(Some(status)) => break status,
             Ok(None) => std::thread::sleep(Duration::from_millis(5)),
@@ -111,9 +112,9 @@ fn run(arguments: &[&str]) -> Result<(), String> {
     Ok(())
 }
 
-/// Peak of the resident memory of a process, KiB.
-fn peak_of(id: u32) -> Option<u64> {
+/// A line of a process's status, KiB: `VmRSS:` is its resident memory, `VmHWM:` the peak of that.
+pub(crate) fn status_kib(id: u32, name: &str) -> Option<u64> {
     let status = std::fs::read_to_string(format!("/proc/{id}/status")).ok()?;
-    let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;
+    let line = status.lines().find(|line| line.starts_with(name))?;
     line.split_whitespace().nth(1)?.parse().ok()
 }

@@ -2,19 +2,29 @@
 //!
 //! ```text
 //! append the new tokens' rotated keys and values
-//! for each head, for each tile of 32 new tokens:
-//!     for each block of 64 keys:    scores = q kᵀ            4 rows at a time
-//!     for each row at position p:   softmax over 0..=p       in `math::softmax`'s fixed order
-//!     for each block of 64 values:  out += scores v          summed inside the block, then added to the row
+//! for each head, for each tile of 32 new tokens, for each block of 64 positions:
+//!     scores = q kᵀ                                          4 rows at a time
+//!     for each row at position p, the block's columns up to p:
+//!         m' = max(m, scores);  scores = exp(scores - m')    the others are 0
+//!         s = s exp(m - m') + sum of scores                  in 16 interleaved partial sums
+//!         out = out exp(m - m')
+//!     out += scores v                                        summed inside the block, then added to the row
+//! out = out / s
 //! ```
+//!
+//! Softmax over blocks as they come (Milakov and Gimelshein, Online normalizer calculation for softmax; Dao et al.,
+//! FlashAttention): a tile's scores of one block stay in the first-level cache, however long the context is.
 //!
 //! **A token's result depends on its own query and on the keys and values up to its position alone, bit for bit**: blocks lie
 //! at fixed positions, every sum has one order, and what lies behind a token's position in its last block counts as exact
 //! zeros. So it does not matter in how many chunks a sequence is computed, what else is in the batch, or how wide the
-//! machine's vectors are (products and additions are fused on all of them).
+//! machine's vectors are (products and additions of matrices are fused on all of them, those of softmax on none).
 //!
-//! Memory: a head's keys lie transposed inside blocks, `[blocks, head_dim, 64]`, its values by position,
-//! `[blocks * 64, head_dim]`, widths rounded up to 16; all taken when the cache is made.
+//! Memory: a block of 64 positions at a time, when its first token comes. Blocks of all sequences have one size, so what one
+//! gives back fits the next, and memory does not fragment under load. In a block a head's values lie by position,
+//! `[64, head_dim]`, widths rounded up to 16, its keys transposed, `[head_dim, 64]`.
+
+use std::ops::Range;
 
 use pulp::{Arch, Simd, WithSimd};
 
@@ -40,11 +50,11 @@ pub struct KvCache {
     head_dim: usize,
     capacity: usize,
     len: usize,
-    keys: Vec<f32>,
-    values: Vec<f32>,
+    /// All heads' values, then all heads' keys.
+    blocks: Vec<Box<[f32]>>,
 }
 
-/// Scratch memory of [`KvCache::attend`]; grows to the longest context seen.
+/// Scratch memory of [`KvCache::attend`]: a tile of one head.
 #[derive(Debug, Default)]
 pub struct CacheWorkspace {
     queries: Vec<f32>,
@@ -54,12 +64,9 @@ pub struct CacheWorkspace {
 }
 
 impl KvCache {
-    /// Room for `capacity` tokens of `heads` heads, each `head_dim` wide (even).
+    /// For up to `capacity` tokens of `heads` heads, each `head_dim` wide (even). Takes memory as tokens come.
     pub fn new(heads: usize, head_dim: usize, capacity: usize) -> Self {
-        let tokens = capacity.next_multiple_of(BLOCK);
-        let keys = vec![0.0; heads * tokens * head_dim];
-        let values = vec![0.0; heads * tokens * head_dim.next_multiple_of(LANES)];
-        Self { heads, head_dim, capacity, len: 0, keys, values }
+        Self { heads, head_dim, capacity, len: 0, blocks: Vec::with_capacity(capacity.div_ceil(BLOCK)) }
     }
 
     /// Tokens in it.
@@ -72,7 +79,7 @@ impl KvCache {
         self.len == 0
     }
 
-    /// Tokens that it has room for.
+    /// Most tokens that it takes.
     pub fn capacity(&self) -> usize {
         self.capacity
     }
@@ -85,7 +92,8 @@ impl KvCache {
     /// Forgets all tokens.
     pub fn clear(&mut self) {
         // What lies behind a token counts as zero only while it is a number.
-        self.values.fill(0.0);
+        let values = self.heads * BLOCK * self.padded_dim();
+        self.blocks.iter_mut().for_each(|block| block[..values].fill(0.0));
         self.len = 0;
     }
 
@@ -134,21 +142,31 @@ impl KvCache {
         self.head_dim.next_multiple_of(LANES)
     }
 
+    /// Where a head's values and keys are in a block.
+    fn parts(&self, head: usize) -> [Range<usize>; 2] {
+        let (values, keys) = (BLOCK * self.padded_dim(), BLOCK * self.head_dim);
+        let first_key = self.heads * values + head * keys;
+        [head * values..(head + 1) * values, first_key..first_key + keys]
+    }
+
     fn append(&mut self, rotary: &Rotary, qkv: &[f32], tokens: usize, ws: &mut CacheWorkspace) {
         let (dim, padded) = (self.head_dim, self.padded_dim());
         let width = self.heads * dim;
-        let room = self.capacity.next_multiple_of(BLOCK);
+        let blocks = (self.len + tokens).div_ceil(BLOCK);
+        let block = || vec![0.0; self.heads * BLOCK * (dim + padded)].into_boxed_slice();
+        self.blocks.resize_with(blocks.max(self.blocks.len()), block);
         ws.rotated.resize(dim, 0.0);
         for (position, row) in (self.len..self.len + tokens).zip(qkv.chunks_exact(3 * width)) {
-            let (block, column) = (position / BLOCK, position % BLOCK);
+            let column = position % BLOCK;
             for head in 0..self.heads {
+                let [values, keys] = self.parts(head);
+                let block = &mut self.blocks[position / BLOCK];
                 let at = head * dim..(head + 1) * dim;
                 rotary.rotate(position, &row[width..][at.clone()], &mut ws.rotated, 1.0);
-                let keys = &mut self.keys[(head * room + block * BLOCK) * dim..][..BLOCK * dim];
-                for (i, &x) in ws.rotated.iter().enumerate() {
-                    keys[i * BLOCK + column] = x;
+                for (keys, &x) in block[keys].chunks_exact_mut(BLOCK).zip(&ws.rotated) {
+                    keys[column] = x;
                 }
-                self.values[(head * room + position) * padded..][..dim].copy_from_slice(&row[2 * width..][at]);
+                block[values][column * padded..][..dim].copy_from_slice(&row[2 * width..][at]);
             }
         }
     }
@@ -157,32 +175,32 @@ impl KvCache {
         let Tile { head, first, rows } = tile;
         let (dim, padded) = (self.head_dim, self.padded_dim());
         let width = self.heads * dim;
-        let room = self.capacity.next_multiple_of(BLOCK);
         let position = self.len + first;
-        let context = (position + rows).next_multiple_of(BLOCK);
-        let groups = rows.div_ceil(GROUP);
+        let padded_rows = rows.next_multiple_of(GROUP);
         ws.queries.clear();
-        ws.queries.resize(groups * GROUP * dim, 0.0);
+        ws.queries.resize(padded_rows * dim, 0.0);
         for (row, query) in ws.queries.chunks_exact_mut(dim).take(rows).enumerate() {
             rotary.rotate(position + row, &qkv[(first + row) * 3 * width + head * dim..][..dim], query, 1.0);
         }
         // What was there is overwritten before it is read.
-        ws.scores.resize((groups * GROUP * context).max(ws.scores.len()), 0.0);
+        ws.scores.resize(TILE * BLOCK, 0.0);
         ws.out.clear();
-        ws.out.resize(groups * GROUP * padded, 0.0);
-        let scores = &mut ws.scores[..groups * GROUP * context];
-        let keys = &self.keys[head * room * dim..][..context * dim];
-        Arch::new().dispatch(Scores { queries: &ws.queries, keys, scores, dim, context, position, rows });
-        let scale = 1.0 / (dim as f32).sqrt();
-        for (row, scores) in scores.chunks_exact_mut(context).enumerate() {
-            let (seen, hidden) = scores.split_at_mut(if row < rows { position + row + 1 } else { 0 });
-            if row < rows {
-                math::softmax(seen, scale);
-            }
-            hidden.fill(0.0);
-        }
-        let values = &self.values[head * room * padded..][..context * padded];
-        Arch::new().dispatch(Mix { scores, values, out: &mut ws.out, width: padded, context, position, rows });
+        ws.out.resize(padded_rows * padded, 0.0);
+        let scores = &mut ws.scores[..padded_rows * BLOCK];
+        let blocks = &self.blocks[..(position + rows).div_ceil(BLOCK)];
+        let (queries, parts, scale) = (&ws.queries, self.parts(head), 1.0 / (dim as f32).sqrt());
+        Arch::new().dispatch(Attend {
+            queries,
+            blocks,
+            parts,
+            scores,
+            out: &mut ws.out,
+            dim,
+            padded,
+            position,
+            rows,
+            scale,
+        });
         for (row, mixed) in ws.out.chunks_exact(padded).take(rows).enumerate() {
             out[(first + row) * width + head * dim..][..dim].copy_from_slice(&mixed[..dim]);
         }
@@ -197,93 +215,121 @@ struct Tile {
     rows: usize,
 }
 
-/// `scores = queries keysᵀ` for all blocks that a group of rows sees any of.
-struct Scores<'a> {
+/// A tile over all blocks that it sees any of.
+struct Attend<'a> {
     /// `[groups * GROUP, dim]`.
     queries: &'a [f32],
-    /// `[blocks, dim, BLOCK]`.
-    keys: &'a [f32],
-    /// `[groups * GROUP, context]`.
+    blocks: &'a [Box<[f32]>],
+    /// The head's values, `[BLOCK, padded]`, and keys, `[dim, BLOCK]`, in a block.
+    parts: [Range<usize>; 2],
+    /// Of one block, `[groups * GROUP, BLOCK]`.
     scores: &'a mut [f32],
-    dim: usize,
-    context: usize,
-    position: usize,
-    rows: usize,
-}
-
-impl WithSimd for Scores<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        for (block, keys) in self.keys.chunks_exact(self.dim * BLOCK).enumerate() {
-            let groups = self.queries.chunks_exact(GROUP * self.dim);
-            let targets = self.scores.chunks_exact_mut(GROUP * self.context);
-            for (group, (queries, scores)) in groups.zip(targets).enumerate() {
-                if block * BLOCK > last_position(self.position, self.rows, group) {
-                    continue;
-                }
-                let target =
-                    Target { out: scores, stride: self.context, column: block * BLOCK, output: Output::Replace };
-                multiply_group(simd, Group { rows: queries, stride: self.dim, column: 0 }, keys, BLOCK, target);
-            }
-        }
-    }
-}
-
-/// `out += scores values`, block by block.
-struct Mix<'a> {
-    /// `[groups * GROUP, context]`.
-    scores: &'a [f32],
-    /// `[context, width]`.
-    values: &'a [f32],
-    /// `[groups * GROUP, width]`.
+    /// Zeros at first, `[groups * GROUP, padded]`.
     out: &'a mut [f32],
-    width: usize,
-    context: usize,
+    dim: usize,
+    padded: usize,
+    /// Of the first row.
     position: usize,
     rows: usize,
+    scale: f32,
 }
 
-impl WithSimd for Mix<'_> {
+impl WithSimd for Attend<'_> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        for (block, values) in self.values.chunks_exact(self.width * BLOCK).enumerate() {
-            let groups = self.scores.chunks_exact(GROUP * self.context);
-            let targets = self.out.chunks_exact_mut(GROUP * self.width);
-            for (group, (scores, out)) in groups.zip(targets).enumerate() {
-                if block * BLOCK > last_position(self.position, self.rows, group) {
-                    continue;
-                }
-                let rows = Group { rows: scores, stride: self.context, column: block * BLOCK };
-                let target = Target { out, stride: self.width, column: 0, output: Output::Accumulate };
-                multiply_group(simd, rows, values, self.width, target);
+        let Self { queries, blocks, parts: [values, keys], scores, out, dim, padded, position, rows, scale } = self;
+        let mut sums = [RowSum::default(); TILE];
+        for (number, block) in blocks.iter().enumerate() {
+            let (values, keys) = (&block[values.clone()], &block[keys.clone()]);
+            // Rows before see nothing of this block: whole groups of them are passed over.
+            let first = number * BLOCK;
+            let group = first.saturating_sub(position) / GROUP;
+            let (queries, scores) = (&queries[group * GROUP * dim..], &mut scores[group * GROUP * BLOCK..]);
+            let out = &mut out[group * GROUP * padded..];
+            for (rows, scores) in queries.chunks_exact(GROUP * dim).zip(scores.chunks_exact_mut(GROUP * BLOCK)) {
+                let target = Target { out: scores, stride: BLOCK, output: Output::Replace };
+                multiply_group(simd, Group { rows, stride: dim }, keys, BLOCK, target);
             }
+            let parts =
+                scores.chunks_exact_mut(BLOCK).zip(out.chunks_exact_mut(padded)).zip(&mut sums[group * GROUP..]);
+            for (row, ((scores, out), sum)) in (group * GROUP..).zip(parts) {
+                let seen = if row < rows { (position + row + 1).saturating_sub(first).min(BLOCK) } else { 0 };
+                let shrink = sum.add(scores, seen, scale);
+                // Most rows' largest score comes early; a factor of exactly 1 changes no bit.
+                if shrink != 1.0 {
+                    out.iter_mut().for_each(|x| *x *= shrink);
+                }
+            }
+            for (rows, out) in scores.chunks_exact(GROUP * BLOCK).zip(out.chunks_exact_mut(GROUP * padded)) {
+                let target = Target { out, stride: padded, output: Output::Accumulate };
+                multiply_group(simd, Group { rows, stride: BLOCK }, values, padded, target);
+            }
+        }
+        for (out, sum) in out.chunks_exact_mut(padded).zip(&sums).take(rows) {
+            let inverse = 1.0 / sum.partial.iter().sum::<f32>();
+            out.iter_mut().for_each(|x| *x *= inverse);
         }
     }
 }
 
-/// Position of the last token of a group of rows.
-#[inline(always)]
-fn last_position(position: usize, rows: usize, group: usize) -> usize {
-    position + rows.min((group + 1) * GROUP) - 1
+/// The denominator of a row's softmax over the blocks so far.
+#[derive(Clone, Copy)]
+struct RowSum {
+    largest: f32,
+    partial: [f32; LANES],
 }
 
-/// `GROUP` rows of the left operand, from `column` on.
+impl Default for RowSum {
+    fn default() -> Self {
+        Self { largest: f32::NEG_INFINITY, partial: [0.0; LANES] }
+    }
+}
+
+impl RowSum {
+    /// Turns a block's scores into weights, of which the first `seen` count and the others are 0. Gives what everything before
+    /// must be multiplied with.
+    #[inline(always)]
+    fn add(&mut self, scores: &mut [f32], seen: usize, scale: f32) -> f32 {
+        if seen == 0 {
+            scores.fill(0.0);
+            return 1.0;
+        }
+        scores[seen..].fill(f32::NEG_INFINITY);
+        let mut lanes = [f32::NEG_INFINITY; LANES];
+        for chunk in scores.chunks_exact(LANES) {
+            lanes.iter_mut().zip(chunk).for_each(|(l, &x)| *l = if x > *l { x } else { *l });
+        }
+        // In halves: a chain of sixteen would take as long as the exponentials.
+        for half in [8, 4, 2, 1] {
+            let (low, high) = lanes.split_at_mut(half);
+            low.iter_mut().zip(high).for_each(|(l, h)| *l = if *h > *l { *h } else { *l });
+        }
+        let largest = if lanes[0] > self.largest { lanes[0] } else { self.largest };
+        scores.iter_mut().for_each(|x| *x = math::exp((*x - largest) * scale));
+        scores[seen..].fill(0.0);
+        let shrink = if largest > self.largest { math::exp((self.largest - largest) * scale) } else { 1.0 };
+        self.largest = largest;
+        self.partial.iter_mut().for_each(|p| *p *= shrink);
+        for chunk in scores.chunks_exact(LANES) {
+            self.partial.iter_mut().zip(chunk).for_each(|(p, &x)| *p += x);
+        }
+        shrink
+    }
+}
+
+/// `GROUP` rows of the left operand.
 #[derive(Clone, Copy)]
 struct Group<'a> {
     rows: &'a [f32],
     stride: usize,
-    column: usize,
 }
 
-/// `GROUP` rows of the output, from `column` on.
+/// `GROUP` rows of the output.
 struct Target<'a> {
     out: &'a mut [f32],
     stride: usize,
-    column: usize,
     output: Output,
 }
 
@@ -315,9 +361,9 @@ fn strip<S: Simd, const V: usize>(
     at: usize,
 ) -> [[S::f32s; V]; GROUP] {
     let inner = right.len() / width;
-    let rows: [&[f32]; GROUP] = std::array::from_fn(|r| &left.rows[r * left.stride + left.column..][..inner]);
+    let rows: [&[f32]; GROUP] = std::array::from_fn(|r| &left.rows[r * left.stride..][..inner]);
     let mut sums = [[simd.splat_f32s(0.0); V]; GROUP];
-    for (i, row) in right.chunks_exact(width).enumerate() {
+    for (i, row) in right.chunks_exact(width).take(inner).enumerate() {
         let (vectors, _) = S::as_simd_f32s(&row[at..at + V * S::F32_LANES]);
         for (sums, row) in sums.iter_mut().zip(rows) {
             let x = simd.splat_f32s(row[i]);
@@ -332,7 +378,7 @@ fn strip<S: Simd, const V: usize>(
 #[inline(always)]
 fn store<S: Simd, const V: usize>(simd: S, sums: [[S::f32s; V]; GROUP], target: &mut Target<'_>, at: usize) {
     for (row, sums) in sums.into_iter().enumerate() {
-        let first = row * target.stride + target.column + at;
+        let first = row * target.stride + at;
         let (out, _) = S::as_mut_simd_f32s(&mut target.out[first..first + V * S::F32_LANES]);
         for (out, sum) in out.iter_mut().zip(sums) {
             *out = match target.output {

@@ -101,7 +101,7 @@ impl Manager {
         let replicas = topology.ranks() * config.slot_capacity();
         let kept = || Kept {
             plan: Plan::with_capacity(topology, replicas),
-            transfers: Carrier::room(&config),
+            transfers: PlannedTransfers::new(&config.topology),
             ..Kept::default()
         };
         let (ranks, experts) = (topology.ranks(), topology.experts());
@@ -247,7 +247,7 @@ impl Manager {
         kept.split.resize(ranks * kept.plan.instances().len(), 0);
         split_all(&problem, &kept.plan, &mut self.split_workspace, &mut kept.split)
             .map_err(|source| RuntimeError::Split { at, source })?;
-        self.carrier.plan(&kept.plan, &mut kept.transfers);
+        self.carrier.transfers.plan(&kept.plan, &mut kept.transfers);
         endpoint.clock.pause();
         self.bookkeeping(at, place);
         if self.history == History::Record {
@@ -263,7 +263,7 @@ impl Manager {
     fn bookkeeping(&mut self, at: VirtualLayer, place: usize) {
         let policy = &mut self.policies[self.active];
         let kept = self.ring.get_mut(place);
-        self.carrier.measure(&mut kept.transfers);
+        self.carrier.transfers.measure(&mut kept.transfers);
         kept.historical = policy.kind.is_historical();
         let placement = placement_digest(&kept.plan);
         kept.placement_is_new = policy.placements[at.layer] != placement;

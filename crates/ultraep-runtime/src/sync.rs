@@ -2,7 +2,7 @@
 
 use ultraep_fabric::stream::{EngineSpec, LayoutError, Masters, Slots, TileEngine, WeightSync};
 use ultraep_fabric::{Operation, Region};
-use ultraep_plan::{Rank, TransferClock, TransferPlan, TransferPlanner, Transfers};
+use ultraep_plan::{Plan, Rank, Topology, TransferClock, TransferPlan, TransferPlanner, Transfers};
 
 use crate::clock::Deadline;
 use crate::config::window;
@@ -18,7 +18,7 @@ pub(crate) enum Direction {
 
 /// Transfers of one plan, as planned: kept with the plan.
 #[derive(Debug, Default)]
-pub(crate) struct PlannedTransfers {
+pub struct PlannedTransfers {
     /// Every replica, from its home rank.
     pub(crate) direct: Transfers,
     /// Who really sends what to whom.
@@ -27,6 +27,55 @@ pub(crate) struct PlannedTransfers {
     sync_ns: u64,
     /// Copies on the busiest link, sent or received, when gradients come back.
     pub(super) busiest_copies: u64,
+}
+
+impl PlannedTransfers {
+    /// Room for the transfers of one plan of `topology`.
+    pub fn new(topology: &Topology) -> Self {
+        let (direct, plan) = (Transfers::new(topology), TransferPlan::new(topology));
+        Self { direct, plan, ..Self::default() }
+    }
+
+    /// From the start of the weight sync until the last replica is complete, under the stated link, in nanoseconds; 0 until
+    /// [`SyncPlanner::measure`] was asked.
+    pub fn sync_ns(&self) -> u64 {
+        self.sync_ns
+    }
+}
+
+/// Plans the transfers of weight syncs, and says what they take. Training, serving and the benchmarks that replay them ask
+/// this one.
+#[derive(Debug)]
+pub struct SyncPlanner {
+    topology: Topology,
+    planner: TransferPlanner,
+    clock: TransferClock,
+}
+
+impl SyncPlanner {
+    /// For the experts, the link and the transfers of `config`.
+    ///
+    /// # Errors
+    /// [`RuntimeError`] when an expert has no size or more chunks than a transfer may have.
+    pub fn new(config: &RuntimeConfig) -> Result<Self, RuntimeError> {
+        let (topology, transfer) = (&config.topology, &config.transfer);
+        let model = config.weight_slots()?.model(config.link.bytes_per_s(), transfer.hop_ns)?;
+        let planner = TransferPlanner::new(topology, model, transfer.params)?;
+        Ok(Self { topology: topology.clone(), planner, clock: TransferClock::new(topology, model)? })
+    }
+
+    /// Plans the transfers of `plan`: every rank gets the same. This is on the critical path (`T_plan`).
+    pub fn plan(&mut self, plan: &Plan, planned: &mut PlannedTransfers) {
+        planned.direct.list(&self.topology, plan);
+        self.planner.plan(&planned.direct, &mut planned.plan);
+    }
+
+    /// What only the clock needs to know of transfers.
+    pub fn measure(&mut self, planned: &mut PlannedTransfers) {
+        planned.sync_ns = self.clock.run(&planned.plan);
+        let both = planned.direct.sends().iter().chain(planned.direct.receives());
+        planned.busiest_copies = both.copied().max().map_or(0, u64::from);
+    }
 }
 
 /// A weight sync under way.
@@ -50,8 +99,7 @@ pub(crate) struct Carrier {
     /// An engine each, as a grad reduce may be under way when the next layer's weights are restored.
     sync_engine: TileEngine,
     pub(super) reduce_engine: TileEngine,
-    planner: TransferPlanner,
-    clock: TransferClock,
+    pub(crate) transfers: SyncPlanner,
     pub(super) reducing: Option<Reducing>,
     synced_ns: u64,
 }
@@ -73,7 +121,6 @@ impl Carrier {
         let weights = of(|layer| &layer.weights)?;
         let grads = if config.trains() { of(|layer| &layer.grads)? } else { Vec::new() };
         let transfer = &config.transfer;
-        let model = weight_slots.model(config.link.bytes_per_s(), transfer.hop_ns)?;
         let replicas = topology.ranks() * config.slot_capacity();
         let engine = |background| {
             let tasks = replicas * transfer.params.max_stripes.max(1) as usize;
@@ -95,8 +142,7 @@ impl Carrier {
             grads,
             sync_engine: engine(transfer.sync_workers)?,
             reduce_engine: engine(if config.trains() { transfer.reduce_workers } else { 0 })?,
-            planner: TransferPlanner::new(topology, model, transfer.params)?,
-            clock: TransferClock::new(topology, model)?,
+            transfers: SyncPlanner::new(config)?,
             reducing: None,
             synced_ns: 0,
             config: config.clone(),
@@ -113,25 +159,6 @@ impl Carrier {
         let slot = physical.checked_sub(self.config.topology.masters(self.rank).len())?;
         let bytes = self.weight_slots.range(slot);
         Some(bytes.start / size_of::<f32>()..bytes.end / size_of::<f32>())
-    }
-
-    /// Room for the transfers of one plan.
-    pub(crate) fn room(config: &RuntimeConfig) -> PlannedTransfers {
-        let (direct, plan) = (Transfers::new(&config.topology), TransferPlan::new(&config.topology));
-        PlannedTransfers { direct, plan, ..PlannedTransfers::default() }
-    }
-
-    /// Plans the transfers of `plan`: every rank gets the same.
-    pub(crate) fn plan(&mut self, plan: &ultraep_plan::Plan, planned: &mut PlannedTransfers) {
-        planned.direct.list(&self.config.topology, plan);
-        self.planner.plan(&planned.direct, &mut planned.plan);
-    }
-
-    /// What only the clock needs to know of transfers.
-    pub(crate) fn measure(&mut self, planned: &mut PlannedTransfers) {
-        planned.sync_ns = self.clock.run(&planned.plan);
-        let both = planned.direct.sends().iter().chain(planned.direct.receives());
-        planned.busiest_copies = both.copied().max().map_or(0, u64::from);
     }
 
     /// Starts the weight sync of a plan: home ranks and relays write into the replicas' slots. In virtual time it runs beside

@@ -81,7 +81,7 @@ fn world(recorded: Vec<RecordedPrompt>) -> World {
     let settings = settings();
     let costs = costs(&settings);
     costs.check(&model()).unwrap();
-    World::new(settings, costs, Arc::new(recorded), &model())
+    World::new(settings, costs, Arc::new(recorded), &model()).unwrap()
 }
 
 fn recorded(pool: &[Prompt], cores: usize) -> Vec<RecordedPrompt> {
@@ -136,6 +136,10 @@ fn the_sweep_ranks_policies_and_repeats_itself() {
     assert!((none.imbalance_before - none.imbalance_after).abs() < 1e-9);
     assert!(none.throughput_rps < ultraep.throughput_rps, "{none:?} {ultraep:?}");
     assert!(results.iter().all(|r| r.peak_tokens >= r.even_peak_tokens && r.even_peak_tokens > 0));
+    // With everything at once all policies have the same batches.
+    let even = LIMITS.chunk_tokens as u64 * 2 / 4;
+    let saturated = [ideal, ultraep, none].map(|r| r.saturated_peak_tokens);
+    assert!(saturated.is_sorted() && saturated[0] >= even && saturated[1] * 100 <= saturated[0] * 105, "{saturated:?}");
     assert!(ultraep.peak_tokens < none.peak_tokens && ultraep.replicas_per_layer > 0.0);
     assert_eq!((ideal.replicas_per_layer, ideal.share_of_ideal), (0.0, Some(1.0)));
     for result in &results {
@@ -151,7 +155,7 @@ fn costs_are_measured_for_one_model_and_refused_for_another() {
     let settings = settings();
     let loads = sample_loads(&recorded(&pool(6), 1), &LIMITS, &settings.topology, &model()).unwrap();
     assert!(!loads.is_empty() && loads.iter().all(|l| l.iter().sum::<u32>() > 0));
-    costs.measure_plans(&settings, &loads).unwrap();
+    costs.measure_plans(&settings, &model(), &loads).unwrap();
     assert!(settings.policies.iter().all(|kind| costs.plan_ns[kind.name()] > 0) && costs.plan_ranks == 4);
     costs.check(&model()).unwrap();
     assert!(costs.expert.ns(64) > 0 && costs.attention(8, 300) > costs.attention(8, 0));

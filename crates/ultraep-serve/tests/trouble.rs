@@ -1,4 +1,4 @@
-//! Clients that go away, load beyond the limits, ranks that die, shutdown, and nonsense.
+//! Clients that go away, load beyond the limits, ranks that die, shutdown.
 
 mod common;
 
@@ -6,8 +6,7 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::time::Duration;
 
-use common::{Server, connect, engine_config, exchange, get, http_config, request};
-use proptest::prelude::*;
+use common::{Server, connect, engine_config, get, http_config, request};
 use serde_json::json;
 use ultraep_baselines::PolicyKind;
 use ultraep_serve::http::HttpConfig;
@@ -166,82 +165,6 @@ fn slow_and_idle_clients_are_dropped_and_do_not_hurt_others() {
         // Closed, with or without a word.
         let _ = stream.read_to_end(&mut Vec::new());
     }
-}
-
-/// JSON that is nearly a request.
-fn nearly() -> impl Strategy<Value = String> {
-    let names =
-        ["prompt", "max_tokens", "temperature", "top_p", "stop", "stream", "logprobs", "echo", "seed", "n", "x"];
-    let value = prop_oneof![
-        Just("null".to_string()),
-        any::<bool>().prop_map(|b| b.to_string()),
-        any::<i64>().prop_map(|n| n.to_string()),
-        (-2..9i64).prop_map(|n| n.to_string()),
-        any::<f64>().prop_map(|n| json!(n).to_string()),
-        ".{0,12}".prop_map(|s| json!(s).to_string()),
-        proptest::collection::vec(-1..258i64, 0..5).prop_map(|v| json!(v).to_string()),
-        proptest::collection::vec(".{0,4}", 0..3).prop_map(|v| json!(v).to_string()),
-        Just("[[1],[2,3]]".to_string()),
-        Just("{\"include_usage\":1}".to_string()),
-        Just("[".repeat(300)),
-    ];
-    let field =
-        (proptest::sample::select(names.to_vec()), value).prop_map(|(name, value)| format!("\"{name}\":{value}"));
-    let cut = proptest::option::weighted(0.2, 0..60usize);
-    (proptest::collection::vec(field, 0..6), cut).prop_map(|(fields, cut)| {
-        let mut text = format!("{{\"prompt\":\"p\",\"max_tokens\":2,{}}}", fields.join(","));
-        if let Some(cut) = cut {
-            text = text.chars().take(cut).collect();
-        }
-        text
-    })
-}
-
-/// Bytes that are nearly HTTP.
-fn nearly_http() -> impl Strategy<Value = Vec<u8>> {
-    let valid =
-        request("POST", "/v1/completions", "Content-Type: application/json\r\n", "{\"prompt\":\"p\"}").into_bytes();
-    let edit = (0..valid.len(), any::<u8>());
-    let edits = proptest::collection::vec(edit, 1..6);
-    let cut = proptest::option::weighted(0.3, 0..valid.len());
-    (edits, cut, proptest::collection::vec(any::<u8>(), 0..40)).prop_map(move |(edits, cut, noise)| {
-        let mut bytes = valid.clone();
-        edits.into_iter().for_each(|(at, byte)| bytes[at] = byte);
-        bytes.truncate(cut.unwrap_or(bytes.len()));
-        bytes.extend(noise);
-        bytes
-    })
-}
-
-#[test]
-fn nonsense_never_gives_a_5xx_or_a_hang() {
-    let times = HttpConfig {
-        head_timeout: Duration::from_millis(200),
-        body_timeout: Duration::from_millis(200),
-        ..http_config()
-    };
-    let server = Server::start(engine_config(2, PolicyKind::Ultraep, 64), times);
-    let address = server.address;
-    let runner = || proptest::test_runner::TestRunner::new(ProptestConfig { cases: 96, ..ProptestConfig::default() });
-    let bodies = runner().run(&nearly(), |body| {
-        let response = common::post(address, "/v1/completions", &body);
-        prop_assert!((200..500).contains(&response.status), "{body}: {response:?}");
-        prop_assert!(response.status == 200 || response.json()["error"]["message"].is_string());
-        Ok(())
-    });
-    bodies.unwrap_or_else(|error| panic!("{error}"));
-    let bytes = runner().run(&nearly_http(), |bytes| {
-        let mut stream = connect(address);
-        let _ = stream.write_all(&bytes);
-        let _ = stream.shutdown(std::net::Shutdown::Write);
-        drop(stream);
-        if let Some(response) = exchange(address, &bytes) {
-            prop_assert!(response.status < 500, "{:?}: {response:?}", String::from_utf8_lossy(&bytes));
-        }
-        Ok(())
-    });
-    bytes.unwrap_or_else(|error| panic!("{error}"));
-    assert_eq!(server.complete(json!({ "prompt": "a" })).status, 200);
 }
 
 #[test]

@@ -9,7 +9,7 @@ use ultraep_schedule::{Batch, BatchTime, Limits, Request, RequestId, Scheduler};
 
 use super::prompts::Prompt;
 use super::replay::{Replay, World};
-use crate::rank::{ChunkInput, GroupConfig, RankEngine};
+use crate::rank::{ChunkInput, RankEngine};
 use crate::{ServeError, ServedModel};
 
 /// How the replay compares with the real engine.
@@ -88,18 +88,7 @@ fn real(
     kind: PolicyKind,
     cores: usize,
 ) -> Result<(Vec<u64>, Vec<Vec<LayerRecord>>), ServeError> {
-    let topology = &world.settings.topology;
-    let group = GroupConfig {
-        ranks: topology.ranks(),
-        slots: topology.slots(ultraep_plan::Rank::new(0)),
-        policies: vec![kind],
-        params: world.settings.params,
-        tokens_per_rank: limits.chunk_tokens_per_rank() as usize,
-        link: world.settings.link,
-        checked: false,
-        timeout: std::time::Duration::from_secs(300),
-        cores,
-    };
+    let group = world.settings.group(vec![kind], limits.chunk_tokens_per_rank() as usize, cores);
     let runtime = group.runtime(model)?;
     let run = |fabric: Box<dyn Fabric>| -> Result<(Vec<u64>, Vec<Vec<LayerRecord>>), ServeError> {
         let rank = fabric.rank().index();

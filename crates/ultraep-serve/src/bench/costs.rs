@@ -13,8 +13,8 @@ use ultraep_device::cache::{CacheWorkspace, KvCache};
 use ultraep_device::{ExpertWorkspace, math};
 use ultraep_fabric::{Fabric, run_threads};
 use ultraep_model::Wanted;
-use ultraep_plan::{Plan, Problem, SplitWorkspace, Transfers, split_all};
-use ultraep_runtime::{Part, VirtualClock};
+use ultraep_plan::{Plan, Problem, SplitWorkspace, split_all};
+use ultraep_runtime::{Part, PlannedTransfers, SyncPlanner, VirtualClock};
 use ultraep_schedule::{Batch, Limits, Request, RequestId, Scheduler};
 
 use super::replay::PolicySettings;
@@ -82,7 +82,7 @@ pub struct Costs {
     pub attention_tokens: Curve,
     /// Final norm and head, by tokens produced.
     pub head: Curve,
-    /// Planning and splitting one layer, by policy, at `plan_ranks` ranks.
+    /// Planning one layer, its split and its transfers, by policy, at `plan_ranks` ranks.
     pub plan_ns: BTreeMap<String, u64>,
     /// Ranks of the plans.
     pub plan_ranks: usize,
@@ -159,14 +159,20 @@ impl Costs {
         })
     }
 
-    /// Measures how long each policy plans and splits for `loads` (`[N, E]` each): the median over them.
-    pub fn measure_plans(&mut self, settings: &PolicySettings, loads: &[Vec<u32>]) -> Result<(), ServeError> {
+    /// Measures how long each policy plans, splits and plans transfers for `loads` (`[N, E]` each): the median over them.
+    pub fn measure_plans(
+        &mut self,
+        settings: &PolicySettings,
+        model: &ServedModel,
+        loads: &[Vec<u32>],
+    ) -> Result<(), ServeError> {
         self.plan_ranks = settings.topology.ranks();
+        let mut sync = SyncPlanner::new(&settings.runtime(model)?)?;
+        let mut transfers = PlannedTransfers::new(&settings.topology);
         for &kind in &settings.policies {
             let mut policy = build(kind, &settings.topology, &settings.params)?;
             let mut plan = Plan::default();
             let mut workspace = SplitWorkspace::new(&settings.topology);
-            let mut transfers = Transfers::new(&settings.topology);
             let mut split = Vec::new();
             let mut times = Vec::with_capacity(loads.len());
             for counts in loads {
@@ -179,7 +185,7 @@ impl Costs {
                     let done = solved.and_then(|()| {
                         split_all(&problem, &plan, &mut workspace, &mut split).map_err(|e| e.to_string())
                     });
-                    transfers.list(&settings.topology, &plan);
+                    sync.plan(&plan, &mut transfers);
                     failed = done.err();
                 }));
                 if let Some(reason) = failed {

@@ -5,24 +5,25 @@
 //! a batch of L layers, all maxima over ranks, T_r tokens and A_r arrived rows on rank r:
 //!   for each layer:
 //!     max(dense + attention + router + the layer before's weighted sum)  | all-gather of counts
-//!     plan + max(reroute, weight sync beside it)                         | dispatch: rows of the busiest link
+//!     plan + max(reroute, weight sync beside it, as its transfer plan says) | dispatch: rows of the busiest link
 //!     max(rows in and out + sum over its physical experts of expert time) | combine: the same rows back
 //!   max(weighted sum + head)
 //! ```
 //!
-//! as [`ultraep_runtime::StepTime`] adds it up. Source: the paper's critical path (section 3). Left out, as there: latency of
+//! as [`ultraep_runtime::StepTime`] adds it up; weight sync by the runtime's own [`SyncPlanner`]. Source: the paper's critical path (section 3). Left out, as there: latency of
 //! a message.
 
 use std::sync::Arc;
 
 use ultraep_baselines::ideal::balanced_counts;
 use ultraep_baselines::{PolicyKind, PolicyParams, build};
-use ultraep_plan::{Plan, Policy, Problem, SplitWorkspace, Topology, Transfers, split_all};
-use ultraep_runtime::Link;
+use ultraep_plan::{Plan, Policy, Problem, Rank, SplitWorkspace, Topology, split_all};
+use ultraep_runtime::{Link, PlannedTransfers, RuntimeConfig, SyncPlanner};
 use ultraep_schedule::{Batch, BatchTime, Limits, Request, RequestId, Scheduler};
 
 use super::costs::Costs;
 use super::routing::RecordedPrompt;
+use crate::rank::GroupConfig;
 use crate::{ServeError, ServedModel};
 
 /// The group and policies that are compared.
@@ -38,6 +39,29 @@ pub struct PolicySettings {
     pub link: Link,
 }
 
+impl PolicySettings {
+    /// The group of the real engine's ranks that runs `policies`, `cores` at a time, with at most `tokens_per_rank` tokens of a
+    /// batch on each.
+    pub(crate) fn group(&self, policies: Vec<PolicyKind>, tokens_per_rank: usize, cores: usize) -> GroupConfig {
+        GroupConfig {
+            ranks: self.topology.ranks(),
+            slots: self.topology.slots(Rank::new(0)),
+            policies,
+            params: self.params,
+            tokens_per_rank,
+            link: self.link,
+            checked: false,
+            timeout: std::time::Duration::from_secs(300),
+            cores,
+        }
+    }
+
+    /// The runtime that would run `model`, as far as planning transfers needs it.
+    pub(crate) fn runtime(&self, model: &ServedModel) -> Result<RuntimeConfig, ServeError> {
+        self.group(self.policies.clone(), 1, 0).runtime(model)
+    }
+}
+
 /// What all replays share.
 #[derive(Clone)]
 pub struct World {
@@ -47,24 +71,28 @@ pub struct World {
     pub(crate) pool: Arc<Vec<RecordedPrompt>>,
     pub(crate) layers: usize,
     pub(crate) top_k: usize,
-    /// Bytes of a row and of an expert.
     pub(crate) row_bytes: u64,
-    pub(crate) expert_bytes: u64,
+    runtime: RuntimeConfig,
 }
 
 impl World {
     /// Of recorded routing of `model`.
-    pub fn new(settings: PolicySettings, costs: Costs, pool: Arc<Vec<RecordedPrompt>>, model: &ServedModel) -> Self {
+    pub fn new(
+        settings: PolicySettings,
+        costs: Costs,
+        pool: Arc<Vec<RecordedPrompt>>,
+        model: &ServedModel,
+    ) -> Result<Self, ServeError> {
         let config = model.config();
-        Self {
+        Ok(Self {
+            runtime: settings.runtime(model)?,
             settings,
             costs,
             pool,
             layers: config.layers,
             top_k: config.top_k,
             row_bytes: (config.hidden * size_of::<f32>()) as u64,
-            expert_bytes: config.expert_shape().weight_bytes() as u64,
-        }
+        })
     }
 }
 
@@ -154,7 +182,8 @@ pub struct Replay<'w> {
     full_batch_tokens: u64,
     plan: Plan,
     workspace: SplitWorkspace,
-    transfers: Transfers,
+    sync: SyncPlanner,
+    transfers: PlannedTransfers,
     counts: Vec<u32>,
     split: Vec<u32>,
     balance: Balance,
@@ -181,7 +210,8 @@ impl<'w> Replay<'w> {
             full_batch_tokens,
             plan: Plan::default(),
             workspace: SplitWorkspace::new(topology),
-            transfers: Transfers::new(topology),
+            sync: SyncPlanner::new(&world.runtime)?,
+            transfers: PlannedTransfers::new(topology),
             counts: vec![0; topology.ranks() * topology.experts()],
             split: Vec::new(),
             balance: Balance::default(),
@@ -255,10 +285,10 @@ impl<'w> Replay<'w> {
         self.split.clear();
         self.split.resize(topology.ranks() * width, 0);
         split_all(&problem, &self.plan, &mut self.workspace, &mut self.split).map_err(|e| wrong(e.to_string()))?;
-        self.transfers.list(topology, &self.plan);
+        self.sync.plan(&self.plan, &mut self.transfers);
         self.policies[layer].observe(&problem);
 
-        let sync_ns = link.transfer_ns(self.charged_copies(layer) * world.expert_bytes);
+        let sync_ns = self.charged_sync_ns(layer);
         let reroute = tokens.iter().map(|&t| costs.reroute.ns(t)).max().unwrap_or(0);
         let exposed = sync_ns.saturating_sub(reroute);
         let Work { rows, expert_ns, busiest_rows } = self.work();
@@ -269,8 +299,8 @@ impl<'w> Replay<'w> {
         Ok(plan_ns + reroute + exposed + there + experts + there)
     }
 
-    /// Copies on the busiest link that the batch waits for: a historical placement that is in place costs nothing.
-    fn charged_copies(&mut self, layer: usize) -> u64 {
+    /// Weight sync that the batch waits for: a historical placement that is in place costs nothing.
+    fn charged_sync_ns(&mut self, layer: usize) -> u64 {
         let of = |i: &ultraep_plan::Instance| (i.rank.index() as u16, i.physical.index() as u16);
         let placement: Vec<_> = self.plan.instances().iter().map(of).collect();
         let is_new = self.placements[layer] != placement;
@@ -278,8 +308,8 @@ impl<'w> Replay<'w> {
         if self.kind.is_historical() && !is_new {
             return 0;
         }
-        let both = self.transfers.sends().iter().chain(self.transfers.receives());
-        both.copied().max().map_or(0, u64::from)
+        self.sync.measure(&mut self.transfers);
+        self.transfers.sync_ns()
     }
 
     fn work(&self) -> Work {

@@ -5,7 +5,7 @@ use ultraep_schedule::{Limits, TtftSummary};
 
 use super::check::SpotCheck;
 use super::costs::Costs;
-use super::prompts::PromptSpec;
+use super::prompts::{Prompt, PromptSpec};
 use super::sweep::SweepSpec;
 
 /// Name and version of the document.
@@ -55,6 +55,22 @@ pub struct PoolSummary {
     pub domains: std::collections::BTreeMap<String, usize>,
 }
 
+impl PoolSummary {
+    /// Of these prompts.
+    pub fn of(pool: &[Prompt]) -> Self {
+        let lengths = || pool.iter().map(|p| p.tokens.len() as u32);
+        let mut summary = Self {
+            prompts: pool.len(),
+            tokens: lengths().map(u64::from).sum(),
+            shortest_tokens: lengths().min().unwrap_or(0),
+            longest_tokens: lengths().max().unwrap_or(0),
+            ..Self::default()
+        };
+        pool.iter().for_each(|p| *summary.domains.entry(p.domain.clone()).or_default() += 1);
+        summary
+    }
+}
+
 /// One policy.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct PolicyResult {
@@ -76,9 +92,12 @@ pub struct PolicyResult {
     pub imbalance_worst: f64,
     /// Most tokens (choices) on a rank in one layer.
     pub peak_tokens: u64,
-    /// The same in the same batches with perfect balance. Policies that take longer have other batches, so peaks compare with
-    /// this and not with each other.
+    /// The same in the same batches with perfect balance. Which batches a rate gives depends on how long they take, so peaks at
+    /// the knee compare with this and not with each other.
     pub even_peak_tokens: u64,
+    /// Most tokens (choices) on a rank in one layer when all requests come at once. Nothing depends on time then, so all policies
+    /// have the same batches, and the fullest: these peaks compare with each other, and are what memory must be there for.
+    pub saturated_peak_tokens: u64,
     /// Replicas in a layer, mean.
     pub replicas_per_layer: f64,
     /// Weight sync that was not hidden, of the time in which batches ran.

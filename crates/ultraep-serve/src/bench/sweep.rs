@@ -128,24 +128,30 @@ pub fn sweep(
     let mut results = Vec::new();
     for (&kind, throughput) in kinds.iter().zip(&throughputs) {
         let at_knee = sweep.run(kind, knee)?;
+        let saturated = sweep.run(kind, Rate::MAX)?;
         let points = spec
             .rates_percent
             .iter()
             .map(|&percent| Ok(sweep.run(kind, (capacity * u64::from(percent) / 100).max(1))?.point));
         let points = points.collect::<Result<_, ServeError>>()?;
-        results.push(result(kind, throughput, &at_knee, ideal_rps, points));
+        let runs = PolicyRuns { throughput, at_knee: &at_knee, saturated: &saturated };
+        results.push(result(kind, &runs, ideal_rps, points));
         done(kinds.len() + results.len());
     }
     Ok((limit_ns, results))
 }
 
-fn result(
-    kind: PolicyKind,
-    throughput: &Run,
-    at_knee: &Run,
-    ideal_rps: Option<f64>,
-    points: Vec<RatePoint>,
-) -> PolicyResult {
+/// One policy's runs that figures are taken from.
+struct PolicyRuns<'a> {
+    /// At its largest rate within the limit.
+    throughput: &'a Run,
+    at_knee: &'a Run,
+    /// All requests at once.
+    saturated: &'a Run,
+}
+
+fn result(kind: PolicyKind, runs: &PolicyRuns<'_>, ideal_rps: Option<f64>, points: Vec<RatePoint>) -> PolicyResult {
+    let PolicyRuns { throughput, at_knee, saturated } = runs;
     let b = &at_knee.balance;
     let tokens = b.tokens.max(1) as f64;
     PolicyResult {
@@ -159,6 +165,7 @@ fn result(
         imbalance_worst: b.worst_after,
         peak_tokens: b.peak_tokens,
         even_peak_tokens: b.even_peak_tokens,
+        saturated_peak_tokens: saturated.balance.peak_tokens,
         replicas_per_layer: b.replicas as f64 / b.layers.max(1) as f64,
         exposed_sync_share: b.exposed_sync_ns as f64 / at_knee.busy_ns.max(1) as f64,
         points,

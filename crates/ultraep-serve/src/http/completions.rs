@@ -12,7 +12,7 @@ use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 use axum::{Json, extract::State};
 use http_body_util::{BodyExt, Limited};
-use hyper::body::Frame;
+use hyper::body::{Body as _, Frame};
 use tokio::time::{Sleep, timeout};
 
 use super::answer::{Answer, Choice, Decoder, Logprobs, Usage, reason_name};
@@ -62,6 +62,10 @@ async fn start(app: &App, body: HttpBody) -> Result<(Completion, Vec<Output>), A
 
 async fn read_body(body: HttpBody, config: &HttpConfig) -> Result<Bytes, ApiError> {
     let limit = config.body_bytes_max;
+    // One that says that it is too large is not waited for.
+    if body.size_hint().lower() > limit as u64 {
+        return Err(ApiError::too_large(limit));
+    }
     let collected = timeout(config.body_timeout, Limited::new(body, limit).collect()).await;
     match collected {
         Err(_) => Err(ApiError::slow_body()),

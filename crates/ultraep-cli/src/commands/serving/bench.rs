@@ -92,7 +92,7 @@ pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<(), CliError> {
     let pool = prompts(&corpus, &spec).map_err(serve_error)?;
     let recorded = record_routing(&model, &pool)?;
     let costs = costs(args, &model, &limits, &settings, &recorded)?;
-    let world = World::new(settings, costs.clone(), Arc::new(recorded), &model);
+    let world = World::new(settings, costs.clone(), Arc::new(recorded), &model).map_err(serve_error)?;
     let check = match args.spot_check {
         0 => None,
         batches => Some(spot_check(&world, &model, &pool, limits, batches, train::cores()).map_err(serve_error)?),
@@ -114,7 +114,7 @@ pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<(), CliError> {
         link: args.group.link()?.to_string(),
         limits,
         prompts: spec,
-        pool: summary(&pool),
+        pool: PoolSummary::of(&pool),
         sweep: spec_of_sweep,
         ttft_limit_ns,
         policies,
@@ -177,24 +177,11 @@ fn costs(
     bar.set_position(1);
     let costs = measured.and_then(|mut costs| {
         let loads = sample_loads(recorded, limits, &settings.topology, model);
-        costs.measure_plans(settings, &loads.map_err(serve_error)?).map_err(serve_error)?;
+        costs.measure_plans(settings, model, &loads.map_err(serve_error)?).map_err(serve_error)?;
         Ok(costs)
     });
     bar.finish_and_clear();
     costs
-}
-
-fn summary(pool: &[Prompt]) -> PoolSummary {
-    let lengths = || pool.iter().map(|p| p.tokens.len() as u32);
-    let mut summary = PoolSummary {
-        prompts: pool.len(),
-        tokens: lengths().map(u64::from).sum(),
-        shortest_tokens: lengths().min().unwrap_or(0),
-        longest_tokens: lengths().max().unwrap_or(0),
-        ..PoolSummary::default()
-    };
-    pool.iter().for_each(|p| *summary.domains.entry(p.domain.clone()).or_default() += 1);
-    summary
 }
 
 fn write_files(args: &Args, result: &PrefillBench) -> Result<(), CliError> {
@@ -241,6 +228,7 @@ fn print(out: &mut dyn Write, result: &PrefillBench) -> Result<(), CliError> {
         "replicas\na layer",
         "peak tokens\non a rank",
         "over\neven",
+        "peak, all\nat once",
         "requests/s\nat the limit",
         "tokens/s\nat the limit",
         "over\nnone",
@@ -258,6 +246,7 @@ fn print(out: &mut dyn Write, result: &PrefillBench) -> Result<(), CliError> {
             format!("{:.1}", p.replicas_per_layer),
             p.peak_tokens.to_string(),
             format!("{:.2}", p.peak_tokens as f64 / p.even_peak_tokens.max(1) as f64),
+            p.saturated_peak_tokens.to_string(),
             format!("{:.2}", p.throughput_rps),
             format!("{:.0}", p.throughput_tokens_per_s),
             over,
@@ -268,7 +257,8 @@ fn print(out: &mut dyn Write, result: &PrefillBench) -> Result<(), CliError> {
     writeln!(
         out,
         "limit: p95 of the time to the first token (TTFT) {} ms. Imbalance weighted by tokens, worst of batches of {} tokens and more; both, replicas \
-         and peak at {:.2} requests/s",
+         and peak at {:.2} requests/s.\nThere each policy has its own batches: over even is against an even share of the same \
+         batch. With all requests at once all have the same.",
         ms(result.ttft_limit_ns),
         limits.chunk_tokens / 8,
         result.policies.first().map_or(0.0, |p| p.knee.rps)

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use serde::Serialize;
 use ultraep_run::write_atomically;
 use ultraep_schedule::Lengths;
-use ultraep_serve::bench::{PromptSpec, prompts};
+use ultraep_serve::bench::{PoolSummary, PromptSpec, prompts};
 use ultraep_serve::loadtest::{LOADTEST_SCHEMA, LoadResult, LoadSpec, Target, run as run_rate};
 use ultraep_serve::plot::{Line, ttft_plot};
 
@@ -81,6 +81,7 @@ struct Document<'a> {
     schema: &'static str,
     url: &'a str,
     prompts: PromptSpec,
+    pool: PoolSummary,
     ttft_limit_ms: u64,
     rates: &'a [LoadResult],
 }
@@ -118,6 +119,7 @@ pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<(), CliError> {
         schema: LOADTEST_SCHEMA,
         url: &args.url,
         prompts: spec,
+        pool: PoolSummary::of(&pool),
         ttft_limit_ms: args.ttft_limit_ms,
         rates: &results,
     };
