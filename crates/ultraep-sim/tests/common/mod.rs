@@ -100,3 +100,15 @@ pub(crate) fn step() -> StepSpec {
         model,
     }
 }
+
+/// 64 ranks with two of 128 experts each: the shape of the published experiments.
+pub(crate) fn rack() -> StepSpec {
+    let mut spec = step();
+    (spec.model.experts, spec.model.top_k) = (128, 8);
+    (spec.ranks, spec.domain_ranks, spec.machine.domain_ranks) = (64, 64, 64);
+    spec.batch.tokens_per_rank = 8192;
+    let StepSpec { model, batch, .. } = &spec;
+    let (experts, top_k, tokens_per_rank) = (model.experts, model.top_k, batch.tokens_per_rank);
+    spec.process = ProcessParams { ranks: 64, experts, tokens_per_rank, top_k, ..spec.process };
+    spec
+}
