@@ -114,7 +114,8 @@ fn experts(machine: &mut Machine, spec: &StepSpec, target: &Target, ideal: &[Lay
     let (backward, fixed) = fit(target.ideal.backward_us[0], target.none.backward_us[0]);
     let c = &mut machine.calibrated;
     (c.forward_flops_per_s, c.backward_flops_per_s) = (flops(forward, 1.0), flops(backward, 2.0));
-    c.backward_fixed_rows = fixed.round() as u32;
+    let own_rows = f64::from(spec.batch.tokens_per_rank) * f64::from(spec.model.top_k);
+    c.backward_fixed_permille = (1000.0 * fixed / own_rows).round() as u32;
 }
 
 fn links(machine: &mut Machine, spec: &StepSpec, target: &Target, ideal: &[LayerLoad]) {

@@ -101,7 +101,7 @@ impl LayerWork {
     /// Prepares the constants.
     pub fn new(machine: &Machine, model: &ModelSpec, batch: Batch, system: &System, topology: &Topology) -> Self {
         let c = &machine.calibrated;
-        let pass = |flops, row_times: u64, element_fs: u64, fixed_rows: u32, a2a: u64, incast: u32| {
+        let pass = |flops, row_times: u64, element_fs: u64, fixed_permille: u32, a2a: u64, incast: u32| {
             let (tokens, row_bytes) = (u64::from(batch.tokens_per_rank), 2 * u64::from(model.hidden));
             let elements = u128::from(tokens) * u128::from(model.hidden) * u128::from(element_fs) / 1000;
             let row_ps = at_rate_ps(row_times * model.row_flops(), flops);
@@ -110,7 +110,7 @@ impl LayerWork {
                 rest_ps: at_rate_ps(row_times * tokens * model.rest_flops(batch.sequence), flops)
                     .saturating_add(u64::try_from(elements).unwrap_or(u64::MAX)),
                 row_ps,
-                fixed_ps: row_ps.saturating_mul(u64::from(fixed_rows)),
+                fixed_ps: row_ps.saturating_mul(tokens * u64::from(model.top_k) * u64::from(fixed_permille) / 1000),
                 link_row_ps,
                 incast_row_ps: link_row_ps.saturating_mul(u64::from(incast)) / 1000,
                 far_row_ps: at_rate_ps(row_bytes, machine.scale_out_bytes_per_s),
@@ -134,7 +134,7 @@ impl LayerWork {
                 c.backward_flops_per_s,
                 2,
                 c.backward_element_fs,
-                c.backward_fixed_rows,
+                c.backward_fixed_permille,
                 c.backward_a2a_bytes_per_s,
                 c.backward_incast_permille,
             ),

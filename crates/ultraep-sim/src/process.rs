@@ -114,10 +114,8 @@ impl LoadProcess {
         out: &mut Vec<u32>,
     ) {
         let ProcessParams { ranks, experts, seed, skew_milli, drift_milli, spread_milli, .. } = self.params;
-        if let Some(recorded) = &self.recorded {
-            out.clear();
-            out.extend_from_slice(recorded.counts(layer, step, microbatch));
-            return;
+        if let Some(recorded) = self.recorded.clone() {
+            return self.as_recorded(recorded.counts(layer, step, microbatch), tokens, out);
         }
         let moment = u64::from(step) << 32 | u64::from(microbatch);
         let heat = self.heat(layer);
@@ -136,6 +134,30 @@ impl LoadProcess {
                 self.weigh(|exponent| exponent + scaled(normal(&mut own), spread_milli));
             }
             self.fill(source, tokens(source).unwrap_or(self.params.tokens_per_rank), row);
+        }
+    }
+
+    /// Recorded counts; a source with tokens of its own shares their choices as the recorded ones are shared, those of all
+    /// sources where it has none recorded.
+    fn as_recorded(&mut self, recorded: &[u32], tokens: impl Fn(usize) -> Option<u32>, out: &mut Vec<u32>) {
+        let experts = self.params.experts as usize;
+        out.clear();
+        out.extend_from_slice(recorded);
+        let mut all = Vec::new();
+        expert_loads(recorded, experts, &mut all);
+        for (source, row) in out.chunks_mut(experts).enumerate() {
+            let Some(tokens) = tokens(source) else { continue };
+            let own = row.iter().any(|&count| count > 0);
+            let of = |(&count, &sum): (&u32, &u64)| if own { u64::from(count) } else { sum };
+            self.weights.clear();
+            self.weights.extend(row.iter().zip(&all).map(of));
+            let chosen = self.weights.iter().filter(|&&weight| weight > 0).count();
+            if chosen < self.params.top_k as usize {
+                // Too few for a token's distinct choices: the others get a trace.
+                self.weights.iter_mut().for_each(|weight| *weight = (*weight << 20).max(1));
+            }
+            row.fill(0);
+            self.fill(source, tokens, row);
         }
     }
 
@@ -239,6 +261,23 @@ mod tests {
                 assert!(row.iter().all(|&c| c <= 500), "{row:?}");
             }
         }
+    }
+
+    #[test]
+    fn recorded_choices_are_shared_as_they_were() {
+        let recorded = vec![30, 10, 0, 0, 0, 0, 0, 0];
+        let loads = Arc::new(RecordedLoads::new((2, 4), 1, vec![vec![recorded.clone()]]).unwrap());
+        let shape = ProcessParams { ranks: 2, experts: 4, tokens_per_rank: 40, top_k: 1, ..params() };
+        let mut process = LoadProcess::recorded(shape, loads).unwrap();
+        let mut counts = Vec::new();
+        process.counts(0, 0, 0, &mut counts);
+        assert_eq!(counts, recorded, "as they are where no source has tokens of its own");
+        process.counts_of(0, (0, 0), |_| Some(8), &mut counts);
+        assert_eq!(counts, [6, 2, 0, 0, 6, 2, 0, 0], "the second source has none recorded");
+        let both = ProcessParams { top_k: 2, ..shape };
+        process.params = both;
+        process.counts_of(0, (0, 0), |source| Some(10 * source as u32), &mut counts);
+        assert_eq!(counts, [0, 0, 0, 0, 10, 10, 0, 0], "no token chooses an expert twice");
     }
 
     #[test]

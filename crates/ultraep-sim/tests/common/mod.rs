@@ -4,8 +4,8 @@
 use ultraep_baselines::{HistoryParams, PolicyKind};
 use ultraep_plan::TransferParams;
 use ultraep_sim::{
-    Attention, Batch, Calibrated, Jitter, Machine, Mistake, ModelSpec, Pipeline, ProcessParams, StepSpec, SyncRule,
-    System,
+    Attention, Batch, Calibrated, Jitter, Machine, Mistake, ModelSpec, Pipeline, ProcessParams, Recompute, StepSpec,
+    SyncRule, System,
 };
 
 pub(crate) fn model() -> ModelSpec {
@@ -32,6 +32,7 @@ pub(crate) fn machine() -> Machine {
         link_bytes_per_s: 900_000_000_000,
         scale_out_bytes_per_s: 50_000_000_000,
         memory_bytes_per_s: 8_000_000_000_000,
+        memory_bytes: 186_000_000_000,
         hop_ns: 2_000,
         tile_rows: 128,
         gemm_ns: 3_000,
@@ -43,7 +44,7 @@ pub(crate) fn machine() -> Machine {
         calibrated: Calibrated {
             forward_flops_per_s: 1_000_000_000_000_000,
             backward_flops_per_s: 1_000_000_000_000_000,
-            backward_fixed_rows: 1000,
+            backward_fixed_permille: 61,
             forward_a2a_bytes_per_s: 600_000_000_000,
             backward_a2a_bytes_per_s: 600_000_000_000,
             forward_incast_permille: 800,
@@ -79,7 +80,7 @@ pub(crate) fn step() -> StepSpec {
         pipeline: Pipeline { stages: 1, chunks: 1, microbatches: 2 },
         data_parallel: 1,
         groups_sampled: 1,
-        recompute: false,
+        recompute: Recompute::Nothing,
         layers_sampled: model.moe_layers(),
         process: ProcessParams {
             ranks: 8,

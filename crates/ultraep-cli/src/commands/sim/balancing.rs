@@ -67,7 +67,7 @@ pub(super) fn run(plan: &Plan, threads: usize) -> Result<Vec<CaseRecord>, CliErr
 type Figures = Vec<(String, BTreeMap<Metric, f64>)>;
 
 fn record(name: String, load: String, metrics: &[Metric], figures: &Figures, paper: &[Paper]) -> CaseRecord {
-    CaseRecord { name, along: None, load, rows: rows(metrics, figures, paper), systems: Vec::new() }
+    CaseRecord { name, load, rows: rows(metrics, figures, paper), ..CaseRecord::default() }
 }
 
 fn cell<'a>(plan: &Plan, case: &'a Case, ratio: f64) -> Result<Cell<'a>, CliError> {

@@ -136,6 +136,8 @@ struct MachineFile {
     scale_out_bytes_per_s: u64,
     #[serde(deserialize_with = "bounded::<1, MAX_RATE, _, _>")]
     memory_bytes_per_s: u64,
+    #[serde(deserialize_with = "bounded::<1, MAX_RATE, _, _>")]
+    memory_bytes: u64,
     #[serde(deserialize_with = "bounded::<0, MAX_NS, _, _>")]
     hop_ns: u64,
     #[serde(deserialize_with = "bounded::<4096, 1073741824, _, _>")]
@@ -163,6 +165,7 @@ pub(super) fn machine(name: &str) -> Result<Machine, CliError> {
         link_bytes_per_s: hardware.link_bytes_per_s,
         scale_out_bytes_per_s: file.scale_out_bytes_per_s,
         memory_bytes_per_s: file.memory_bytes_per_s,
+        memory_bytes: file.memory_bytes,
         hop_ns: file.hop_ns,
         tile_rows: hardware.tile_rows,
         gemm_ns: hardware.gemm_ns,

@@ -47,6 +47,7 @@ pub(super) enum Metric {
     TtftMs,
     RecoveryMs,
     Relayed,
+    MemoryGb,
 }
 
 /// A published number.
@@ -102,6 +103,18 @@ pub(super) struct SlowRank {
     pub(super) speed_percent: u32,
 }
 
+/// What backward runs again.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Recomputation {
+    /// The least under which an even load fits the machine's memory.
+    #[default]
+    Auto,
+    Nothing,
+    Attention,
+    Layer,
+}
+
 /// One workload on one machine.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -134,7 +147,7 @@ pub(super) struct Case {
     #[serde(default = "n::<6>", deserialize_with = "bounded::<1, 1024, _, _>")]
     pub(super) layers_sampled: u32,
     #[serde(default)]
-    pub(super) recompute: bool,
+    pub(super) recompute: Recomputation,
     #[serde(default = "n::<100>", deserialize_with = "bounded::<1, 10000, _, _>")]
     pub(super) bandwidth_percent: u32,
     #[serde(default)]

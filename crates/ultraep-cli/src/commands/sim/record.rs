@@ -32,6 +32,8 @@ pub(super) struct CaseRecord {
     /// The load, in words.
     pub(super) load: String,
     pub(super) rows: Vec<Row>,
+    /// Systems that a rank has too little memory for, with what they need; their figures say what they would take.
+    pub(super) does_not_fit: Vec<String>,
     /// Everything that was simulated, in full, where steps were.
     pub(super) systems: Vec<SystemReport>,
 }
@@ -81,6 +83,7 @@ impl Metric {
             Self::Relayed => "experts relayed",
             Self::TtftMs => "mean TTFT ms",
             Self::RecoveryMs => "recovery ms, once",
+            Self::MemoryGb => "memory of a rank GB",
         }
     }
 
@@ -98,7 +101,9 @@ impl Metric {
         match self {
             _ if self.is_share() => format!("{:.1}%", 100.0 * value),
             Self::Tflops => format!("{value:.1}"),
-            Self::StepMs | Self::Replicas | Self::Fanout | Self::TtftMs | Self::RecoveryMs => format!("{value:.1}"),
+            Self::StepMs | Self::Replicas | Self::Fanout | Self::TtftMs | Self::RecoveryMs | Self::MemoryGb => {
+                format!("{value:.1}")
+            }
             Self::TokensPerS => format!("{value:.0}"),
             _ => format!("{value:.2}"),
         }
@@ -148,6 +153,9 @@ impl Record {
         for case in &self.cases {
             writeln!(out, "\n{}: {}", case.name, case.load)?;
             writeln!(out, "{}", table(&case.rows))?;
+            for system in &case.does_not_fit {
+                writeln!(out, "{system}")?;
+            }
         }
         for note in &self.notes {
             writeln!(out, "{note}")?;
