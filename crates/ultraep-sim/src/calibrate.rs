@@ -17,7 +17,7 @@ use crate::machine::{Calibrated, Machine};
 use crate::process::LoadProcess;
 use crate::step::{StepSpec, simulate_step};
 use crate::{SimError, fit};
-use ultraep_baselines::{HistoryParams, PolicyKind};
+use ultraep_baselines::{HistoryParams, LplbLinks, PolicyKind};
 
 /// Published times of one layer, in microseconds, and the step's throughput.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,6 +49,7 @@ pub fn plain(policy: PolicyKind) -> System {
         min_quota: 1,
         history: HistoryParams::default(),
         max_variables: 0,
+        links: LplbLinks::default(),
     }
 }
 

@@ -130,7 +130,9 @@ pub(crate) fn report(spec: &StepSpec, system: &System, schedule: &Schedule, sums
 
 /// Moving experts when they are placed anew, as a share of one of the steps between two placements.
 fn placement_ps(spec: &StepSpec, system: &System, sums: &Sums) -> u64 {
-    let SyncRule::Placement { bytes_per_s } = system.sync else { return 0 };
+    let (SyncRule::Placement { bytes_per_s } | SyncRule::Collectives { bytes_per_s, .. }) = system.sync else {
+        return 0;
+    };
     let sampled = u64::from(spec.layers_sampled.min(spec.model.moe_layers()) * spec.groups_sampled).max(1);
     let layers = u64::from(spec.model.moe_layers()).div_ceil(u64::from(spec.pipeline.stages));
     let state = STATE_BYTES * spec.model.expert_parameters();

@@ -1,7 +1,7 @@
 //! A small model on a small rack.
 #![allow(dead_code, reason = "each test takes what it needs")]
 
-use ultraep_baselines::{HistoryParams, PolicyKind};
+use ultraep_baselines::{HistoryParams, LplbLinks, PolicyKind};
 use ultraep_plan::TransferParams;
 use ultraep_sim::{
     Attention, Batch, Calibrated, Jitter, Machine, Mistake, ModelSpec, Pipeline, ProcessParams, Recompute, StepSpec,
@@ -61,12 +61,21 @@ pub(crate) fn system(policy: PolicyKind) -> System {
     let sync = match policy {
         PolicyKind::None | PolicyKind::Ideal => SyncRule::Never,
         PolicyKind::Eplb => SyncRule::Placement { bytes_per_s: 64_000_000_000 },
-        PolicyKind::Lplb => SyncRule::Collectives { bytes_per_s: 64_000_000_000 },
+        PolicyKind::Lplb => SyncRule::Collectives { start_ns: 100_000, bytes_per_s: 64_000_000_000 },
         _ => SyncRule::Transfers(TransferParams::default()),
     };
     let plan_ns = if matches!(sync, SyncRule::Transfers(_)) { 100_000 } else { 0 };
     let history = HistoryParams { window: 6, interval: 6 };
-    System { name: policy.name().to_string(), policy, sync, plan_ns, min_quota: 64, history, max_variables: 512 }
+    System {
+        name: policy.name().to_string(),
+        policy,
+        sync,
+        plan_ns,
+        min_quota: 64,
+        history,
+        max_variables: 512,
+        links: LplbLinks::default(),
+    }
 }
 
 pub(crate) fn step() -> StepSpec {
@@ -91,6 +100,7 @@ pub(crate) fn step() -> StepSpec {
             drift_milli: 300,
             spread_milli: 500,
             layer_spread_milli: 0,
+            microbatch_spread_milli: 0,
             seed: 7,
         },
         recorded: None,

@@ -136,6 +136,7 @@ impl Cell<'_> {
                 drift_milli: 0,
                 spread_milli: self.case.load.spread,
                 layer_spread_milli: self.case.load.layer_spread,
+                microbatch_spread_milli: self.case.load.microbatch_spread,
                 seed: u64::from(seed),
             };
             let target = FitTarget {

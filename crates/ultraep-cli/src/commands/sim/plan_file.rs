@@ -48,6 +48,8 @@ pub(super) enum Metric {
     RecoveryMs,
     Relayed,
     MemoryGb,
+    ActivationsGb,
+    ActivationsOverIdeal,
 }
 
 /// A published number.
@@ -91,6 +93,9 @@ pub(super) struct Load {
     /// Difference of layers.
     #[serde(default, deserialize_with = "bounded::<0, 6000, _, _>")]
     pub(super) layer_spread: u32,
+    /// Difference of microbatches.
+    #[serde(default, deserialize_with = "bounded::<0, 6000, _, _>")]
+    pub(super) microbatch_spread: u32,
 }
 
 /// A rank below full speed.
@@ -280,7 +285,9 @@ fn spread() -> u32 {
     700
 }
 
-fn optional<'de, const LEAST: u64, const MOST: u64, D: Deserializer<'de>>(from: D) -> Result<Option<u32>, D::Error> {
+pub(super) fn optional<'de, const LEAST: u64, const MOST: u64, D: Deserializer<'de>>(
+    from: D,
+) -> Result<Option<u32>, D::Error> {
     bounded::<LEAST, MOST, u32, D>(from).map(Some)
 }
 

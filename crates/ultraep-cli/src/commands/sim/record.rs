@@ -84,6 +84,8 @@ impl Metric {
             Self::TtftMs => "mean TTFT ms",
             Self::RecoveryMs => "recovery ms, once",
             Self::MemoryGb => "memory of a rank GB",
+            Self::ActivationsGb => "activations GB",
+            Self::ActivationsOverIdeal => "activations over ideal",
         }
     }
 
@@ -94,14 +96,28 @@ impl Metric {
 
     /// Whether it is a ratio, compared by what is between.
     fn is_ratio(self) -> bool {
-        matches!(self, Self::Imbalance | Self::OverNone | Self::KeptPeak | Self::LayerPeak | Self::Relayed)
+        matches!(
+            self,
+            Self::Imbalance
+                | Self::OverNone
+                | Self::KeptPeak
+                | Self::LayerPeak
+                | Self::Relayed
+                | Self::ActivationsOverIdeal
+        )
     }
 
     fn show(self, value: f64) -> String {
         match self {
             _ if self.is_share() => format!("{:.1}%", 100.0 * value),
             Self::Tflops => format!("{value:.1}"),
-            Self::StepMs | Self::Replicas | Self::Fanout | Self::TtftMs | Self::RecoveryMs | Self::MemoryGb => {
+            Self::StepMs
+            | Self::Replicas
+            | Self::Fanout
+            | Self::TtftMs
+            | Self::RecoveryMs
+            | Self::MemoryGb
+            | Self::ActivationsGb => {
                 format!("{value:.1}")
             }
             Self::TokensPerS => format!("{value:.0}"),

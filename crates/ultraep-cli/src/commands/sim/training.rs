@@ -57,6 +57,7 @@ pub(super) fn prepare(case: &Case, machine_name: &str, seed: u32) -> Result<Read
         drift_milli: case.load.drift.unwrap_or(0),
         spread_milli: case.load.spread,
         layer_spread_milli: case.load.layer_spread,
+        microbatch_spread_milli: case.load.microbatch_spread,
         seed: u64::from(seed),
     };
     let mistake = match (case.stale_counts, case.late_plan_us) {
@@ -186,6 +187,7 @@ pub(super) fn figures(report: &StepReport) -> BTreeMap<Metric, f64> {
         (Metric::BackwardRestMs, ms(s.backward.rest_ps + s.backward.sync_ps)),
         (Metric::KeptPeak, peak(s.peaks.kept_rows, s.peaks.kept_mean_rows)),
         (Metric::LayerPeak, peak(s.peaks.layer_rows, s.peaks.layer_mean_rows)),
+        (Metric::ActivationsGb, s.memory.activations_bytes as f64 / 1e9),
         (Metric::MemoryGb, s.memory.total_bytes() as f64 / 1e9),
         (Metric::Replicas, s.replicas),
         (Metric::Fanout, s.fanout),
@@ -193,19 +195,21 @@ pub(super) fn figures(report: &StepReport) -> BTreeMap<Metric, f64> {
     ])
 }
 
-/// Adds shares of `ideal` and gains over `none` where those were run.
+/// Adds what relates systems to `ideal` and `none` where those were run.
 pub(super) fn relate(all: &mut [(String, BTreeMap<Metric, f64>)]) {
     // Prefill has no operations a second.
     let steps = all.iter().any(|(_, figures)| figures.contains_key(&Metric::Tflops));
     let rated = if steps { Metric::Tflops } else { Metric::TokensPerS };
-    let rate = |name: &str, all: &[(String, BTreeMap<Metric, f64>)]| {
-        all.iter().find(|(system, _)| system == name).and_then(|(_, figures)| figures.get(&rated).copied())
-    };
-    for (metric, other) in [(Metric::OfIdeal, rate("ideal", all)), (Metric::OverNone, rate("none", all))] {
+    for (ratio, metric, system) in [
+        (Metric::OfIdeal, rated, "ideal"),
+        (Metric::OverNone, rated, "none"),
+        (Metric::ActivationsOverIdeal, Metric::ActivationsGb, "ideal"),
+    ] {
+        let other = all.iter().find(|(name, _)| name == system).and_then(|(_, figures)| figures.get(&metric).copied());
         let Some(other) = other.filter(|&other| other > 0.0) else { continue };
         for (_, figures) in all.iter_mut() {
-            if let Some(own) = figures.get(&rated).copied() {
-                figures.insert(metric, own / other);
+            if let Some(own) = figures.get(&metric).copied() {
+                figures.insert(ratio, own / other);
             }
         }
     }
