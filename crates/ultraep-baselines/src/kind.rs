@@ -207,7 +207,7 @@ pub fn plan_for(kind: PolicyKind, topology: &Topology) -> Plan {
     let replicas = match kind {
         PolicyKind::None | PolicyKind::Ideal => 0,
         // Every physical expert may be away from its home.
-        PolicyKind::Eplb => topology.experts() + total_slots(topology),
+        PolicyKind::Eplb | PolicyKind::Lplb => topology.experts() + total_slots(topology),
         // No slot limit, but one of their own.
         PolicyKind::Llep => 2 * topology.experts() + topology.ranks(),
         PolicyKind::MoonEp => topology.experts() + topology.ranks(),

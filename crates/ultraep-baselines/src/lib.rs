@@ -26,6 +26,6 @@ pub use eplb_exact::EplbExact;
 pub use history::{History, HistoryParams};
 pub use kind::{BuildError, ParsePolicyError, PolicyKind, PolicyParams, build, physical_per_rank, plan_for};
 pub use llep::{Llep, LlepParams};
-pub use lplb::{Lplb, LplbParams};
+pub use lplb::{Lplb, LplbLinks, LplbParams};
 pub use masters::MastersOnly;
 pub use moonep::MoonEp;

@@ -11,6 +11,11 @@
 //! ```
 //!
 //! `x` is rounded to the nearest integer, so a rank can exceed the optimum by half a token for each instance it shares.
+//! [`LplbLinks::Torus`] places as the release's README has it, "dynamically reorders experts based on workload statistics,
+//! constructs replicas considering static topology": EPLB's packing without replication puts every expert somewhere (masters
+//! move), then each rank's heaviest expert has a replica on the next rank of its node and its second on the same rank of the
+//! next node, whatever they hold.
+//!
 //! Where the program is larger than the limit, or the solver gives up, experts are split 50/50 (as upstream does when its
 //! interior point does not converge) and the domain's outcome says [`StopReason::SearchExhausted`].
 //!
@@ -25,8 +30,21 @@ use ultraep_plan::{
 };
 
 use crate::draft::{Amounts, Bound, Draft, Shape};
-use crate::heuristic::weight;
+use crate::heuristic::{Packer, weight};
 use crate::history::{History, HistoryParams};
+
+/// Which ranks share an expert.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LplbLinks {
+    /// Masters stay; each replica goes to the rank with least past load.
+    #[default]
+    LeastLoaded,
+    /// Experts are placed anew; replicas go round two rings, of at most two slots a rank.
+    Torus {
+        /// Consecutive ranks of a node. Where they do not divide a domain, the domain is one node.
+        node_ranks: usize,
+    },
+}
 
 /// Parameters of [`Lplb`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,11 +53,13 @@ pub struct LplbParams {
     pub history: HistoryParams,
     /// Most replicas in a domain (variables of its linear program) that are given to the solver.
     pub max_variables: usize,
+    /// Which ranks share an expert.
+    pub links: LplbLinks,
 }
 
 impl Default for LplbParams {
     fn default() -> Self {
-        Self { history: HistoryParams::default(), max_variables: 512 }
+        Self { history: HistoryParams::default(), max_variables: 512, links: LplbLinks::default() }
     }
 }
 
@@ -48,7 +68,11 @@ impl Default for LplbParams {
 pub struct Lplb {
     topology: Topology,
     max_variables: usize,
+    links: LplbLinks,
     history: History,
+    /// Where each expert's first instance is, `[E]`: its home unless experts were placed anew.
+    places: Vec<Rank>,
+    packer: Packer,
     /// Replicated experts and the rank of the replica, by domain.
     replicas: Vec<(Expert, Rank)>,
     /// Where each domain's replicas lie in `replicas`.
@@ -63,6 +87,9 @@ impl Lplb {
         Self {
             topology: topology.clone(),
             max_variables: params.max_variables,
+            links: params.links,
+            places: topology.homes().to_vec(),
+            packer: Packer::default(),
             history: History::new(topology.experts(), params.history),
             replicas: Vec::new(),
             ranges: vec![0..0; topology.domains()],
@@ -76,7 +103,51 @@ impl Lplb {
         &self.replicas
     }
 
+    /// Where each expert's first instance is, `[E]`: its home unless experts were placed anew.
+    pub fn places(&self) -> &[Rank] {
+        &self.places
+    }
+
     fn place(&mut self) {
+        match self.links {
+            LplbLinks::LeastLoaded => self.place_least_loaded(),
+            LplbLinks::Torus { node_ranks } => self.place_on_torus(node_ranks),
+        }
+    }
+
+    fn place_on_torus(&mut self, node_ranks: usize) {
+        let (topology, past) = (&self.topology, self.history.loads());
+        let (mut weights, mut pack_of) = (Vec::new(), Vec::new());
+        self.replicas.clear();
+        for domain in (0..topology.domains()).map(Domain::new) {
+            let (ranks, experts) = (topology.domain_range(domain), topology.domain_experts(domain));
+            weights.clear();
+            weights.extend(past[experts.clone()].iter().map(|&load| weight(load, 1)));
+            let room = ranks.clone().map(|rank| topology.masters(Rank::new(rank)).len());
+            self.packer.run(&weights, room, &mut pack_of);
+            for (expert, &pack) in experts.clone().zip(&pack_of) {
+                self.places[expert] = Rank::new(ranks.start + pack as usize);
+            }
+            let size = if ranks.len().is_multiple_of(node_ranks.max(1)) { node_ranks.max(1) } else { ranks.len() };
+            let start = self.replicas.len();
+            for rank in 0..ranks.len() {
+                let (node, index) = (rank / size, rank % size);
+                let next = [node * size + (index + 1) % size, (rank + size) % ranks.len()];
+                let mut own: Vec<usize> =
+                    experts.clone().filter(|&e| self.places[e].index() == ranks.start + rank).collect();
+                own.sort_unstable_by_key(|&e| (Reverse(past[e]), e));
+                for (slot, (&expert, to)) in own.iter().zip(next).enumerate() {
+                    let to_rank = Rank::new(ranks.start + to);
+                    if to != rank && slot < topology.slots(to_rank) && topology.speed(to_rank) > 0 {
+                        self.replicas.push((Expert::new(expert), to_rank));
+                    }
+                }
+            }
+            self.ranges[domain.index()] = start..self.replicas.len();
+        }
+    }
+
+    fn place_least_loaded(&mut self) {
         let (topology, past) = (&self.topology, self.history.loads());
         self.replicas.clear();
         for domain in (0..topology.domains()).map(Domain::new) {
@@ -117,11 +188,14 @@ impl Lplb {
         let shares: Vec<_> = replicas.iter().map(|(e, _)| lp.add_var(0.0, (0.0, f64::from(load(e))))).collect();
         let mut rows = vec![vec![(largest, -1.0)]; ranks.len()];
         for (&share, (expert, host)) in shares.iter().zip(replicas) {
-            rows[topology.home(*expert).index() - ranks.start].push((share, -1.0));
+            rows[self.places[expert.index()].index() - ranks.start].push((share, -1.0));
             rows[host.index() - ranks.start].push((share, 1.0));
         }
-        for (row, rank) in rows.iter().zip(ranks) {
-            let base: f64 = topology.masters(Rank::new(rank)).map(|e| f64::from(self.totals[e])).sum();
+        let mut bases = vec![0.0; ranks.len()];
+        for expert in topology.domain_experts(domain) {
+            bases[self.places[expert].index() - ranks.start] += f64::from(self.totals[expert]);
+        }
+        for (row, base) in rows.iter().zip(bases) {
             lp.add_constraint(row, ComparisonOp::Le, -base);
         }
         let solution = lp.solve().ok()?.into_solution().ok()?;
@@ -140,7 +214,11 @@ impl Policy for Lplb {
     }
 
     fn rules(&self) -> PlanRules {
-        PlanRules { slots: SlotRule::Replicas, min_quota: 1, empty_replicas: true, within_domain: true, speeds: false }
+        let slots = match self.links {
+            LplbLinks::LeastLoaded => SlotRule::Replicas,
+            LplbLinks::Torus { .. } => SlotRule::Physical,
+        };
+        PlanRules { slots, min_quota: 1, empty_replicas: true, within_domain: true, speeds: false }
     }
 
     fn observe(&mut self, problem: &Problem<'_>) {
@@ -165,7 +243,9 @@ impl Policy for Lplb {
                 self.draft.push(&self.topology, expert, rank, share);
             }
         }
-        self.draft.push_masters(&self.topology, &self.totals);
+        for (expert, (&rank, &left)) in self.places.iter().zip(&self.totals).enumerate() {
+            self.draft.push(&self.topology, Expert::new(expert), rank, left);
+        }
         let reason = |domain: Domain| match gave_up[domain.index()] {
             true => StopReason::SearchExhausted,
             false => StopReason::NotASearch,

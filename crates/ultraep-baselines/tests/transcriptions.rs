@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use ultraep_baselines::{HistoryParams, Llep, LlepParams, Lplb, LplbParams, MoonEp};
+use ultraep_baselines::{HistoryParams, Llep, LlepParams, Lplb, LplbLinks, LplbParams, MoonEp};
 use ultraep_load::{LoadParams, Workload, generate};
 use ultraep_plan::{Expert, Plan, Policy, Problem, Rank, Ratio, StopReason, Topology, TopologySpec, check_plan};
 
@@ -67,11 +67,41 @@ fn lplb_reaches_the_optimum_of_its_placement() {
 }
 
 #[test]
+fn lplb_on_its_torus_links_neighbours_and_reaches_their_optimum() {
+    let topology = group(8, 24, 2);
+    let links = LplbLinks::Torus { node_ranks: 4 };
+    for seed in 0..20 {
+        let history = HistoryParams { window: 1, interval: 1 };
+        let mut lplb = Lplb::new(&topology, LplbParams { history, links, ..LplbParams::default() });
+        let past = loads(&topology, seed, 20);
+        lplb.observe(&Problem::new(&topology, &past).unwrap());
+        let (past, counts) = (totals(&topology, &past), loads(&topology, seed + 100, 20));
+        let mut hosts: Vec<Vec<usize>> = lplb.places().iter().map(|rank| vec![rank.index()]).collect();
+        for rank in 0..8 {
+            let mut own: Vec<usize> = (0..24).filter(|&e| hosts[e][0] == rank).collect();
+            assert_eq!(own.len(), 3, "packing keeps the number of experts of a rank");
+            own.sort_by_key(|&e| (std::cmp::Reverse(past[e]), e));
+            let to = |e: usize| lplb.replicas().iter().find(|(expert, _)| expert.index() == e).map(|(_, r)| r.index());
+            assert_eq!(to(own[0]), Some(rank / 4 * 4 + (rank + 1) % 4), "the heaviest: the next rank of the node");
+            assert_eq!(to(own[1]), Some((rank + 4) % 8), "the second: the same rank of the next node");
+            assert_eq!(to(own[2]), None);
+        }
+        lplb.replicas().iter().for_each(|(expert, rank)| hosts[expert.index()].push(rank.index()));
+        let plan = solve(&mut lplb, &topology, &counts);
+        let best = optimum(&hosts, &totals(&topology, &counts), 8);
+        let got = f64::from(plan.domains()[0].threshold);
+        assert!(got >= best - 1e-6 && got <= best + 2.5, "seed {seed}: {got}, optimum {best}");
+    }
+}
+
+#[test]
 fn lplb_says_when_it_is_over_its_limit() {
     let topology = group(4, 8, 1);
     let counts = loads(&topology, 1, 15);
-    let mut lplb =
-        Lplb::new(&topology, LplbParams { history: HistoryParams { window: 1, interval: 1 }, max_variables: 3 });
+    let mut lplb = Lplb::new(
+        &topology,
+        LplbParams { history: HistoryParams { window: 1, interval: 1 }, max_variables: 3, ..LplbParams::default() },
+    );
     assert_eq!(solve(&mut lplb, &topology, &counts).domains()[0].stop, StopReason::NotASearch, "no placement yet");
     lplb.observe(&Problem::new(&topology, &counts).unwrap());
     let plan = solve(&mut lplb, &topology, &counts);

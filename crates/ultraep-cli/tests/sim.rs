@@ -68,7 +68,7 @@ fn results_do_not_depend_on_threads_and_a_small_run_is_kept() {
     assert!(row("ultraep", "imbalance") < 1.02);
     let digests: Vec<&str> =
         case["systems"].as_array().expect("systems").iter().filter_map(|s| s["digest"].as_str()).collect();
-    let kept = ["0587e7bc02b28ccd", "a14cc2858fd637cf", "ef1dcf1897bbdc78"];
+    let kept = ["803c3b47bb0704d4", "5a66cc93a441ca04", "df9b973eb5edf1e8"];
     assert_eq!(digests, kept, "the simulation changed");
 }
 
@@ -131,8 +131,28 @@ fn a_recording_takes_the_place_of_a_generated_load() {
     let rows = record["cases"][0]["rows"].as_array().expect("rows");
     let none = rows.iter().find(|r| r["system"] == "none" && r["metric"] == "imbalance").expect("a row");
     assert!((none["simulated"].as_f64().expect("a number") - 1.0).abs() < 0.6, "{none}");
+    let served = SMALL.replace("load = { none = 1.8 }", &load).replace("\"training\"", "\"prefill\"");
+    fs::write(&path, format!("{served}\n[prefill]\nrates = []\nrequests = 40\n")).expect("written");
+    let record = json(&[path.to_str().expect("UTF-8")]);
+    let rows = record["cases"][0]["rows"].as_array().expect("rows");
+    let none = rows.iter().find(|r| r["system"] == "none" && r["metric"] == "imbalance").expect("a row");
+    assert!((none["simulated"].as_f64().expect("a number") - 1.0).abs() < 0.6, "{none}");
     fs::write(&path, SMALL.replace("load = { none = 1.8 }", "load = { recording = \"nowhere\" }")).expect("written");
     sim(&[path.to_str().expect("UTF-8")]).assert().code(2).stderr(predicate::str::contains("nowhere"));
+}
+
+#[test]
+fn what_a_rank_has_no_memory_for_is_marked() {
+    let text = SMALL.replace("ranks = 16", "ranks = 8").replace("load = { none = 1.8 }", "load = { skew = 500 }");
+    let (_folder, path) = plan(&text);
+    let words = "does not fit: ";
+    sim(&[&path]).assert().success().stdout(predicate::str::contains(words).and(predicate::str::contains("186.0 GB")));
+    let text = text.replace("\"training\"", "\"sweep\"");
+    let (_folder, path) = plan(&format!("{text}\n[sweep]\nranks = [8, 64]\n"));
+    let record = json(&[&path]);
+    let fits = |point: usize| record["points"][point]["does_not_fit"].as_array().expect("a list").is_empty();
+    assert!(!fits(0) && fits(1), "235 billion parameters on 8 ranks: {record}");
+    sim(&[&path]).assert().success().stdout(predicate::str::contains("In brackets"));
 }
 
 #[test]

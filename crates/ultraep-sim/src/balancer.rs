@@ -1,6 +1,8 @@
 //! One layer under one system: the real policy on the counts, the real split, the real transfer planner.
 
-use ultraep_baselines::{EplbParams, HistoryParams, LplbParams, PolicyKind, PolicyParams, build, ideal, plan_for};
+use ultraep_baselines::{
+    EplbParams, HistoryParams, LplbLinks, LplbParams, PolicyKind, PolicyParams, build, ideal, plan_for,
+};
 use ultraep_plan::{
     Expert, Instance, Plan, Policy, Problem, Rank, SplitWorkspace, Topology, TransferClock, TransferModel,
     TransferParams, TransferPlan, TransferPlanner, Transfers, check_plan, split_all,
@@ -18,6 +20,8 @@ pub enum SyncRule {
     Transfers(TransferParams),
     /// In every microbatch by collectives at this rate, exposed: weights before the experts, gradients after them.
     Collectives {
+        /// Start of each.
+        start_ns: u64,
         /// Bytes a second that a rank takes in.
         bytes_per_s: u64,
     },
@@ -45,6 +49,8 @@ pub struct System {
     pub history: HistoryParams,
     /// Most variables of a linear program that is solved; larger ones are split evenly (`lplb`).
     pub max_variables: usize,
+    /// Which ranks share an expert (`lplb`).
+    pub links: LplbLinks,
 }
 
 /// What one layer's microbatch comes to, on every rank. All counts are rows: a token through one expert.
@@ -155,7 +161,7 @@ impl Balancer {
         let params = PolicyParams {
             min_quota: system.min_quota,
             eplb: EplbParams { history: system.history, groups: None },
-            lplb: LplbParams { history: system.history, max_variables: system.max_variables },
+            lplb: LplbParams { history: system.history, max_variables: system.max_variables, links: system.links },
             ..PolicyParams::default()
         };
         let planner = match system.sync {
@@ -288,7 +294,12 @@ impl Balancer {
             arrivals[rank.index()] += u32::from(!there && topology.home(expert) != rank);
         }
         std::mem::swap(&mut self.before, &mut self.instances);
-        load.moved = arrivals.into_iter().max().unwrap_or(0);
+        // By collectives, replicas get their weights in every microbatch: what is above a rank's slots are experts placed anew.
+        let kept = match self.system.sync {
+            SyncRule::Collectives { .. } => topology.slots(Rank::new(0)) as u32,
+            _ => 0,
+        };
+        load.moved = arrivals.into_iter().max().unwrap_or(0).saturating_sub(kept);
         load.replicas = self.plan.replicas() as u32;
         let most = (0..self.plan.experts()).map(|e| self.plan.of(Expert::new(e)).len() - 1).max();
         load.fanout = most.unwrap_or(0) as u32;
@@ -328,6 +339,9 @@ impl Balancer {
         self.transfers.list(&self.topology, &self.plan);
         let sends = self.transfers.sends().iter().copied().max().unwrap_or(0);
         load.most_received = self.transfers.receives().iter().copied().max().unwrap_or(0);
+        if let SyncRule::Collectives { .. } = self.system.sync {
+            load.most_received = load.most_received.min(self.topology.slots(Rank::new(0)) as u32);
+        }
         load.most_copies = sends.max(load.most_received);
         if let Some(planner) = &mut self.planner {
             load.relayed = planner.plan(&self.transfers, &mut self.transfer_plan).relayed_experts;

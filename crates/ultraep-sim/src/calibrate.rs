@@ -17,7 +17,7 @@ use crate::machine::{Calibrated, Machine};
 use crate::process::LoadProcess;
 use crate::step::{StepSpec, simulate_step};
 use crate::{SimError, fit};
-use ultraep_baselines::{HistoryParams, PolicyKind};
+use ultraep_baselines::{HistoryParams, LplbLinks, PolicyKind};
 
 /// Published times of one layer, in microseconds, and the step's throughput.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,6 +49,7 @@ pub fn plain(policy: PolicyKind) -> System {
         min_quota: 1,
         history: HistoryParams::default(),
         max_variables: 0,
+        links: LplbLinks::default(),
     }
 }
 
@@ -114,7 +115,8 @@ fn experts(machine: &mut Machine, spec: &StepSpec, target: &Target, ideal: &[Lay
     let (backward, fixed) = fit(target.ideal.backward_us[0], target.none.backward_us[0]);
     let c = &mut machine.calibrated;
     (c.forward_flops_per_s, c.backward_flops_per_s) = (flops(forward, 1.0), flops(backward, 2.0));
-    c.backward_fixed_rows = fixed.round() as u32;
+    let own_rows = f64::from(spec.batch.tokens_per_rank) * f64::from(spec.model.top_k);
+    c.backward_fixed_permille = (1000.0 * fixed / own_rows).round() as u32;
 }
 
 fn links(machine: &mut Machine, spec: &StepSpec, target: &Target, ideal: &[LayerLoad]) {

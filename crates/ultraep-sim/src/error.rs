@@ -64,6 +64,14 @@ pub enum SimError {
     /// The pipeline schedule is none.
     #[error(transparent)]
     Pipeline(#[from] PipelineError),
+    /// A rank has too little memory.
+    #[error("does not fit: {} needed on a rank, which has {}", gigabytes(*needed_bytes), gigabytes(*have_bytes))]
+    Memory {
+        /// Needed.
+        needed_bytes: u64,
+        /// There.
+        have_bytes: u64,
+    },
     /// No load process has the imbalance asked for.
     #[error(
         "no load process has a mean imbalance of {target_permille} thousandths here: within reach are {least_permille} to {most_permille}"
@@ -76,6 +84,12 @@ pub enum SimError {
         /// Most within reach.
         most_permille: u64,
     },
+}
+
+/// In words, rounded up to a tenth.
+fn gigabytes(bytes: u64) -> String {
+    let tenths = bytes.div_ceil(100_000_000);
+    format!("{}.{} GB", tenths / 10, tenths % 10)
 }
 
 /// Refuses a number outside `least..=most`.

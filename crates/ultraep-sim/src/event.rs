@@ -5,12 +5,12 @@
 //!           by the transfer clock), then its link sends chunks round its peers
 //! sending starts at s: the sender's link is busy for the chunk; the receiver takes chunks in the order they were sent, each
 //!           from max(s + hop, end of the one before), longer by the incast for rows above the pair's even share
-//! experts:  when all rows are there, instance by instance; then the rank sends its results back the same way
+//! experts:  when all rows are there, instance by instance; results go back the same way
 //! ```
 //!
-//! A rank begins the next pass when its own results are back; nothing but the plan waits for all. Near and far peers have
-//! links of their own. Left out: what combine and dispatch of different layers do to each other (a rank's passes are in order).
-//! `O(chunks log N)` a pass.
+//! Dispatch and combine each begin when all ranks are there: their kernels open with a barrier, since receive buffers are used
+//! again (DeepEP: `notify_dispatch`, `cached_notify_dispatch`, `cached_notify_combine`; so does this project's fabric). Between
+//! barriers every rank is on its own. Near and far peers have links of their own. `O(chunks log N)` a pass.
 
 use crate::balancer::LayerLoad;
 use crate::layer::{Direction, LayerModel, LayerTimes, LayerWork, PassWork};
@@ -65,9 +65,11 @@ pub struct EventLevel {
     dispatch: Flow,
     combine: Flow,
     links: Vec<[Link; 2]>,
-    /// When each rank's experts were done, `[N]`; `None` until then.
-    computed: Vec<Option<u64>>,
+    /// Ranks whose experts are not done.
+    computing: usize,
     experts_from: Vec<u64>,
+    /// When combine began, everywhere.
+    combine_from: u64,
     spans: Option<Vec<Span>>,
 }
 
@@ -93,26 +95,25 @@ impl EventLevel {
         }
     }
 
-    /// From `ready` to when each rank's experts are done and its results back.
-    fn exchange(&mut self, work: &LayerWork, load: &LayerLoad, direction: Direction, ready: &[u64]) {
+    /// From `start`, the same everywhere, to when each rank has its results.
+    fn exchange(&mut self, work: &LayerWork, load: &LayerLoad, direction: Direction, start: u64) {
         let ranks = load.ranks();
         self.queue.restart();
         self.dispatch.begin(load, work.domain_ranks, |from, to| from * ranks + to);
         self.combine.begin(load, work.domain_ranks, |from, to| to * ranks + from);
         self.links.clear();
         self.links.resize(ranks, [Link::default(); 2]);
-        self.computed.clear();
-        self.computed.resize(ranks, None);
+        (self.computing, self.combine_from) = (ranks, 0);
         self.experts_from.clear();
         self.experts_from.resize(ranks, 0);
-        for (rank, &ready) in ready.iter().enumerate() {
-            self.links[rank].iter_mut().for_each(|link| link.send_free = ready);
-            self.dispatch.complete[rank] = ready;
+        for rank in 0..ranks {
+            self.links[rank].iter_mut().for_each(|link| link.send_free = start);
+            self.dispatch.complete[rank] = start;
             for far in [false, true] {
                 self.wake(rank, far);
             }
             if self.dispatch.awaited[rank] == 0 {
-                self.queue.push(ready, Event::Instance { rank: rank as u16, index: 0 });
+                self.queue.push(start, Event::Instance { rank: rank as u16, index: 0 });
             }
         }
         while let Some((now, event)) = self.queue.pop() {
@@ -129,10 +130,12 @@ impl EventLevel {
     fn wake(&mut self, rank: usize, far: bool) {
         let index = usize::from(far);
         let link = &mut self.links[rank][index];
-        let at = match self.computed[rank] {
-            _ if !self.dispatch.peers[rank][index].is_empty() => link.send_free,
-            Some(done) if !self.combine.peers[rank][index].is_empty() => link.send_free.max(done),
-            _ => return,
+        let at = if !self.dispatch.peers[rank][index].is_empty() {
+            link.send_free
+        } else if self.computing == 0 && !self.combine.peers[rank][index].is_empty() {
+            link.send_free.max(self.combine_from)
+        } else {
+            return;
         };
         if !link.scheduled {
             link.scheduled = true;
@@ -178,11 +181,16 @@ impl EventLevel {
             }
             None => {
                 let end = now.saturating_add(at_speed_ps(fixed, speed));
-                self.computed[rank] = Some(end);
-                self.combine.complete[rank] = self.combine.complete[rank].max(end);
+                self.combine_from = self.combine_from.max(end);
+                self.computing -= 1;
                 self.span("experts", rank, Stream::Compute, self.experts_from[rank], end);
-                self.wake(rank, false);
-                self.wake(rank, true);
+                if self.computing == 0 {
+                    self.combine.complete.fill(self.combine_from);
+                    for rank in 0..self.links.len() {
+                        self.wake(rank, false);
+                        self.wake(rank, true);
+                    }
+                }
             }
         }
     }
@@ -212,13 +220,18 @@ impl Flow {
         }
         for from in 0..ranks {
             self.peers[from].iter_mut().for_each(Vec::clear);
-            // Each rank starts at its neighbour, so that not all send to one.
-            for to in (1..ranks).map(|offset| (from + offset) % ranks) {
+            // Step by step every rank sends to another one, in its own domain and in others: not all to one.
+            let (domain, own) = (from / domain_ranks, from % domain_ranks);
+            let domains = ranks / domain_ranks;
+            let near = (1..domain_ranks).map(|step| (0, step));
+            let far = (0..domain_ranks).flat_map(|step| (1..domains).map(move |away| (away, step)));
+            for (away, step) in near.chain(far) {
+                let to = (domain + away) % domains * domain_ranks + (own + step) % domain_ranks;
                 let rows = load.flows[index(from, to)];
                 if rows > 0 {
                     self.left[from * ranks + to] = rows;
                     self.awaited[to] += u64::from(rows);
-                    self.peers[from][usize::from(from / domain_ranks != to / domain_ranks)].push(to as u16);
+                    self.peers[from][usize::from(away > 0)].push(to as u16);
                 }
             }
         }
@@ -246,7 +259,7 @@ impl Flow {
 
 impl LayerModel for EventLevel {
     fn pass(&mut self, work: &LayerWork, load: &LayerLoad, direction: Direction, ready: &mut [u64]) -> LayerTimes {
-        let begun: Vec<u64> = ready.to_vec();
+        let begun = last(ready);
         let mut before_plan = 0;
         if direction == Direction::Forward {
             for (rank, time) in ready.iter_mut().enumerate() {
@@ -255,7 +268,7 @@ impl LayerModel for EventLevel {
                 self.span("rest", rank, Stream::Compute, start, *time);
             }
             // The counts are all-gathered: the plan waits for the last rank.
-            before_plan = ready.iter().copied().max().unwrap_or(0);
+            before_plan = last(ready);
             for (rank, time) in ready.iter_mut().enumerate() {
                 let from = if work.plan_ps > 0 { before_plan } else { *time };
                 let planned = from.saturating_add(work.plan_ps);
@@ -264,15 +277,14 @@ impl LayerModel for EventLevel {
                 self.span("weight sync", rank, Stream::Communication, planned, *time);
             }
         }
-        let sent: Vec<u64> = ready.to_vec();
-        self.exchange(work, load, direction, &sent);
+        let sent = last(ready);
+        self.exchange(work, load, direction, sent);
         for (rank, time) in ready.iter_mut().enumerate() {
             *time = self.combine.complete[rank].max(self.links[rank][0].send_free).max(self.links[rank][1].send_free);
-            let computed = self.computed[rank].unwrap_or(sent[rank]);
-            self.span("dispatch", rank, Stream::Communication, sent[rank], self.dispatch.complete[rank]);
-            self.span("combine", rank, Stream::Communication, computed, *time);
+            self.span("dispatch", rank, Stream::Communication, sent, self.dispatch.complete[rank]);
+            self.span("combine", rank, Stream::Communication, self.combine_from, *time);
         }
-        let exchanged: Vec<u64> = ready.to_vec();
+        let exchanged = last(ready);
         if direction == Direction::Backward {
             let exposed = work.exposed_backward_ps(load);
             for (rank, time) in ready.iter_mut().enumerate() {
@@ -281,7 +293,7 @@ impl LayerModel for EventLevel {
                 *time = time.saturating_add(rest).saturating_add(exposed);
             }
         }
-        self.parts(work, load, direction, Moments { begun: &begun, before_plan, sent: &sent, exchanged: &exchanged })
+        self.parts(work, load, direction, Moments { begun, before_plan, sent, exchanged })
     }
 
     fn digest(&self) -> u64 {
@@ -289,26 +301,32 @@ impl LayerModel for EventLevel {
     }
 }
 
-/// Times of all ranks, `[N]`.
-struct Moments<'a> {
-    begun: &'a [u64],
-    /// When the last rank had its counts.
+fn last(times: &[u64]) -> u64 {
+    times.iter().copied().max().unwrap_or(0)
+}
+
+/// When the last rank did what.
+#[derive(Clone, Copy)]
+struct Moments {
+    /// Began the pass.
+    begun: u64,
+    /// Had its counts.
     before_plan: u64,
-    sent: &'a [u64],
-    exchanged: &'a [u64],
+    /// Began dispatch: all do at once.
+    sent: u64,
+    /// Had its results.
+    exchanged: u64,
 }
 
 impl EventLevel {
     /// From the last rank to begin to the last to end: its experts are the busiest rank's, the all-to-all is what is left.
-    fn parts(&self, work: &LayerWork, load: &LayerLoad, direction: Direction, at: Moments<'_>) -> LayerTimes {
-        let last = |times: &[u64]| times.iter().copied().max().unwrap_or(0);
-        let (begun, sent, exchanged) = (last(at.begun), last(at.sent), last(at.exchanged));
-        let exchange = exchanged - sent;
+    fn parts(&self, work: &LayerWork, load: &LayerLoad, direction: Direction, at: Moments) -> LayerTimes {
+        let exchange = at.exchanged - at.sent;
         let experts = (0..load.ranks()).map(|r| work.experts_ps(load, r, direction)).max().unwrap_or(0).min(exchange);
         let (rest_ps, plan_ps, sync_ps) = match direction {
             Direction::Forward => {
-                let plan = work.plan_ps.min(sent - at.before_plan);
-                (at.before_plan - begun, plan, sent - at.before_plan - plan)
+                let plan = work.plan_ps.min(at.sent - at.before_plan);
+                (at.before_plan - at.begun, plan, at.sent - at.before_plan - plan)
             }
             Direction::Backward => {
                 let rest = (0..load.ranks()).map(|r| work.rest_ps(r, direction)).max().unwrap_or(0);

@@ -68,6 +68,8 @@ pub struct LayerWork {
     pub reroute_ps: u64,
     /// Start of a weight sync.
     pub sync_start_ps: u64,
+    /// Start of a collective that syncs weights or reduces gradients.
+    pub collective_start_ps: u64,
     /// Weight sync by collectives, for each copy received; 0 where transfers do it.
     pub collective_ps: u64,
     /// Grad reduce of one copy.
@@ -101,7 +103,7 @@ impl LayerWork {
     /// Prepares the constants.
     pub fn new(machine: &Machine, model: &ModelSpec, batch: Batch, system: &System, topology: &Topology) -> Self {
         let c = &machine.calibrated;
-        let pass = |flops, row_times: u64, element_fs: u64, fixed_rows: u32, a2a: u64, incast: u32| {
+        let pass = |flops, row_times: u64, element_fs: u64, fixed_permille: u32, a2a: u64, incast: u32| {
             let (tokens, row_bytes) = (u64::from(batch.tokens_per_rank), 2 * u64::from(model.hidden));
             let elements = u128::from(tokens) * u128::from(model.hidden) * u128::from(element_fs) / 1000;
             let row_ps = at_rate_ps(row_times * model.row_flops(), flops);
@@ -110,16 +112,18 @@ impl LayerWork {
                 rest_ps: at_rate_ps(row_times * tokens * model.rest_flops(batch.sequence), flops)
                     .saturating_add(u64::try_from(elements).unwrap_or(u64::MAX)),
                 row_ps,
-                fixed_ps: row_ps.saturating_mul(u64::from(fixed_rows)),
+                fixed_ps: row_ps.saturating_mul(tokens * u64::from(model.top_k) * u64::from(fixed_permille) / 1000),
                 link_row_ps,
                 incast_row_ps: link_row_ps.saturating_mul(u64::from(incast)) / 1000,
                 far_row_ps: at_rate_ps(row_bytes, machine.scale_out_bytes_per_s),
             }
         };
         let plans = system.plan_ns > 0;
-        let copies_by = match system.sync {
-            SyncRule::Collectives { bytes_per_s } => at_rate_ps(model.expert_bytes(), bytes_per_s),
-            _ => 0,
+        let (collective_start_ps, collective_ps) = match system.sync {
+            SyncRule::Collectives { start_ns, bytes_per_s } => {
+                (start_ns.saturating_mul(1000), at_rate_ps(model.expert_bytes(), bytes_per_s))
+            }
+            _ => (0, 0),
         };
         Self {
             forward: pass(
@@ -134,14 +138,15 @@ impl LayerWork {
                 c.backward_flops_per_s,
                 2,
                 c.backward_element_fs,
-                c.backward_fixed_rows,
+                c.backward_fixed_permille,
                 c.backward_a2a_bytes_per_s,
                 c.backward_incast_permille,
             ),
             plan_ps: if plans { (machine.count_ns + system.plan_ns) * 1000 } else { 0 },
             reroute_ps: machine.reroute_ns * 1000,
             sync_start_ps: machine.sync_start_ns * 1000,
-            collective_ps: copies_by,
+            collective_start_ps,
+            collective_ps,
             reduce_ps: at_rate_ps(2 * REDUCE_LINK_FRACTION * model.expert_bytes(), machine.link_bytes_per_s),
             gemm_ps: machine.gemm_ns * 1000,
             tile_rows: u64::from(machine.tile_rows.max(1)),
@@ -189,7 +194,7 @@ impl LayerWork {
         }
         let weights = match (load.sync_ns[rank], self.collective_ps) {
             (0, 0) => 0,
-            (0, each) => each.saturating_mul(u64::from(load.most_received)),
+            (0, _) => self.collective_ps(load, 1),
             (ns, _) => self.sync_start_ps.saturating_add(ns.saturating_mul(1000)),
         };
         self.reroute_ps.max(weights)
@@ -206,7 +211,16 @@ impl LayerWork {
             return restored.saturating_add(reduced).saturating_sub(self.backward.rest_ps);
         }
         // Gradients are twice as wide as weights.
-        self.collective_ps.saturating_mul(2).saturating_mul(u64::from(load.most_received))
+        self.collective_ps(load, 2)
+    }
+
+    /// A collective over the replicas, for data so many times as wide as weights.
+    fn collective_ps(&self, load: &LayerLoad, times: u64) -> u64 {
+        if self.collective_ps == 0 || load.most_received == 0 {
+            return 0;
+        }
+        let copies = times * u64::from(load.most_received);
+        self.collective_start_ps.saturating_add(self.collective_ps.saturating_mul(copies))
     }
 }
 

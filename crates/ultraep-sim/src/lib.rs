@@ -24,6 +24,7 @@ mod closed;
 mod error;
 mod event;
 mod fit;
+mod footprint;
 mod layer;
 mod machine;
 mod memory;
@@ -45,6 +46,7 @@ pub use closed::ClosedForm;
 pub use error::SimError;
 pub use event::EventLevel;
 pub use fit::{Fit, FitTarget, fit_process};
+pub use footprint::Footprint;
 pub use layer::{Batch, Direction, Fidelity, LayerModel, LayerTimes, LayerWork, PassWork};
 pub use machine::{Calibrated, Machine};
 pub use memory::{ActivationPeaks, activation_peaks};
@@ -57,7 +59,7 @@ pub use recorded::RecordedLoads;
 pub use recovery::recovery_ps;
 pub use report::{StepReport, SystemReport};
 pub use span::{Span, Stream};
-pub use step::{Jitter, Mistake, StepSpec, simulate_step};
+pub use step::{Jitter, Mistake, Recompute, StepSpec, simulate_step};
 
 /// Picoseconds in a second.
 pub const PS_PER_S: u128 = 1_000_000_000_000;

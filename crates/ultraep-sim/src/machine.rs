@@ -21,6 +21,8 @@ pub struct Machine {
     pub scale_out_bytes_per_s: u64,
     /// What a rank's memory carries, bytes a second.
     pub memory_bytes_per_s: u64,
+    /// Memory of a rank.
+    pub memory_bytes: u64,
     /// Latency of a hop in the fabric.
     pub hop_ns: u64,
     /// Rows of a GEMM tile.
@@ -53,9 +55,10 @@ pub struct Calibrated {
     /// The same, backward.
     #[serde(deserialize_with = "bounded::<1, MAX_RATE, _, _>")]
     pub backward_flops_per_s: u64,
-    /// Rows' worth of time that the experts' backward takes on every rank, whatever its load.
-    #[serde(deserialize_with = "bounded::<0, 16777216, _, _>")]
-    pub backward_fixed_rows: u32,
+    /// Time of the experts' backward that every rank has, whatever its load: over that of the rows that its own tokens make, in
+    /// thousandths.
+    #[serde(deserialize_with = "bounded::<0, 100000, _, _>")]
+    pub backward_fixed_permille: u32,
     /// All-to-all rate of a rank's link when routing is forced to be even, forward.
     #[serde(deserialize_with = "bounded::<1, MAX_RATE, _, _>")]
     pub forward_a2a_bytes_per_s: u64,
@@ -75,8 +78,8 @@ pub struct Calibrated {
     /// The same, backward.
     #[serde(deserialize_with = "bounded::<0, 1000000000, _, _>")]
     pub backward_element_fs: u64,
-    /// Time of a training step outside the layers' breakdown (recomputed attention, optimizer, head), over the time of
-    /// the layers' rest, in thousandths.
+    /// Time of a training step outside the layers' breakdown and what is recomputed, over the time of the layers' rest, in
+    /// thousandths.
     #[serde(deserialize_with = "bounded::<0, 100000, _, _>")]
     pub outside_permille: u32,
 }

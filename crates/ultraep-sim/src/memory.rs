@@ -35,6 +35,16 @@ pub fn activation_peaks<'a>(layers: impl IntoIterator<Item = &'a LayerLoad>) -> 
 }
 
 impl ActivationPeaks {
+    /// Rows that a rank keeps over `layers` layers where `sampled` of them stand for all: the mean grows with the layers, what is
+    /// above it with their root, since which rank is hot differs from layer to layer.
+    pub(crate) fn kept_over(&self, sampled: u64, layers: u64) -> u64 {
+        let sampled = sampled.max(1);
+        let above = u128::from(self.kept_rows.saturating_sub(self.kept_mean_rows));
+        let mean = u128::from(self.kept_mean_rows) * u128::from(layers);
+        let rows = (mean + above * u128::from((layers * sampled).isqrt())) / u128::from(sampled);
+        u64::try_from(rows).unwrap_or(u64::MAX)
+    }
+
     /// The larger of both, part by part.
     pub fn max(self, other: Self) -> Self {
         let kept = if self.kept_rows >= other.kept_rows { self } else { other };

@@ -98,6 +98,21 @@ impl Attention {
         }
     }
 
+    /// Numbers of a token in queries, keys, values and the sum over values.
+    pub(crate) fn activations(&self) -> u64 {
+        let (heads, kv, width) = (u64::from(self.heads), u64::from(self.kv_heads), u64::from(self.head_width));
+        let rotary = self.latent.map_or(0, |l| u64::from(l.rotary_width));
+        heads * (width + rotary) + kv * (width + rotary) + kv * width + heads * width
+    }
+
+    /// Numbers of a token that one layer's KV cache keeps.
+    pub(crate) fn kv_width(&self) -> u64 {
+        match self.latent {
+            None => 2 * u64::from(self.kv_heads) * u64::from(self.head_width),
+            Some(latent) => u64::from(latent.kv_rank) + u64::from(latent.rotary_width),
+        }
+    }
+
     /// Operations of one token's scores and their sum over values, causal, in sequences of `sequence` tokens.
     pub fn score_flops(&self, sequence: u32) -> u64 {
         let rotary = self.latent.map_or(0, |l| u64::from(l.rotary_width));

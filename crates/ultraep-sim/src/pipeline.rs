@@ -98,6 +98,16 @@ impl Schedule {
         self.stages.get(stage as usize).map_or(&[], Vec::as_slice)
     }
 
+    /// Most ops of a stage that are between forward and backward.
+    pub fn in_flight(&self, stage: u32) -> u32 {
+        let (mut now, mut most) = (0u32, 0);
+        for op in self.stage(stage) {
+            now = if op.direction == Direction::Forward { now + 1 } else { now.saturating_sub(1) };
+            most = most.max(now);
+        }
+        most
+    }
+
     /// Places every op: after the one before on its stage, and `hand_over_ps` after what it needs from another stage.
     pub fn run(&self, hand_over_ps: u64, mut duration_ps: impl FnMut(Op) -> u64) -> Timeline {
         let Pipeline { stages, chunks, microbatches } = self.shape;

@@ -7,6 +7,8 @@
 //! A few layers stand for all. Attention takes as long as on the rank with the most work; historical policies see every batch,
 //! and a batch in which they place experts anew waits for the move.
 
+use std::sync::Arc;
+
 use serde::Serialize;
 use ultraep_plan::{Topology, TopologySpec};
 use ultraep_schedule::{Arrival, Limits, LimitsError, TtftSummary, simulate};
@@ -15,11 +17,13 @@ use crate::SimError;
 use crate::balancer::{Balancer, LayerLoad, SyncRule, System};
 use crate::closed::ClosedForm;
 use crate::error::within;
+use crate::footprint::Footprint;
 use crate::layer::{Batch, Direction, LayerWork};
 use crate::machine::{Machine, at_rate_ps};
 use crate::memory::{ActivationPeaks, activation_peaks};
 use crate::model::ModelSpec;
 use crate::process::{LoadProcess, ProcessParams};
+use crate::recorded::RecordedLoads;
 
 /// A serving system and what it is asked.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,6 +42,9 @@ pub struct PrefillSpec {
     pub layers_sampled: u32,
     /// The load.
     pub process: ProcessParams,
+    /// Recorded counts instead: each source's tokens choose experts in the recorded proportions. `process` then only gives the
+    /// shape and the seed.
+    pub recorded: Option<Arc<RecordedLoads>>,
 }
 
 /// What one system makes of arrivals.
@@ -57,6 +64,8 @@ pub struct PrefillReport {
     pub imbalance_before: f64,
     /// Mean imbalance after balancing.
     pub imbalance: f64,
+    /// Memory of a rank.
+    pub memory: Footprint,
     /// Peaks of activation memory.
     #[serde(skip)]
     pub peaks: ActivationPeaks,
@@ -80,6 +89,8 @@ pub fn simulate_prefill(spec: &PrefillSpec, system: &System, arrivals: &[Arrival
         domain_ranks: spec.domain_ranks as usize,
         slots_per_rank: spec.slots as usize,
     })?;
+    let memory = Footprint::prefill(spec, system.sync, u64::from(spec.limits.kv_tokens_per_rank));
+    memory.check(&spec.machine)?;
     let mut server = Server::new(spec, system, topology)?;
     let simulation = simulate(spec.limits, arrivals, &mut |batch: &ultraep_schedule::Batch| server.batch_ns(batch));
     let simulation = simulation.map_err(limits_error)?;
@@ -96,6 +107,7 @@ pub fn simulate_prefill(spec: &PrefillSpec, system: &System, arrivals: &[Arrival
         batches: simulation.batches,
         imbalance_before: server.before / count,
         imbalance: server.after / count,
+        memory,
         peaks: server.peaks,
     })
 }
@@ -121,7 +133,10 @@ struct Server<'a> {
 impl<'a> Server<'a> {
     fn new(spec: &'a PrefillSpec, system: &'a System, topology: Topology) -> Result<Self, SimError> {
         let transfers = spec.machine.transfer_model(&spec.model);
-        let mut process = LoadProcess::new(spec.process)?;
+        let mut process = match &spec.recorded {
+            Some(recorded) => LoadProcess::recorded(spec.process, Arc::clone(recorded))?,
+            None => LoadProcess::new(spec.process)?,
+        };
         let mut counts = Vec::new();
         let mut balancer = |layer| {
             let mut balancer = Balancer::new(system, &topology, transfers)?;

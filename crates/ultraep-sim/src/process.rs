@@ -2,11 +2,11 @@
 //!
 //! ```text
 //! log2 weight(layer, step, microbatch, source r, expert e) =
-//!     heat(layer) (skew z[layer, e] + drift w[layer, step, microbatch, e]) + spread s[layer, step, microbatch, r, e]
-//! heat(layer) = 2^(layer_spread h[layer])
+//!     heat (skew z[layer, e] + drift w[layer, step, microbatch, e]) + spread s[layer, step, microbatch, r, e]
+//! heat = 2^(layer_spread h[layer]) 2^(microbatch_spread m[step, microbatch])
 //! ```
 //!
-//! with z, w of deviation 1 and heavy tails (a normal number times its own size: a few experts are very hot), s, h standard
+//! with z, w of deviation 1 and heavy tails (a normal number times its own size: a few experts are very hot), s, h, m standard
 //! normal. `skew` is what history can see, `drift` is what it cannot (new in every microbatch),
 //! `spread` is how much sources differ. A source's choices are shared in proportion to its weights, exactly `tokens top_k` in
 //! all and at most `tokens` for one expert (a token's experts are distinct). Integers throughout.
@@ -37,6 +37,8 @@ pub struct ProcessParams {
     pub spread_milli: u32,
     /// Difference of layers.
     pub layer_spread_milli: u32,
+    /// Difference of microbatches: in one that is hot, all layers are.
+    pub microbatch_spread_milli: u32,
     /// Equal seeds give equal loads.
     pub seed: u64,
 }
@@ -59,6 +61,7 @@ const SKEW: u32 = 1;
 const DRIFT: u32 = 2;
 const SPREAD: u32 = 3;
 const HEAT: u32 = 4;
+const MICROBATCH_HEAT: u32 = 6;
 
 impl LoadProcess {
     /// Checks the limits.
@@ -73,6 +76,7 @@ impl LoadProcess {
             ("drift", params.drift_milli),
             ("spread", params.spread_milli),
             ("layer spread", params.layer_spread_milli),
+            ("microbatch spread", params.microbatch_spread_milli),
         ] {
             within(what, u64::from(got), 0, MAX_DEVIATION)?;
         }
@@ -114,13 +118,12 @@ impl LoadProcess {
         out: &mut Vec<u32>,
     ) {
         let ProcessParams { ranks, experts, seed, skew_milli, drift_milli, spread_milli, .. } = self.params;
-        if let Some(recorded) = &self.recorded {
-            out.clear();
-            out.extend_from_slice(recorded.counts(layer, step, microbatch));
-            return;
+        if let Some(recorded) = self.recorded.clone() {
+            return self.as_recorded(recorded.counts(layer, step, microbatch), tokens, out);
         }
         let moment = u64::from(step) << 32 | u64::from(microbatch);
-        let heat = self.heat(layer);
+        let of_layer = self.heat(HEAT, self.params.layer_spread_milli, u64::from(layer));
+        let heat = of_layer * self.heat(MICROBATCH_HEAT, self.params.microbatch_spread_milli, moment) / ONE;
         let mut lasting = random(seed, SKEW, u64::from(layer), 0);
         let mut fresh = random(seed, DRIFT, u64::from(layer), moment);
         for exponent in &mut self.exponents {
@@ -139,6 +142,30 @@ impl LoadProcess {
         }
     }
 
+    /// Recorded counts; a source with tokens of its own shares their choices as the recorded ones are shared, those of all
+    /// sources where it has none recorded.
+    fn as_recorded(&mut self, recorded: &[u32], tokens: impl Fn(usize) -> Option<u32>, out: &mut Vec<u32>) {
+        let experts = self.params.experts as usize;
+        out.clear();
+        out.extend_from_slice(recorded);
+        let mut all = Vec::new();
+        expert_loads(recorded, experts, &mut all);
+        for (source, row) in out.chunks_mut(experts).enumerate() {
+            let Some(tokens) = tokens(source) else { continue };
+            let own = row.iter().any(|&count| count > 0);
+            let of = |(&count, &sum): (&u32, &u64)| if own { u64::from(count) } else { sum };
+            self.weights.clear();
+            self.weights.extend(row.iter().zip(&all).map(of));
+            let chosen = self.weights.iter().filter(|&&weight| weight > 0).count();
+            if chosen < self.params.top_k as usize {
+                // Too few for a token's distinct choices: the others get a trace.
+                self.weights.iter_mut().for_each(|weight| *weight = (*weight << 20).max(1));
+            }
+            row.fill(0);
+            self.fill(source, tokens, row);
+        }
+    }
+
     /// Counts of a layer's first microbatch after the steps that history sees, as fits and steps count them.
     pub fn sample(&mut self, layer: u32) -> Vec<u32> {
         let mut counts = Vec::new();
@@ -147,14 +174,12 @@ impl LoadProcess {
     }
 
     /// In `ONE`ths.
-    fn heat(&self, layer: u32) -> i64 {
-        match self.params.layer_spread_milli {
-            0 => ONE,
-            spread => {
-                let mut rng = random(self.params.seed, HEAT, u64::from(layer), 0);
-                (exp2(scaled(normal(&mut rng), spread)) >> 8) as i64
-            }
+    fn heat(&self, purpose: u32, spread_milli: u32, of: u64) -> i64 {
+        if spread_milli == 0 {
+            return ONE;
         }
+        let mut rng = random(self.params.seed, purpose, of, 0);
+        (exp2(scaled(normal(&mut rng), spread_milli)) >> 8) as i64
     }
 
     fn weigh(&mut self, mut exponent: impl FnMut(i64) -> i64) {
@@ -224,6 +249,7 @@ mod tests {
             drift_milli: 500,
             spread_milli: 300,
             layer_spread_milli: 200,
+            microbatch_spread_milli: 100,
             seed: 3,
         }
     }
@@ -239,6 +265,23 @@ mod tests {
                 assert!(row.iter().all(|&c| c <= 500), "{row:?}");
             }
         }
+    }
+
+    #[test]
+    fn recorded_choices_are_shared_as_they_were() {
+        let recorded = vec![30, 10, 0, 0, 0, 0, 0, 0];
+        let loads = Arc::new(RecordedLoads::new((2, 4), 1, vec![vec![recorded.clone()]]).unwrap());
+        let shape = ProcessParams { ranks: 2, experts: 4, tokens_per_rank: 40, top_k: 1, ..params() };
+        let mut process = LoadProcess::recorded(shape, loads).unwrap();
+        let mut counts = Vec::new();
+        process.counts(0, 0, 0, &mut counts);
+        assert_eq!(counts, recorded, "as they are where no source has tokens of its own");
+        process.counts_of(0, (0, 0), |_| Some(8), &mut counts);
+        assert_eq!(counts, [6, 2, 0, 0, 6, 2, 0, 0], "the second source has none recorded");
+        let both = ProcessParams { top_k: 2, ..shape };
+        process.params = both;
+        process.counts_of(0, (0, 0), |source| Some(10 * source as u32), &mut counts);
+        assert_eq!(counts, [0, 0, 0, 0, 10, 10, 0, 0], "no token chooses an expert twice");
     }
 
     #[test]
@@ -261,6 +304,21 @@ mod tests {
         assert_eq!(x, y);
         a.counts(5, 0, 2, &mut x);
         assert_ne!(x, y);
+    }
+
+    #[test]
+    fn a_hot_microbatch_is_hot_in_all_layers() {
+        let spread = ProcessParams { microbatch_spread_milli: 1000, layer_spread_milli: 0, ..params() };
+        let mut process = LoadProcess::new(spread).unwrap();
+        let mut largest = |layer, microbatch| {
+            let (mut counts, mut loads) = (Vec::new(), Vec::new());
+            process.counts(layer, 0, microbatch, &mut counts);
+            expert_loads(&counts, 32, &mut loads);
+            loads.into_iter().max().unwrap()
+        };
+        let mut means: Vec<u64> = (0..8).map(|m| (0..16).map(|layer| largest(layer, m)).sum::<u64>() / 16).collect();
+        means.sort_unstable();
+        assert!(means[7] > 2 * means[0], "16 layers would average out what differs between them: {means:?}");
     }
 
     #[test]

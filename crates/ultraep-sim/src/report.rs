@@ -3,10 +3,11 @@
 use serde::{Serialize, Serializer};
 
 use crate::balancer::{SyncRule, System};
+use crate::footprint::Footprint;
 use crate::layer::LayerTimes;
 use crate::machine::at_rate_ps;
 use crate::memory::ActivationPeaks;
-use crate::pipeline::Op;
+use crate::pipeline::{Op, Schedule};
 use crate::runner::{Group, Sums};
 use crate::span::Span;
 use crate::step::StepSpec;
@@ -54,6 +55,8 @@ pub struct SystemReport {
     /// Peaks of activation memory.
     #[serde(skip)]
     pub peaks: ActivationPeaks,
+    /// Memory of the fullest rank.
+    pub memory: Footprint,
     /// Events handled; 0 in closed form.
     pub events: u64,
     /// Digest of all that happened; in files as 16 hexadecimal digits.
@@ -77,7 +80,7 @@ pub struct StepReport {
     pub spans: Vec<Span>,
 }
 
-pub(crate) fn report(spec: &StepSpec, system: &System, sums: Sums, group: Group) -> StepReport {
+pub(crate) fn report(spec: &StepSpec, system: &System, schedule: &Schedule, sums: Sums, group: Group) -> StepReport {
     let layers_of_stage = u64::from(spec.model.layers.div_ceil(spec.pipeline.stages));
     let of_experts = u64::from(spec.model.experts.div_ceil(spec.ranks)) * spec.model.expert_parameters();
     let shared = u64::from(spec.model.shared_experts) * spec.model.expert_parameters();
@@ -118,6 +121,7 @@ pub(crate) fn report(spec: &StepSpec, system: &System, sums: Sums, group: Group)
         tflops: tokens_per_s * spec.model.token_flops(spec.batch.sequence) as f64 / spec.gpus() as f64 / 1e12,
         tokens_per_s,
         peaks: sums.peaks,
+        memory: Footprint::training(spec, system.sync, schedule, &sums.peaks),
         events: sums.events,
         digest: sums.digest,
     };
@@ -126,7 +130,9 @@ pub(crate) fn report(spec: &StepSpec, system: &System, sums: Sums, group: Group)
 
 /// Moving experts when they are placed anew, as a share of one of the steps between two placements.
 fn placement_ps(spec: &StepSpec, system: &System, sums: &Sums) -> u64 {
-    let SyncRule::Placement { bytes_per_s } = system.sync else { return 0 };
+    let (SyncRule::Placement { bytes_per_s } | SyncRule::Collectives { bytes_per_s, .. }) = system.sync else {
+        return 0;
+    };
     let sampled = u64::from(spec.layers_sampled.min(spec.model.moe_layers()) * spec.groups_sampled).max(1);
     let layers = u64::from(spec.model.moe_layers()).div_ceil(u64::from(spec.pipeline.stages));
     let state = STATE_BYTES * spec.model.expert_parameters();

@@ -16,7 +16,7 @@ use crate::pipeline::{Op, Schedule};
 use crate::process::LoadProcess;
 use crate::random::{normal, random};
 use crate::span::Span;
-use crate::step::{Mistake, StepSpec};
+use crate::step::{Mistake, Recompute, StepSpec};
 
 /// Sums over layers, microbatches and groups.
 #[derive(Default)]
@@ -221,7 +221,7 @@ impl<'a> Runner<'a> {
             Fidelity::ClosedForm => &mut self.closed,
             Fidelity::Events => &mut self.events,
         };
-        if op.direction == Direction::Backward && self.spec.recompute {
+        if op.direction == Direction::Backward && self.spec.recompute == Recompute::Layer {
             model.pass(&self.again, load, Direction::Forward, &mut self.ready);
         }
         let times = model.pass(self.work, load, op.direction, &mut self.ready);
@@ -232,6 +232,9 @@ impl<'a> Runner<'a> {
                 let rest = self.work.forward.rest_ps.saturating_add(self.work.backward.rest_ps);
                 let outside = u128::from(rest) * u128::from(c.outside_permille) / 1000;
                 self.delay(u64::try_from(outside).unwrap_or(u64::MAX));
+                if self.spec.recompute == Recompute::Attention {
+                    self.delay(self.work.forward.rest_ps);
+                }
             }
         }
         sums.passes[usize::from(op.direction == Direction::Backward)] += 1;

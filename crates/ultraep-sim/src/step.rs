@@ -13,10 +13,12 @@ use std::sync::Arc;
 use ultraep_plan::{Topology, TopologySpec};
 
 use crate::SimError;
-use crate::balancer::System;
+use crate::balancer::{SyncRule, System};
 use crate::error::within;
+use crate::footprint::Footprint;
 use crate::layer::{Batch, Fidelity, LayerWork};
 use crate::machine::Machine;
+use crate::memory::ActivationPeaks;
 use crate::model::ModelSpec;
 use crate::pipeline::{Pipeline, PipelineError, Schedule};
 use crate::process::ProcessParams;
@@ -37,6 +39,23 @@ pub enum Mistake {
         /// Nanoseconds on top of the plan's time.
         late_ns: u64,
     },
+}
+
+/// What a layer does not keep for backward, so that backward runs it again.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Recompute {
+    /// All is kept.
+    #[default]
+    Nothing,
+    /// Attention and the rest of the layer, under no new plan: what the experts need is kept.
+    Attention,
+    /// The whole layer, all-to-all and experts too.
+    Layer,
+}
+
+impl Recompute {
+    /// From the least work to the least memory.
+    pub const ALL: [Self; 3] = [Self::Nothing, Self::Attention, Self::Layer];
 }
 
 /// Links whose rate varies.
@@ -67,8 +86,8 @@ pub struct StepSpec {
     pub data_parallel: u32,
     /// Of these, how many are simulated; the slowest counts.
     pub groups_sampled: u32,
-    /// Whether backward runs the forward again.
-    pub recompute: bool,
+    /// What backward runs again because it is not kept.
+    pub recompute: Recompute,
     /// Layers with experts that are simulated; the others repeat them.
     pub layers_sampled: u32,
     /// The load.
@@ -124,6 +143,19 @@ impl StepSpec {
         Ok(())
     }
 
+    /// The least recomputation under which an even load fits the machine's memory; all of it where nothing fits.
+    pub fn least_recompute(&self) -> Result<Recompute, SimError> {
+        let schedule = Schedule::new(self.pipeline)?;
+        let rows = u64::from(self.batch.tokens_per_rank) * u64::from(self.model.top_k);
+        let kept = rows * u64::from(self.layers_sampled.min(self.model.moe_layers()));
+        let even = ActivationPeaks { kept_rows: kept, kept_mean_rows: kept, layer_rows: rows, layer_mean_rows: rows };
+        let fits = |&recompute: &Recompute| {
+            let spec = Self { recompute, ..self.clone() };
+            Footprint::training(&spec, SyncRule::Never, &schedule, &even).check(&self.machine).is_ok()
+        };
+        Ok(Recompute::ALL.into_iter().find(fits).unwrap_or(Recompute::Layer))
+    }
+
     /// Accelerators.
     pub fn gpus(&self) -> u64 {
         u64::from(self.ranks) * u64::from(self.pipeline.stages) * u64::from(self.data_parallel)
@@ -176,5 +208,5 @@ pub fn simulate_step(
         }
     }
     let group = slowest.unwrap_or_default();
-    Ok(report(spec, &system, sums, group))
+    Ok(report(spec, &system, &schedule, sums, group))
 }

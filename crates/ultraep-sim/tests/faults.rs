@@ -8,8 +8,8 @@ use common::{step, system};
 use ultraep_baselines::PolicyKind;
 use ultraep_plan::FULL_SPEED;
 use ultraep_sim::{
-    Fidelity, FitTarget, Jitter, LoadProcess, Mistake, Pipeline, RecordedLoads, SimError, StepSpec, fit_process,
-    recovery_ps, simulate_step,
+    Fidelity, FitTarget, Jitter, LoadProcess, Mistake, Pipeline, Recompute, RecordedLoads, SimError, StepSpec,
+    fit_process, recovery_ps, simulate_step,
 };
 
 fn run(spec: &StepSpec, policy: PolicyKind) -> u64 {
@@ -43,7 +43,9 @@ fn mistakes_of_the_planner_cost_time() {
 #[test]
 fn recomputing_and_waiting_stages_cost_time() {
     let plain = run(&step(), PolicyKind::Ultraep);
-    assert!(run(&StepSpec { recompute: true, ..step() }, PolicyKind::Ultraep) > plain);
+    let again = [Recompute::Attention, Recompute::Layer];
+    let [attention, layer] = again.map(|recompute| run(&StepSpec { recompute, ..step() }, PolicyKind::Ultraep));
+    assert!(plain < attention && attention < layer, "{plain} {attention} {layer}");
     let staged = StepSpec { pipeline: Pipeline { stages: 3, chunks: 1, microbatches: 6 }, ..step() };
     let report = simulate_step(&staged, &system(PolicyKind::None), Fidelity::ClosedForm, false).expect("runs");
     let bubble = report.system.bubble_fraction;
@@ -108,4 +110,36 @@ fn recorded_counts_take_the_place_of_generated_ones() {
     for policy in [PolicyKind::None, PolicyKind::Eplb, PolicyKind::Ultraep] {
         assert_eq!(run(&replayed, policy), run(&spec, policy), "{policy}");
     }
+}
+
+#[test]
+fn memory_decides_what_is_recomputed_and_what_fits() {
+    let with = |memory_bytes, recompute| {
+        let mut spec = StepSpec { recompute, ..step() };
+        spec.machine.memory_bytes = memory_bytes;
+        spec
+    };
+    let needs = |recompute, policy| {
+        let spec = with(1 << 50, recompute);
+        simulate_step(&spec, &system(policy), Fidelity::ClosedForm, false).expect("runs").system.memory.total_bytes()
+    };
+    let [nothing, attention, layer] = Recompute::ALL.map(|recompute| needs(recompute, PolicyKind::Ideal));
+    assert!(nothing > attention && attention > layer, "{nothing} {attention} {layer}");
+    assert!(needs(Recompute::Nothing, PolicyKind::None) > nothing, "hot ranks keep more");
+    // Forced-even routing rounds each source's tokens, so a rank may have a few rows more than the mean.
+    let near = |bytes: u64| bytes + bytes / 1000;
+    for (memory, least) in [
+        (near(nothing), Recompute::Nothing),
+        (near(attention), Recompute::Attention),
+        (near(layer), Recompute::Layer),
+        (1, Recompute::Layer),
+    ] {
+        assert_eq!(with(memory, Recompute::Nothing).least_recompute(), Ok(least), "{memory} bytes");
+    }
+    let small = with(attention - 1, Recompute::Attention);
+    let report = simulate_step(&small, &system(PolicyKind::Ideal), Fidelity::ClosedForm, false).expect("runs");
+    let refused = report.system.memory.check(&small.machine).expect_err("too little").to_string();
+    assert!(refused.starts_with("does not fit: ") && refused.contains("needed on a rank, which has"), "{refused}");
+    // Replicas of a placement have buffers in every layer.
+    assert!(needs(Recompute::Nothing, PolicyKind::Eplb) > needs(Recompute::Nothing, PolicyKind::Ultraep));
 }

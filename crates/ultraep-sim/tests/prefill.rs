@@ -2,10 +2,12 @@
 
 mod common;
 
+use std::sync::Arc;
+
 use common::{step, system};
 use ultraep_baselines::PolicyKind;
 use ultraep_schedule::{Arrival, ArrivalSpec, Lengths, Limits, arrivals};
-use ultraep_sim::{PrefillReport, PrefillSpec, simulate_prefill};
+use ultraep_sim::{Footprint, LoadProcess, PrefillReport, PrefillSpec, RecordedLoads, simulate_prefill};
 
 fn spec() -> PrefillSpec {
     let step = step();
@@ -24,6 +26,7 @@ fn spec() -> PrefillSpec {
         },
         layers_sampled: 2,
         process: step.process,
+        recorded: None,
     }
 }
 
@@ -65,4 +68,41 @@ fn bad_limits_are_refused() {
     bad.limits.chunk_tokens = 4;
     let error = simulate_prefill(&bad, &system(PolicyKind::None), &requests(0)).expect_err("refused").to_string();
     assert!(error.contains("chunk budget of 4"), "{error}");
+}
+
+#[test]
+fn a_group_without_room_for_the_kv_cache_is_refused() {
+    let mut small = spec();
+    let system = system(PolicyKind::None);
+    let room = Footprint::kv_room_tokens(&small, system.sync);
+    assert!(room > 262_144, "{room}");
+    assert!(Footprint::prefill(&small, system.sync, room).check(&small.machine).is_ok());
+    assert!(Footprint::prefill(&small, system.sync, room + 1).check(&small.machine).is_err());
+    small.machine.memory_bytes = Footprint::prefill(&small, system.sync, 262_144).total_bytes();
+    assert!(simulate_prefill(&small, &system, &requests(0)).is_ok());
+    small.machine.memory_bytes -= 1;
+    let error = simulate_prefill(&small, &system, &requests(0)).expect_err("refused").to_string();
+    assert!(error.starts_with("does not fit: "), "{error}");
+}
+
+#[test]
+fn recorded_counts_serve_batches_of_any_size() {
+    let generated = spec();
+    let mut process = LoadProcess::new(generated.process).expect("valid");
+    let mut layer = |layer| {
+        let mut matrix = |batch| {
+            let mut counts = Vec::new();
+            process.counts(layer, 0, batch, &mut counts);
+            counts
+        };
+        (0..4).map(&mut matrix).collect()
+    };
+    let layers = (0..2).map(&mut layer).collect();
+    let loads = RecordedLoads::new((8, 32), 2, layers).expect("valid");
+    let recorded = PrefillSpec { recorded: Some(Arc::new(loads)), ..generated };
+    let replay = |policy| simulate_prefill(&recorded, &system(policy), &requests(0)).expect("serves");
+    let (none, ours) = (replay(PolicyKind::None), replay(PolicyKind::Ultraep));
+    let generated = serve(PolicyKind::None, 0);
+    assert!((none.imbalance / generated.imbalance - 1.0).abs() < 0.2, "as skewed as the process it is from");
+    assert!(none.tokens_per_s < ours.tokens_per_s);
 }

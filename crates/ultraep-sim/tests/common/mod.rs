@@ -1,11 +1,11 @@
 //! A small model on a small rack.
 #![allow(dead_code, reason = "each test takes what it needs")]
 
-use ultraep_baselines::{HistoryParams, PolicyKind};
+use ultraep_baselines::{HistoryParams, LplbLinks, PolicyKind};
 use ultraep_plan::TransferParams;
 use ultraep_sim::{
-    Attention, Batch, Calibrated, Jitter, Machine, Mistake, ModelSpec, Pipeline, ProcessParams, StepSpec, SyncRule,
-    System,
+    Attention, Batch, Calibrated, Jitter, Machine, Mistake, ModelSpec, Pipeline, ProcessParams, Recompute, StepSpec,
+    SyncRule, System,
 };
 
 pub(crate) fn model() -> ModelSpec {
@@ -32,6 +32,7 @@ pub(crate) fn machine() -> Machine {
         link_bytes_per_s: 900_000_000_000,
         scale_out_bytes_per_s: 50_000_000_000,
         memory_bytes_per_s: 8_000_000_000_000,
+        memory_bytes: 186_000_000_000,
         hop_ns: 2_000,
         tile_rows: 128,
         gemm_ns: 3_000,
@@ -43,7 +44,7 @@ pub(crate) fn machine() -> Machine {
         calibrated: Calibrated {
             forward_flops_per_s: 1_000_000_000_000_000,
             backward_flops_per_s: 1_000_000_000_000_000,
-            backward_fixed_rows: 1000,
+            backward_fixed_permille: 61,
             forward_a2a_bytes_per_s: 600_000_000_000,
             backward_a2a_bytes_per_s: 600_000_000_000,
             forward_incast_permille: 800,
@@ -60,12 +61,21 @@ pub(crate) fn system(policy: PolicyKind) -> System {
     let sync = match policy {
         PolicyKind::None | PolicyKind::Ideal => SyncRule::Never,
         PolicyKind::Eplb => SyncRule::Placement { bytes_per_s: 64_000_000_000 },
-        PolicyKind::Lplb => SyncRule::Collectives { bytes_per_s: 64_000_000_000 },
+        PolicyKind::Lplb => SyncRule::Collectives { start_ns: 100_000, bytes_per_s: 64_000_000_000 },
         _ => SyncRule::Transfers(TransferParams::default()),
     };
     let plan_ns = if matches!(sync, SyncRule::Transfers(_)) { 100_000 } else { 0 };
     let history = HistoryParams { window: 6, interval: 6 };
-    System { name: policy.name().to_string(), policy, sync, plan_ns, min_quota: 64, history, max_variables: 512 }
+    System {
+        name: policy.name().to_string(),
+        policy,
+        sync,
+        plan_ns,
+        min_quota: 64,
+        history,
+        max_variables: 512,
+        links: LplbLinks::default(),
+    }
 }
 
 pub(crate) fn step() -> StepSpec {
@@ -79,7 +89,7 @@ pub(crate) fn step() -> StepSpec {
         pipeline: Pipeline { stages: 1, chunks: 1, microbatches: 2 },
         data_parallel: 1,
         groups_sampled: 1,
-        recompute: false,
+        recompute: Recompute::Nothing,
         layers_sampled: model.moe_layers(),
         process: ProcessParams {
             ranks: 8,
@@ -90,6 +100,7 @@ pub(crate) fn step() -> StepSpec {
             drift_milli: 300,
             spread_milli: 500,
             layer_spread_milli: 0,
+            microbatch_spread_milli: 0,
             seed: 7,
         },
         recorded: None,
@@ -99,4 +110,16 @@ pub(crate) fn step() -> StepSpec {
         jitter: Jitter::default(),
         model,
     }
+}
+
+/// 64 ranks with two of 128 experts each: the shape of the published experiments.
+pub(crate) fn rack() -> StepSpec {
+    let mut spec = step();
+    (spec.model.experts, spec.model.top_k) = (128, 8);
+    (spec.ranks, spec.domain_ranks, spec.machine.domain_ranks) = (64, 64, 64);
+    spec.batch.tokens_per_rank = 8192;
+    let StepSpec { model, batch, .. } = &spec;
+    let (experts, top_k, tokens_per_rank) = (model.experts, model.top_k, batch.tokens_per_rank);
+    spec.process = ProcessParams { ranks: 64, experts, tokens_per_rank, top_k, ..spec.process };
+    spec
 }

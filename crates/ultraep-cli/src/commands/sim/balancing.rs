@@ -67,7 +67,7 @@ pub(super) fn run(plan: &Plan, threads: usize) -> Result<Vec<CaseRecord>, CliErr
 type Figures = Vec<(String, BTreeMap<Metric, f64>)>;
 
 fn record(name: String, load: String, metrics: &[Metric], figures: &Figures, paper: &[Paper]) -> CaseRecord {
-    CaseRecord { name, along: None, load, rows: rows(metrics, figures, paper), systems: Vec::new() }
+    CaseRecord { name, load, rows: rows(metrics, figures, paper), ..CaseRecord::default() }
 }
 
 fn cell<'a>(plan: &Plan, case: &'a Case, ratio: f64) -> Result<Cell<'a>, CliError> {
@@ -136,6 +136,7 @@ impl Cell<'_> {
                 drift_milli: 0,
                 spread_milli: self.case.load.spread,
                 layer_spread_milli: self.case.load.layer_spread,
+                microbatch_spread_milli: self.case.load.microbatch_spread,
                 seed: u64::from(seed),
             };
             let target = FitTarget {

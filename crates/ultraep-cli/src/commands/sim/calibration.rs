@@ -38,7 +38,7 @@ pub(super) fn run(plan: &Plan, out: &mut dyn Write) -> Result<(), CliError> {
     for (name, value) in [
         ("forward_flops_per_s", c.forward_flops_per_s),
         ("backward_flops_per_s", c.backward_flops_per_s),
-        ("backward_fixed_rows", u64::from(c.backward_fixed_rows)),
+        ("backward_fixed_permille", u64::from(c.backward_fixed_permille)),
         ("forward_a2a_bytes_per_s", c.forward_a2a_bytes_per_s),
         ("backward_a2a_bytes_per_s", c.backward_a2a_bytes_per_s),
         ("forward_incast_permille", u64::from(c.forward_incast_permille)),

@@ -5,12 +5,12 @@ use std::path::Path;
 
 use serde::Deserialize;
 use serde::de::{DeserializeOwned, Deserializer, Error};
-use ultraep_baselines::{HistoryParams, PolicyKind};
+use ultraep_baselines::{HistoryParams, LplbLinks, PolicyKind};
 use ultraep_plan::{TransferMode, TransferParams};
 use ultraep_replay::Hardware;
 use ultraep_sim::{Calibrated, Machine, ModelSpec, SyncRule, System, bounded};
 
-use super::plan_file::{Plan, n};
+use super::plan_file::{Plan, n, optional};
 
 use crate::error::CliError;
 
@@ -56,6 +56,11 @@ struct SystemFile {
     #[serde(default, deserialize_with = "bounded::<0, 1000000000000000, _, _>")]
     bytes_per_s: u64,
     #[serde(default, deserialize_with = "bounded::<0, 1000000000, _, _>")]
+    start_ns: u64,
+    /// Replicas that an expert needs for relays, instead of the rule's.
+    #[serde(default, deserialize_with = "optional::<2, 1024, _>")]
+    min_replicas: Option<u32>,
+    #[serde(default, deserialize_with = "bounded::<0, 1000000000, _, _>")]
     plan_ns: u64,
     #[serde(default = "n::<1>", deserialize_with = "bounded::<1, 16777216, _, _>")]
     min_quota: u32,
@@ -64,6 +69,9 @@ struct SystemFile {
     /// Most variables of a linear program that is solved (`lplb`).
     #[serde(default = "n::<512>", deserialize_with = "bounded::<0, 100000, _, _>")]
     max_variables: u32,
+    /// Ranks of a node of LPLB's torus; without it replicas go where load is least (`lplb`).
+    #[serde(default, deserialize_with = "optional::<1, 1024, _>")]
+    torus_ranks: Option<u32>,
     /// Where the numbers are from.
     #[serde(default)]
     #[allow(dead_code, reason = "for people who read the file")]
@@ -136,6 +144,8 @@ struct MachineFile {
     scale_out_bytes_per_s: u64,
     #[serde(deserialize_with = "bounded::<1, MAX_RATE, _, _>")]
     memory_bytes_per_s: u64,
+    #[serde(deserialize_with = "bounded::<1, MAX_RATE, _, _>")]
+    memory_bytes: u64,
     #[serde(deserialize_with = "bounded::<0, MAX_NS, _, _>")]
     hop_ns: u64,
     #[serde(deserialize_with = "bounded::<4096, 1073741824, _, _>")]
@@ -163,6 +173,7 @@ pub(super) fn machine(name: &str) -> Result<Machine, CliError> {
         link_bytes_per_s: hardware.link_bytes_per_s,
         scale_out_bytes_per_s: file.scale_out_bytes_per_s,
         memory_bytes_per_s: file.memory_bytes_per_s,
+        memory_bytes: file.memory_bytes,
         hop_ns: file.hop_ns,
         tile_rows: hardware.tile_rows,
         gemm_ns: hardware.gemm_ns,
@@ -199,6 +210,7 @@ pub(super) fn systems(names: &[String], microbatches: u32) -> Result<Vec<System>
             Some(Relay::V1) => TransferParams::v1(),
             Some(Relay::Deep) | None => TransferParams::default(),
         };
+        let relay = TransferParams { min_replicas: file.min_replicas.unwrap_or(relay.min_replicas), ..relay };
         let window = (file.history_steps * microbatches) as usize;
         Ok(System {
             name: name.clone(),
@@ -206,13 +218,17 @@ pub(super) fn systems(names: &[String], microbatches: u32) -> Result<Vec<System>
             sync: match file.sync {
                 Sync::Never => SyncRule::Never,
                 Sync::Transfers => SyncRule::Transfers(relay),
-                Sync::Collectives => SyncRule::Collectives { bytes_per_s: file.bytes_per_s },
+                Sync::Collectives => SyncRule::Collectives { start_ns: file.start_ns, bytes_per_s: file.bytes_per_s },
                 Sync::Placement => SyncRule::Placement { bytes_per_s: file.bytes_per_s },
             },
             plan_ns: file.plan_ns,
             min_quota: file.min_quota,
             history: HistoryParams { window, interval: window },
             max_variables: file.max_variables as usize,
+            links: match file.torus_ranks {
+                Some(ranks) => LplbLinks::Torus { node_ranks: ranks as usize },
+                None => LplbLinks::LeastLoaded,
+            },
         })
     };
     names.iter().map(system).collect()

@@ -19,10 +19,10 @@ use std::path::{Path, PathBuf};
 use self::files::{PLANS, machine, plan, systems};
 use self::plan_file::{Case, Experiment, Metric, Plan};
 use self::record::{CaseRecord, Record, load_words, rows};
-use self::training::{figures, in_parallel, prepare, relate, step};
+use self::training::{Ready, figures, in_parallel, prepare, relate, step};
 use super::write_json;
 use crate::error::{CliError, note};
-use ultraep_sim::{Fidelity, recovery_ps};
+use ultraep_sim::{Fidelity, StepReport, System, recovery_ps};
 
 pub(crate) const EXAMPLES: &str = "Examples:
   ultraep sim figure-11                    training throughput beside the paper's
@@ -112,6 +112,12 @@ fn trace(plan: &Plan, path: &Path) -> Result<(), CliError> {
     Ok(())
 }
 
+/// The system and what it would need, where a rank has not so much memory.
+fn does_not_fit(ready: &Ready, system: &System, report: &StepReport) -> Option<String> {
+    let refused = report.system.memory.check(&ready.spec.machine).err()?;
+    Some(format!("{}: {refused}", system.name))
+}
+
 fn training_cases(plan: &Plan, threads: usize) -> Result<Vec<CaseRecord>, CliError> {
     let metrics = match plan.metrics.is_empty() {
         true => vec![Metric::Tflops, Metric::OfIdeal, Metric::Imbalance],
@@ -138,6 +144,9 @@ fn training_cases(plan: &Plan, threads: usize) -> Result<Vec<CaseRecord>, CliErr
             along: None,
             load: load_words(ready[index].fit.as_ref()),
             rows: rows(&metrics, &all, &case.paper),
+            does_not_fit: of()
+                .filter_map(|((_, system), report)| does_not_fit(&ready[index], system, report))
+                .collect(),
             systems: of().map(|(_, report)| report.system.clone()).collect(),
         }
     };

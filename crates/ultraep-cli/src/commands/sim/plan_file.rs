@@ -47,6 +47,9 @@ pub(super) enum Metric {
     TtftMs,
     RecoveryMs,
     Relayed,
+    MemoryGb,
+    ActivationsGb,
+    ActivationsOverIdeal,
 }
 
 /// A published number.
@@ -90,6 +93,9 @@ pub(super) struct Load {
     /// Difference of layers.
     #[serde(default, deserialize_with = "bounded::<0, 6000, _, _>")]
     pub(super) layer_spread: u32,
+    /// Difference of microbatches.
+    #[serde(default, deserialize_with = "bounded::<0, 6000, _, _>")]
+    pub(super) microbatch_spread: u32,
 }
 
 /// A rank below full speed.
@@ -100,6 +106,18 @@ pub(super) struct SlowRank {
     pub(super) rank: u32,
     #[serde(deserialize_with = "bounded::<1, 100, _, _>")]
     pub(super) speed_percent: u32,
+}
+
+/// What backward runs again.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Recomputation {
+    /// The least under which an even load fits the machine's memory.
+    #[default]
+    Auto,
+    Nothing,
+    Attention,
+    Layer,
 }
 
 /// One workload on one machine.
@@ -134,7 +152,7 @@ pub(super) struct Case {
     #[serde(default = "n::<6>", deserialize_with = "bounded::<1, 1024, _, _>")]
     pub(super) layers_sampled: u32,
     #[serde(default)]
-    pub(super) recompute: bool,
+    pub(super) recompute: Recomputation,
     #[serde(default = "n::<100>", deserialize_with = "bounded::<1, 10000, _, _>")]
     pub(super) bandwidth_percent: u32,
     #[serde(default)]
@@ -267,7 +285,9 @@ fn spread() -> u32 {
     700
 }
 
-fn optional<'de, const LEAST: u64, const MOST: u64, D: Deserializer<'de>>(from: D) -> Result<Option<u32>, D::Error> {
+pub(super) fn optional<'de, const LEAST: u64, const MOST: u64, D: Deserializer<'de>>(
+    from: D,
+) -> Result<Option<u32>, D::Error> {
     bounded::<LEAST, MOST, u32, D>(from).map(Some)
 }
 

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use ultraep_baselines::HistoryParams;
 use ultraep_schedule::{Arrival, ArrivalSpec, Lengths, Limits, arrivals};
-use ultraep_sim::{PrefillReport, PrefillSpec, System, simulate_prefill};
+use ultraep_sim::{Footprint, PrefillReport, PrefillSpec, System, simulate_prefill};
 
 use super::files::systems;
 use super::plan_file::{Case, Metric, Plan, Prefill};
@@ -22,12 +22,6 @@ pub(super) fn run(plan: &Plan, threads: usize) -> Result<Vec<CaseRecord>, CliErr
     };
     let lengths = Lengths::new(prefill.least_tokens, prefill.most_tokens).map_err(CliError::input)?;
     let pool = lengths.draw(prefill.requests as usize, u64::from(plan.seed));
-    if let Some(case) = plan.case.iter().find(|case| case.load.recording.is_some()) {
-        let name = &case.name;
-        return Err(CliError::Input(format!(
-            "case {name:?}: load: `recording` has batches of its own: allowed in training"
-        )));
-    }
     let ready = in_parallel(plan.case.len(), threads, |index| prepare(&plan.case[index], &plan.machine, plan.seed))?;
     let mut jobs = Vec::new();
     for (case, settings) in plan.case.iter().enumerate() {
@@ -60,7 +54,7 @@ pub(super) fn run(plan: &Plan, threads: usize) -> Result<Vec<CaseRecord>, CliErr
             let paper = if rate.is_none() { case.paper.as_slice() } else { &[] };
             let load = load_words(ready[index].fit.as_ref());
             let along = rate.map(|rate| Along { case: case.name.clone(), axis: "requests/s", at: f64::from(rate) });
-            records.push(CaseRecord { name, along, load, rows: rows(&metrics, &all, paper), systems: Vec::new() });
+            records.push(CaseRecord { name, along, load, rows: rows(&metrics, &all, paper), ..CaseRecord::default() });
         }
     }
     Ok(records)
@@ -83,7 +77,7 @@ fn serve(ready: &Ready, case: &Case, system: &System, arrivals: &[Arrival]) -> R
         sequences_per_rank: SEQUENCES_PER_RANK.min(case.tokens as usize),
         queue_max: arrivals.len().max(1),
     };
-    let spec = PrefillSpec {
+    let mut spec = PrefillSpec {
         model: ready.spec.model.clone(),
         machine: ready.spec.machine.clone(),
         domain_ranks: ready.spec.domain_ranks,
@@ -91,7 +85,11 @@ fn serve(ready: &Ready, case: &Case, system: &System, arrivals: &[Arrival]) -> R
         limits,
         layers_sampled: ready.spec.layers_sampled,
         process: ready.spec.process,
+        recorded: ready.spec.recorded.clone(),
     };
+    // No more than there is room for, and at least the longest prompt: where that does not fit, the simulator says so.
+    let room = u32::try_from(Footprint::kv_room_tokens(&spec, system.sync)).unwrap_or(u32::MAX);
+    spec.limits.kv_tokens_per_rank = spec.limits.kv_tokens_per_rank.min(room.max(longest.saturating_add(1)));
     let in_system = |error| CliError::Input(format!("case {:?}, system {:?}: {error}", case.name, system.name));
     simulate_prefill(&spec, system, arrivals).map_err(in_system)
 }
@@ -101,6 +99,7 @@ fn figures(report: &PrefillReport) -> BTreeMap<Metric, f64> {
     BTreeMap::from([
         (Metric::TokensPerS, report.tokens_per_s),
         (Metric::Imbalance, report.imbalance),
+        (Metric::MemoryGb, report.memory.total_bytes() as f64 / 1e9),
         (Metric::TtftMs, report.ttft.mean_ns as f64 / 1e6),
         (Metric::LayerPeak, peaks.layer_rows as f64 / peaks.layer_mean_rows.max(1) as f64),
     ])

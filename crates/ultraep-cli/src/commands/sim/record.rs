@@ -32,6 +32,8 @@ pub(super) struct CaseRecord {
     /// The load, in words.
     pub(super) load: String,
     pub(super) rows: Vec<Row>,
+    /// Systems that a rank has too little memory for, with what they need; their figures say what they would take.
+    pub(super) does_not_fit: Vec<String>,
     /// Everything that was simulated, in full, where steps were.
     pub(super) systems: Vec<SystemReport>,
 }
@@ -81,6 +83,9 @@ impl Metric {
             Self::Relayed => "experts relayed",
             Self::TtftMs => "mean TTFT ms",
             Self::RecoveryMs => "recovery ms, once",
+            Self::MemoryGb => "memory of a rank GB",
+            Self::ActivationsGb => "activations GB",
+            Self::ActivationsOverIdeal => "activations over ideal",
         }
     }
 
@@ -91,14 +96,30 @@ impl Metric {
 
     /// Whether it is a ratio, compared by what is between.
     fn is_ratio(self) -> bool {
-        matches!(self, Self::Imbalance | Self::OverNone | Self::KeptPeak | Self::LayerPeak | Self::Relayed)
+        matches!(
+            self,
+            Self::Imbalance
+                | Self::OverNone
+                | Self::KeptPeak
+                | Self::LayerPeak
+                | Self::Relayed
+                | Self::ActivationsOverIdeal
+        )
     }
 
     fn show(self, value: f64) -> String {
         match self {
             _ if self.is_share() => format!("{:.1}%", 100.0 * value),
             Self::Tflops => format!("{value:.1}"),
-            Self::StepMs | Self::Replicas | Self::Fanout | Self::TtftMs | Self::RecoveryMs => format!("{value:.1}"),
+            Self::StepMs
+            | Self::Replicas
+            | Self::Fanout
+            | Self::TtftMs
+            | Self::RecoveryMs
+            | Self::MemoryGb
+            | Self::ActivationsGb => {
+                format!("{value:.1}")
+            }
             Self::TokensPerS => format!("{value:.0}"),
             _ => format!("{value:.2}"),
         }
@@ -148,6 +169,9 @@ impl Record {
         for case in &self.cases {
             writeln!(out, "\n{}: {}", case.name, case.load)?;
             writeln!(out, "{}", table(&case.rows))?;
+            for system in &case.does_not_fit {
+                writeln!(out, "{system}")?;
+            }
         }
         for note in &self.notes {
             writeln!(out, "{note}")?;

@@ -43,6 +43,10 @@ struct Point {
     of_ideal: BTreeMap<String, f64>,
     /// By system: imbalance after balancing.
     imbalance: BTreeMap<String, f64>,
+    /// By system: memory of the fullest rank.
+    memory_bytes: BTreeMap<String, u64>,
+    /// Systems that a rank has too little memory for; they are in no mean.
+    does_not_fit: Vec<String>,
 }
 
 /// One value of a configuration.
@@ -137,10 +141,15 @@ fn exists(case: &Case) -> Result<bool, CliError> {
 fn point(plan: &Plan, case: &Case) -> Result<Point, CliError> {
     let ready = prepare(case, &plan.machine, plan.seed)?;
     let mut all = Vec::new();
+    let (mut memory_bytes, mut does_not_fit) = (BTreeMap::new(), Vec::new());
     let mut before = 1.0;
     for system in systems(&plan.systems, case.microbatches)? {
         let report = step(&ready, &system, plan.fidelity, false)?;
         before = report.system.imbalance_before;
+        memory_bytes.insert(system.name.clone(), report.system.memory.total_bytes());
+        if report.system.memory.check(&ready.spec.machine).is_err() {
+            does_not_fit.push(system.name.clone());
+        }
         all.push((system.name.clone(), figures(&report)));
     }
     relate(&mut all);
@@ -159,7 +168,21 @@ fn point(plan: &Plan, case: &Case) -> Result<Point, CliError> {
         imbalance_before: before,
         of_ideal: of(Metric::OfIdeal),
         imbalance: of(Metric::Imbalance),
+        memory_bytes,
+        does_not_fit,
     })
+}
+
+/// A system's mean share of `ideal` over the configurations that fit, and how many do not.
+fn share(points: &[&Point], system: &str) -> String {
+    let fits = |p: &&&Point| !p.does_not_fit.iter().any(|name| name == system);
+    let shares: Vec<f64> = points.iter().filter(fits).filter_map(|p| p.of_ideal.get(system).copied()).collect();
+    let mean = 100.0 * shares.iter().sum::<f64>() / shares.len() as f64;
+    match points.len() - shares.len() {
+        0 => format!("{mean:.1}%"),
+        all if all == points.len() => "does not fit".to_string(),
+        some => format!("{mean:.1}% ({some})"),
+    }
 }
 
 impl SweepRecord {
@@ -168,6 +191,9 @@ impl SweepRecord {
         writeln!(out, "{}: {} configurations, shares of ideal throughput (means)", self.title, self.points.len())?;
         if self.left_out > 0 {
             note(format!("{} combinations cannot exist and are left out", self.left_out));
+        }
+        if self.points.iter().any(|point| !point.does_not_fit.is_empty()) {
+            writeln!(out, "In brackets: configurations that a rank has too little memory for; they are in no mean.")?;
         }
         let shown: Vec<&String> = self.systems.iter().filter(|name| *name != "ideal").collect();
         let mut table = Table::new();
@@ -191,8 +217,7 @@ impl SweepRecord {
                     of.len().to_string(),
                     format!("{:.2}", mean(&|p| p.imbalance_before)),
                 ];
-                let share = |name: &str| mean(&|p: &Point| p.of_ideal.get(name).copied().unwrap_or(0.0));
-                row.extend(shown.iter().map(|name| format!("{:.1}%", 100.0 * share(name))));
+                row.extend(shown.iter().map(|name| share(&of, name)));
                 table.add_row(row);
             }
         }

@@ -7,12 +7,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use indicatif::{ProgressBar, ProgressStyle};
 use ultraep_plan::FULL_SPEED;
 use ultraep_sim::{
-    Batch, Fidelity, Fit, FitTarget, Jitter, Mistake, Pipeline, ProcessParams, StepReport, StepSpec, System,
+    Batch, Fidelity, Fit, FitTarget, Jitter, Mistake, Pipeline, ProcessParams, Recompute, StepReport, StepSpec, System,
     fit_process, simulate_step,
 };
 
 use super::files::{machine, model, systems};
-use super::plan_file::{Case, Metric};
+use super::plan_file::{Case, Metric, Recomputation};
 use super::recording;
 use crate::error::CliError;
 
@@ -57,6 +57,7 @@ pub(super) fn prepare(case: &Case, machine_name: &str, seed: u32) -> Result<Read
         drift_milli: case.load.drift.unwrap_or(0),
         spread_milli: case.load.spread,
         layer_spread_milli: case.load.layer_spread,
+        microbatch_spread_milli: case.load.microbatch_spread,
         seed: u64::from(seed),
     };
     let mistake = match (case.stale_counts, case.late_plan_us) {
@@ -72,7 +73,11 @@ pub(super) fn prepare(case: &Case, machine_name: &str, seed: u32) -> Result<Read
         pipeline: Pipeline { stages: case.stages, chunks: case.chunks, microbatches: case.microbatches },
         data_parallel: case.data_parallel,
         groups_sampled: case.groups_sampled.min(case.data_parallel),
-        recompute: case.recompute,
+        recompute: match case.recompute {
+            Recomputation::Auto | Recomputation::Nothing => Recompute::Nothing,
+            Recomputation::Attention => Recompute::Attention,
+            Recomputation::Layer => Recompute::Layer,
+        },
         layers_sampled: case.layers_sampled.min(model.moe_layers()),
         process,
         recorded: None,
@@ -84,6 +89,9 @@ pub(super) fn prepare(case: &Case, machine_name: &str, seed: u32) -> Result<Read
         machine,
     };
     let in_case = |error: ultraep_sim::SimError| CliError::Input(format!("case {:?}: {error}", case.name));
+    if case.recompute == Recomputation::Auto {
+        spec.recompute = spec.least_recompute().map_err(in_case)?;
+    }
     if let Some(path) = &case.load.recording {
         let recorded = recording::read(path, case, spec.ranks, spec.model.experts)?;
         spec.layers_sampled = spec.layers_sampled.min(recorded.layers() as u32);
@@ -179,25 +187,29 @@ pub(super) fn figures(report: &StepReport) -> BTreeMap<Metric, f64> {
         (Metric::BackwardRestMs, ms(s.backward.rest_ps + s.backward.sync_ps)),
         (Metric::KeptPeak, peak(s.peaks.kept_rows, s.peaks.kept_mean_rows)),
         (Metric::LayerPeak, peak(s.peaks.layer_rows, s.peaks.layer_mean_rows)),
+        (Metric::ActivationsGb, s.memory.activations_bytes as f64 / 1e9),
+        (Metric::MemoryGb, s.memory.total_bytes() as f64 / 1e9),
         (Metric::Replicas, s.replicas),
         (Metric::Fanout, s.fanout),
         (Metric::Remote, s.remote_fraction),
     ])
 }
 
-/// Adds shares of `ideal` and gains over `none` where those were run.
+/// Adds what relates systems to `ideal` and `none` where those were run.
 pub(super) fn relate(all: &mut [(String, BTreeMap<Metric, f64>)]) {
     // Prefill has no operations a second.
     let steps = all.iter().any(|(_, figures)| figures.contains_key(&Metric::Tflops));
     let rated = if steps { Metric::Tflops } else { Metric::TokensPerS };
-    let rate = |name: &str, all: &[(String, BTreeMap<Metric, f64>)]| {
-        all.iter().find(|(system, _)| system == name).and_then(|(_, figures)| figures.get(&rated).copied())
-    };
-    for (metric, other) in [(Metric::OfIdeal, rate("ideal", all)), (Metric::OverNone, rate("none", all))] {
+    for (ratio, metric, system) in [
+        (Metric::OfIdeal, rated, "ideal"),
+        (Metric::OverNone, rated, "none"),
+        (Metric::ActivationsOverIdeal, Metric::ActivationsGb, "ideal"),
+    ] {
+        let other = all.iter().find(|(name, _)| name == system).and_then(|(_, figures)| figures.get(&metric).copied());
         let Some(other) = other.filter(|&other| other > 0.0) else { continue };
         for (_, figures) in all.iter_mut() {
-            if let Some(own) = figures.get(&rated).copied() {
-                figures.insert(metric, own / other);
+            if let Some(own) = figures.get(&metric).copied() {
+                figures.insert(ratio, own / other);
             }
         }
     }
