@@ -10,7 +10,7 @@ use common::{Server, connect, engine_config, get, http_config, request};
 use serde_json::json;
 use ultraep_baselines::PolicyKind;
 use ultraep_serve::http::HttpConfig;
-use ultraep_serve::{Event, Generation, Health, SubmitError};
+use ultraep_serve::{EngineConfig, Event, Generation, Health, SubmitError};
 
 fn server() -> Server {
     Server::start(engine_config(2, PolicyKind::Ultraep, 64), http_config())
@@ -79,6 +79,24 @@ fn a_request_that_takes_too_long_is_cancelled() {
     let response = server.complete(json!({ "prompt": "a", "max_tokens": 256 }));
     assert_eq!(response.status, 504, "{response:?}");
     idle(&server);
+}
+
+#[test]
+fn a_request_that_waits_too_long_to_start_is_refused_and_the_others_go_on() {
+    let config = EngineConfig { queue_timeout: Duration::from_millis(50), ..engine_config(2, PolicyKind::Ultraep, 64) };
+    let server = Server::start(config, http_config());
+    // KV for one of these on each of 2 ranks.
+    let running: Vec<_> = (0..2).map(|_| server.engine.submit(endless()).unwrap()).collect();
+    server.wait_for("/metrics", |r| r.text().contains("ultraep_running_requests 2\n"));
+    for stream in [false, true] {
+        let response = server.complete(json!({ "prompt": "late".repeat(100), "max_tokens": 1, "stream": stream }));
+        assert_eq!((response.status, response.header("retry-after")), (429, Some("1")), "{response:?}");
+        assert!(response.json()["error"]["message"].as_str().unwrap().contains("waited too long"), "{response:?}");
+    }
+    assert!(get(server.address, "/metrics").text().contains("ultraep_running_requests 2\n"));
+    drop(running);
+    idle(&server);
+    assert_eq!(server.complete(json!({ "prompt": "now", "max_tokens": 1 })).status, 200);
 }
 
 #[test]

@@ -41,6 +41,8 @@ pub struct EngineConfig {
     pub group: GroupConfig,
     /// Bounds of queue, batches and KV.
     pub limits: Limits,
+    /// A request that has not started after this time is given up: [`Event::Expired`].
+    pub queue_timeout: Duration,
 }
 
 /// A running engine. Dropping it stops it without finishing anything.
@@ -147,7 +149,7 @@ impl Engine {
         }
         let runtime = config.group.runtime(&model)?;
         let metrics = Metrics::default();
-        let shared = Arc::new(Shared::new(config.limits, metrics)?);
+        let shared = Arc::new(Shared::new(config.limits, config.queue_timeout, metrics)?);
         let handle = EngineHandle { shared: shared.clone(), model: model.clone(), limits: config.limits };
         let supervisor = Supervisor { shared, model, config, runtime, observer };
         let thread = std::thread::Builder::new().name("supervisor".into()).spawn(move || supervisor.run());

@@ -52,7 +52,7 @@ pub enum FinishReason {
     Stop,
 }
 
-/// What happens to a request, in order: `Prompt` when it was asked for, a `Token` each, then one of the last two.
+/// What happens to a request, in order: `Prompt` when it was asked for, a `Token` each, then one of the last three.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
     /// The prompt's tokens, scored.
@@ -63,6 +63,8 @@ pub enum Event {
     Finished(FinishReason),
     /// A rank was lost, or the engine stopped, before it was complete.
     Lost(String),
+    /// It waited in the queue for as long as a request may; nothing of it was run.
+    Expired,
 }
 
 /// Why the engine did not take a request.

@@ -38,6 +38,8 @@ struct Entry {
     sampler: Sampler,
     events: mpsc::Sender<Event>,
     arrived: Instant,
+    /// Whether a batch has had tokens of it.
+    started: bool,
 }
 
 struct State {
@@ -53,6 +55,8 @@ struct State {
 pub(super) struct Shared {
     state: Mutex<State>,
     work: Condvar,
+    /// Longest time that a request waits before it starts.
+    queue_timeout: Duration,
     pub(super) metrics: Metrics,
 }
 
@@ -78,7 +82,7 @@ pub(super) struct Work {
 }
 
 impl Shared {
-    pub(super) fn new(limits: Limits, metrics: Metrics) -> Result<Self, LimitsError> {
+    pub(super) fn new(limits: Limits, queue_timeout: Duration, metrics: Metrics) -> Result<Self, LimitsError> {
         let state = State {
             scheduler: Scheduler::new(limits)?,
             entries: HashMap::new(),
@@ -86,7 +90,7 @@ impl Shared {
             health: Health::Starting,
             doomed: None,
         };
-        Ok(Self { state: Mutex::new(state), work: Condvar::new(), metrics })
+        Ok(Self { state: Mutex::new(state), work: Condvar::new(), queue_timeout, metrics })
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -126,6 +130,7 @@ impl Shared {
             sampler: Sampler::new(generation.sampling),
             events,
             arrived: Instant::now(),
+            started: false,
             generation,
         };
         state.entries.insert(id, entry);
@@ -209,8 +214,14 @@ impl Shared {
             return Step::Stop;
         }
         let mut work = Work { doomed: state.doomed.take(), ..Work::default() };
+        state.expire(self.queue_timeout);
         let State { scheduler, entries, .. } = &mut *state;
         scheduler.compose(&mut work.batch);
+        for chunk in work.batch.chunks() {
+            if let Some(entry) = entries.get_mut(&chunk.request) {
+                entry.started = true;
+            }
+        }
         work.inputs = work.batch.chunks().iter().map(|chunk| input(entries.get(&chunk.request), chunk)).collect();
         self.show(&state);
         Step::Run(work)
@@ -239,6 +250,25 @@ impl Shared {
             }
         }
         self.show(&state);
+    }
+}
+
+impl State {
+    /// Ends requests that have waited too long to start. Under lasting overload the queue would otherwise bring each to the ranks
+    /// just before its client gives up, and all their work would be for nothing.
+    fn expire(&mut self, limit: Duration) {
+        let Self { scheduler, entries, .. } = self;
+        if scheduler.queued() == 0 {
+            return;
+        }
+        entries.retain(|&id, entry| {
+            let expired = !entry.started && entry.arrived.elapsed() >= limit;
+            if expired {
+                scheduler.cancel(id);
+                let _ = entry.events.try_send(Event::Expired);
+            }
+            !expired
+        });
     }
 }
 

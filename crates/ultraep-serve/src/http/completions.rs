@@ -146,6 +146,7 @@ impl Output {
     fn check(&self, event: Option<&Event>) -> Result<(), ApiError> {
         match event {
             Some(Event::Lost(reason)) => Err(ApiError::unavailable(reason.clone())),
+            Some(Event::Expired) => Err(ApiError::expired()),
             None => Err(ApiError::unavailable("the engine has stopped")),
             Some(_) => Ok(()),
         }
@@ -176,7 +177,7 @@ impl Output {
                 text.push_str(&self.decoder.finish());
                 Some(reason)
             }
-            Event::Lost(_) => None,
+            Event::Lost(_) | Event::Expired => None,
         };
         Part { text, finished }
     }

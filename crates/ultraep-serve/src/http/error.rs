@@ -93,6 +93,13 @@ impl ApiError {
         )
     }
 
+    /// It waited in the queue for as long as a request may.
+    pub(crate) fn expired() -> Self {
+        let message = "the request waited too long to start; the server is overloaded";
+        let error = Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", message);
+        Self { code: Some("rate_limit_exceeded"), ..error }
+    }
+
     pub(crate) fn unavailable(message: impl Into<String>) -> Self {
         Self::new(StatusCode::SERVICE_UNAVAILABLE, "server_error", message)
     }

@@ -56,6 +56,7 @@ pub(crate) fn engine_config(ranks: usize, policy: PolicyKind, chunk_tokens: u32)
             cores: 2,
         },
         limits,
+        queue_timeout: Duration::from_secs(60),
     }
 }
 

@@ -47,6 +47,9 @@ pub(crate) struct Args {
     /// Most requests that wait; more get 429
     #[arg(long, default_value_t = 256, value_name = "N", help_heading = "Limits")]
     queue: usize,
+    /// Seconds after which a request that has not started gets 429
+    #[arg(long, default_value_t = 60, value_name = "S", help_heading = "Limits", value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    queue_timeout_s: u64,
     /// Most tokens that a request may ask for
     #[arg(long, default_value_t = 256, value_name = "TOKENS", help_heading = "Limits")]
     max_tokens: u32,
@@ -114,7 +117,7 @@ pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<(), CliError> {
         note(format!("run folder: {}", recorder.folder().display()));
     }
     let watch = Arc::new(Watch { recorder, failed: AtomicBool::new(false) });
-    let config = EngineConfig { group, limits };
+    let config = EngineConfig { group, limits, queue_timeout: Duration::from_secs(args.queue_timeout_s) };
     let engine = Engine::start(model, config, Some(watch.clone())).map_err(serve_error)?;
     let served = serve_until_stopped(args, &engine, stop, out);
     engine.stop();
