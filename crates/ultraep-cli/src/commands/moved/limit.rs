@@ -175,7 +175,7 @@ impl Gate {
         let waits = || self.turns.load(Ordering::Acquire) == turn && !self.broken.load(Ordering::Relaxed);
         if self.awake {
             drop(arrived);
-            for spin in 1_u32.. {
+            for spin in 1_u64.. {
                 if !waits() {
                     break;
                 }
