@@ -230,6 +230,11 @@ impl Scheduler {
         self.queue.len()
     }
 
+    /// The one that has waited longest.
+    pub fn longest_queued(&self) -> Option<RequestId> {
+        self.queue.front().map(|request| request.id)
+    }
+
     /// Prompt tokens that wait in the queue or in prompts that were begun.
     pub fn waiting_tokens(&self) -> u64 {
         let begun = self.ranks.iter().flat_map(|r| &r.sequences);

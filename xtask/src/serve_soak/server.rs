@@ -21,8 +21,10 @@ impl Server {
     /// Starts it, and waits until it says where it listens.
     pub(super) fn start(program: &Path, checkpoint: &Path) -> Result<Self, String> {
         let mut command = Command::new(program);
-        // Room to wait for all that the measurement of capacity sends at once.
-        command.args(["serve", "--port", "0", "--queue", "4096", "--checkpoint"]).arg(checkpoint);
+        // Room and time to wait for all that the measurement of capacity sends at once: as long as a request may take at all.
+        command
+            .args(["serve", "--port", "0", "--queue", "4096", "--queue-timeout-s", "120", "--checkpoint"])
+            .arg(checkpoint);
         let spawned = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn();
         let mut child = spawned.map_err(|error| format!("{}: {error}", program.display()))?;
         let stdout = child.stdout.take();

@@ -38,8 +38,6 @@ struct Entry {
     sampler: Sampler,
     events: mpsc::Sender<Event>,
     arrived: Instant,
-    /// Whether a batch has had tokens of it.
-    started: bool,
 }
 
 struct State {
@@ -130,7 +128,6 @@ impl Shared {
             sampler: Sampler::new(generation.sampling),
             events,
             arrived: Instant::now(),
-            started: false,
             generation,
         };
         state.entries.insert(id, entry);
@@ -217,11 +214,6 @@ impl Shared {
         state.expire(self.queue_timeout);
         let State { scheduler, entries, .. } = &mut *state;
         scheduler.compose(&mut work.batch);
-        for chunk in work.batch.chunks() {
-            if let Some(entry) = entries.get_mut(&chunk.request) {
-                entry.started = true;
-            }
-        }
         work.inputs = work.batch.chunks().iter().map(|chunk| input(entries.get(&chunk.request), chunk)).collect();
         self.show(&state);
         Step::Run(work)
@@ -257,18 +249,15 @@ impl State {
     /// Ends requests that have waited too long to start. Under lasting overload the queue would otherwise bring each to the ranks
     /// just before its client gives up, and all their work would be for nothing.
     fn expire(&mut self, limit: Duration) {
-        let Self { scheduler, entries, .. } = self;
-        if scheduler.queued() == 0 {
-            return;
-        }
-        entries.retain(|&id, entry| {
-            let expired = !entry.started && entry.arrived.elapsed() >= limit;
-            if expired {
-                scheduler.cancel(id);
+        // The queue is in the order of arrival.
+        while let Some(id) = self.scheduler.longest_queued()
+            && self.entries.get(&id).is_none_or(|entry| entry.arrived.elapsed() >= limit)
+        {
+            self.scheduler.cancel(id);
+            if let Some(entry) = self.entries.remove(&id) {
                 let _ = entry.events.try_send(Event::Expired);
             }
-            !expired
-        });
+        }
     }
 }
 

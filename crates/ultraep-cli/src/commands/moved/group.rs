@@ -117,7 +117,6 @@ impl Case<'_> {
     fn streams(&self, rank: Rank) -> Vec<Vec<Stream>> {
         let words = self.slots.layout().bytes().div_ceil(size_of::<f32>());
         let parts = 1 + self.engine.background;
-        let of_rank = |transfer: &Transfer| transfer.from == rank;
         match self.work {
             Work::Sync(plans) => plans
                 .iter()
@@ -129,7 +128,7 @@ impl Case<'_> {
             Work::Reduce => {
                 let words = words.div_ceil(parts);
                 let experts = self.transfers.all().chunk_by(|a, b| a.expert == b.expert);
-                let of_rank = experts.filter(|of_expert| of_rank(&of_expert[0]));
+                let of_rank = experts.filter(|of_expert| of_expert[0].from == rank);
                 vec![of_rank.map(|of_expert| Stream { words, targets: of_expert.len() }).collect()]
             }
         }
