@@ -16,21 +16,21 @@ fn main() -> Result<(), AnyError> {
         let (me, ranks) = (fabric.rank(), fabric.ranks());
 
         // Collectives complete with the largest stamp of all ranks.
-        let barrier = fabric.run(Operation::Barrier, 100 + me.index() as u64)?;
+        let barrier = fabric.run_stamped(Operation::Barrier, 100 + me.index() as u64)?;
         assert_eq!(barrier.stamp, 103);
 
         // Everyone's number, in rank order.
         let (mine, all) = (Region::from_vec(vec![me.index() as u32 + 1]), Region::from_vec(vec![0u32; ranks]));
-        fabric.run(Operation::AllGather { send: Span::whole(&mine), recv: Span::whole(&all) }, 0)?;
+        fabric.run(Operation::AllGather { send: Span::whole(&mine), recv: Span::whole(&all) })?;
         let sum = all.read::<u32>()?.iter().sum();
 
         // One-sided, between `Open` and `Close`: my greeting goes to the rank on my right.
         let right = Rank::new((me.index() + 1) % ranks);
         let greeting = Region::from_vec(vec![me.index() as u64]);
-        fabric.run(Operation::Open { window: inbox }, 0)?;
+        fabric.run(Operation::Open { window: inbox })?;
         let place = [RemoteSpan { rank: right, window: inbox, offset: 0 }];
-        fabric.run(Operation::Put { from: Span::whole(&greeting), to: &place }, 0)?;
-        fabric.run(Operation::Close { window: inbox }, 0)?;
+        fabric.run(Operation::Put { from: Span::whole(&greeting), to: &place })?;
+        fabric.run(Operation::Close { window: inbox })?;
         let window = fabric.window(inbox).ok_or("no such window")?;
         assert_eq!(window.read::<u64>()?[0], ((me.index() + ranks - 1) % ranks) as u64);
 
@@ -46,7 +46,7 @@ fn main() -> Result<(), AnyError> {
         if fabric.rank() == Rank::new(2) {
             return Err(None);
         }
-        fabric.run(Operation::Barrier, 0).map_err(Some)
+        fabric.run(Operation::Barrier).map_err(Some)
     });
     let error = lost.expect_err("rank 2 gave up");
     assert_eq!(error.rank(), Some(Rank::new(2)));

@@ -94,32 +94,32 @@ fn row(fabric: &str, name: &str, p50: Duration, p99: Duration, bytes: u64) {
 fn measure(mut fabric: Box<dyn Fabric>, setting: Setting, kind: FabricKind) -> Result<(), AnyError> {
     let (me, ranks) = (fabric.rank(), fabric.ranks());
     let how = (setting, kind);
-    time(&mut fabric, how, "barrier", |fabric| Ok(fabric.run(Operation::Barrier, 0)?))?;
+    time(&mut fabric, how, "barrier", |fabric| Ok(fabric.run(Operation::Barrier)?))?;
 
     let (counts, table) = (Region::zeroed(1024), Region::zeroed(1024 * ranks));
     time(&mut fabric, how, "all-gather, 1 KiB a rank", |fabric| {
-        Ok(fabric.run(Operation::AllGather { send: Span::whole(&counts), recv: Span::whole(&table) }, 0)?)
+        Ok(fabric.run(Operation::AllGather { send: Span::whole(&counts), recv: Span::whole(&table) })?)
     })?;
 
     let block = (WINDOW_BYTES / 2 / ranks).min(64 << 10);
     let (rows, sizes) = (Region::zeroed(block * ranks), vec![block; ranks]);
     time(&mut fabric, how, &format!("all-to-all, {} KiB blocks", block >> 10), |fabric| {
         let send = Span::whole(&rows);
-        Ok(fabric.run(Operation::AllToAll { send, send_bytes: &sizes, recv: WINDOW, recv_bytes: &sizes }, 0)?)
+        Ok(fabric.run(Operation::AllToAll { send, send_bytes: &sizes, recv: WINDOW, recv_bytes: &sizes })?)
     })?;
 
     let dense = Region::zeroed(DENSE_BYTES);
     time(&mut fabric, how, "all-reduce, 1 MiB", |fabric| {
-        Ok(fabric.run(Operation::AllReduceSumF32 { data: Span::whole(&dense) }, 0)?)
+        Ok(fabric.run(Operation::AllReduceSumF32 { data: Span::whole(&dense) })?)
     })?;
 
     // Rank 0 alone, while the others wait in `Close`.
     let source = Region::from_vec(vec![1u8; WINDOW_BYTES]);
-    fabric.run(Operation::Open { window: WINDOW }, 0)?;
+    fabric.run(Operation::Open { window: WINDOW })?;
     if me == Rank::new(0) {
         let last = [RemoteSpan { rank: Rank::new(ranks - 1), window: WINDOW, offset: 0 }];
         time(&mut fabric, how, "put, 8 MiB", |fabric| {
-            Ok(fabric.run(Operation::Put { from: Span::whole(&source), to: &last }, 0)?)
+            Ok(fabric.run(Operation::Put { from: Span::whole(&source), to: &last })?)
         })?;
         let mut target = vec![0u8; WINDOW_BYTES];
         let from = source.read::<u8>()?;
@@ -129,7 +129,7 @@ fn measure(mut fabric: Box<dyn Fabric>, setting: Setting, kind: FabricKind) -> R
             Ok(Completion { stamp: 0, bytes_sent: WINDOW_BYTES as u64, bytes_received: 0 })
         })?;
     }
-    fabric.run(Operation::Close { window: WINDOW }, 0)?;
+    fabric.run(Operation::Close { window: WINDOW })?;
     let window = fabric.window(WINDOW).ok_or("no window")?;
     if me == Rank::new(ranks - 1) {
         assert!(window.read::<u8>()?.iter().all(|&byte| byte == 1), "the put arrived");

@@ -12,11 +12,11 @@ fn pass_on(mut fabric: Box<dyn Fabric>, spec: &GroupSpec, bug: bool) -> Result<u
     let window = ultraep_fabric::WindowId::new(spec.windows.len() - 1);
     let me = fabric.rank().index();
     let letter = Region::from_vec(vec![41u64]);
-    fabric.run(Operation::Open { window }, 0)?;
+    fabric.run(Operation::Open { window })?;
     if me > 0 {
-        fabric.run(Operation::AwaitSignal { signal: 0, at_least: 1 }, 0)?;
+        fabric.run(Operation::AwaitSignal { signal: 0, at_least: 1 })?;
         let from = RemoteSpan { rank: fabric.rank(), window, offset: 0 };
-        fabric.run(Operation::Get { from, to: Span::whole(&letter) }, 0)?;
+        fabric.run(Operation::Get { from, to: Span::whole(&letter) })?;
     }
     if me + 1 < fabric.ranks() {
         let next = Rank::new(me + 1);
@@ -24,10 +24,10 @@ fn pass_on(mut fabric: Box<dyn Fabric>, spec: &GroupSpec, bug: bool) -> Result<u
         let put = Operation::Put { from: Span::whole(&letter), to: &to };
         let signal = Operation::Signal { rank: next, signal: 0, add: 1 };
         let (first, second) = if bug { (signal, put) } else { (put, signal) };
-        fabric.run(first, 0)?;
-        fabric.run(second, 0)?;
+        fabric.run(first)?;
+        fabric.run(second)?;
     }
-    fabric.run(Operation::Close { window }, 0)?;
+    fabric.run(Operation::Close { window })?;
     fabric.leave()?;
     Ok(letter.read::<u64>().expect("nobody writes it")[0])
 }

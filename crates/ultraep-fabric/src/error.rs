@@ -1,5 +1,6 @@
 //! What can go wrong, with who and where.
 
+use crate::backend::VectorFamily;
 use crate::operation::{Collective, OperationKind};
 use core::fmt;
 use core::time::Duration;
@@ -136,7 +137,8 @@ pub enum FabricError {
 
 impl FabricError {
     /// Wraps an error of the operating system.
-    pub(crate) fn os(call: &'static str, error: impl fmt::Display) -> Self {
+    #[must_use]
+    pub fn os(call: &'static str, error: impl fmt::Display) -> Self {
         Self::Os { call, message: error.to_string() }
     }
 
@@ -182,6 +184,8 @@ pub enum Loss {
     },
     /// It was refused when it joined.
     Refused,
+    /// Its connection closed: its process has ended, or its machine is gone.
+    Vanished,
 }
 
 impl fmt::Display for Loss {
@@ -194,6 +198,7 @@ impl fmt::Display for Loss {
             Self::Killed { signal } => write!(f, "killed by signal {signal}"),
             Self::Exited { code } => write!(f, "exited with code {code} without leaving"),
             Self::Refused => f.write_str("it was refused when joining"),
+            Self::Vanished => f.write_str("its connection closed"),
         }
     }
 }
@@ -202,11 +207,13 @@ impl fmt::Display for Loss {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum JoinError {
-    /// The descriptor is not a fabric's segment.
-    #[error("descriptor {fd} is not the segment of a group")]
+    /// What the launcher has under this number is not a fabric's segment, or cannot be opened.
+    #[error("descriptor {fd} of process {launcher} is not the segment of a group")]
     NotASegment {
-        /// The descriptor.
-        fd: i32,
+        /// The launcher's process id.
+        launcher: u32,
+        /// The launcher's descriptor.
+        fd: u32,
     },
     /// Another version of the protocol.
     #[error("protocol version {got}, the group has {expected}")]
@@ -239,6 +246,14 @@ pub enum JoinError {
         expected: u64,
         /// The joining rank's.
         got: u64,
+    },
+    /// A processor with other vector instructions: sums would round differently.
+    #[error("the processor has {got} instructions, the group's have {expected}")]
+    Vectors {
+        /// The group's.
+        expected: VectorFamily,
+        /// The joining rank's.
+        got: VectorFamily,
     },
     /// Someone has already joined as this rank.
     #[error("the rank has already joined")]
@@ -295,6 +310,14 @@ pub enum AccessError {
     /// The memory is not the host's.
     #[error("no host view of this memory")]
     NoHostView,
+    /// A range that ends behind the region.
+    #[error("a range that ends at byte {end} of {bytes}")]
+    Beyond {
+        /// Where it ends.
+        end: usize,
+        /// Bytes of the region.
+        bytes: usize,
+    },
     /// Two operands of one operation overlap in a way that it does not define.
     #[error("the operands overlap")]
     Overlap,

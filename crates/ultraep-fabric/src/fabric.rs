@@ -4,17 +4,15 @@ use crate::stream::Direct;
 use crate::{Completion, FabricError, Operation, Region, Ticket, WindowId};
 use ultraep_plan::Rank;
 
-/// What a backend can do. The conformance suite skips, aloud, what one cannot.
+/// What a backend may do or not. Everything else each one does; the conformance suite skips, aloud, what needs one of these.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Capabilities {
-    /// [`Fabric::window`] gives the own part of a window as host memory.
-    pub host_windows: bool,
-    /// Put and get between `Open` and `Close`.
-    pub one_sided: bool,
-    /// Signals.
-    pub signals: bool,
+    /// [`Fabric::direct`] gives loads and stores to peers' windows.
+    pub direct: bool,
     /// `GroupSpec::cores` is obeyed.
     pub core_permits: bool,
+    /// Collectives carry the stamps of [`Fabric::submit_stamped`]. Without this every stamp is ignored and every completion's is 0.
+    pub stamps: bool,
 }
 
 /// One rank's endpoint of a group.
@@ -45,11 +43,20 @@ pub trait Fabric: Send {
     /// The own part of a window; `None` when there is no such window, or the backend's windows are not host memory.
     fn window(&self, id: WindowId) -> Option<Region>;
 
-    /// Starts an operation; never blocks. `stamp` is a logical time: a collective completes with the largest of all ranks'.
+    /// Starts an operation; never blocks. `stamp` is a logical time: a collective completes with the largest of all ranks'. It is for
+    /// who measures; a backend may ignore it ([`Capabilities::stamps`]).
     ///
     /// # Errors
     /// As for the trait.
-    fn submit(&mut self, operation: Operation<'_>, stamp: u64) -> Result<Ticket, FabricError>;
+    fn submit_stamped(&mut self, operation: Operation<'_>, stamp: u64) -> Result<Ticket, FabricError>;
+
+    /// Starts an operation; never blocks.
+    ///
+    /// # Errors
+    /// As for the trait.
+    fn submit(&mut self, operation: Operation<'_>) -> Result<Ticket, FabricError> {
+        self.submit_stamped(operation, 0)
+    }
 
     /// Moves operations on and looks whether this one is complete; never blocks and keeps the core permit: poll beside
     /// other work, then [`Fabric::wait`]. The completion of a collective is given out once.
@@ -68,8 +75,16 @@ pub trait Fabric: Send {
     ///
     /// # Errors
     /// As for [`Fabric::submit`] and [`Fabric::wait`].
-    fn run(&mut self, operation: Operation<'_>, stamp: u64) -> Result<Completion, FabricError> {
-        let ticket = self.submit(operation, stamp)?;
+    fn run(&mut self, operation: Operation<'_>) -> Result<Completion, FabricError> {
+        self.run_stamped(operation, 0)
+    }
+
+    /// Submits with a stamp and waits.
+    ///
+    /// # Errors
+    /// As for [`Fabric::submit_stamped`] and [`Fabric::wait`].
+    fn run_stamped(&mut self, operation: Operation<'_>, stamp: u64) -> Result<Completion, FabricError> {
+        let ticket = self.submit_stamped(operation, stamp)?;
         self.wait(ticket)
     }
 

@@ -1,5 +1,6 @@
 //! The fabric: EP ranks as threads of one process, or as processes of one machine over shared memory. One trait, one
-//! implementation behind both, one conformance suite.
+//! implementation behind both, one conformance suite (`ultraep-conformance`) for these and for backends of other crates, which
+//! find what they need in [`backend`].
 //!
 //! What it is for: everything that the ranks of an EP group exchange. Collectives (counts, token rows, dense gradients),
 //! symmetric windows with one-sided put and get (weights), signals, and the certainty that a rank that dies or hangs makes
@@ -12,8 +13,8 @@
 //! # Use
 //! A [`GroupSpec`] sizes everything. [`run_threads`] runs a closure on each rank; [`processes::launch`] and
 //! [`processes::join`] do the same with programs. Both hand out a `Box<dyn Fabric>`: [`Fabric::submit`], [`Fabric::poll`],
-//! [`Fabric::wait`] take an [`Operation`] through its life, [`Fabric::run`] does all at once, [`Fabric::leave`] ends. Memory is
-//! a [`Region`], read and written through guards. `examples/1_hello_ranks.rs` shows all of it on a page,
+//! [`Fabric::wait`] take an [`Operation`] through its life, [`Fabric::run`] does all at once, [`Fabric::leave`] ends. Who measures
+//! passes a stamp along ([`Fabric::run_stamped`]). Memory is a [`Region`], read and written through guards. `examples/1_hello_ranks.rs` shows all of it on a page,
 //! `examples/2_measure_fabric.rs` measures it. [`simulated`] runs ranks under a seeded scheduler, for tests:
 //! `examples/3_find_a_bug.rs`.
 //!
@@ -54,10 +55,12 @@
 //! Relaxed words: those ordered by `turn` and `generation` (the control block, sizes, stamp), and hints for messages
 //! (`activity`, `computing`, `Permits::taken`).
 
+pub mod backend;
 mod borrow;
 mod copy;
 mod error;
 mod fabric;
+mod failure;
 mod operation;
 mod pages;
 pub mod processes;

@@ -146,8 +146,15 @@ macro_rules! operation_kinds {
         }
 
         impl OperationKind {
-            /// From the code under which it crosses processes.
-            pub(crate) fn from_code(code: u64) -> Self {
+            /// The code under which it crosses processes.
+            #[must_use]
+            pub fn code(self) -> u64 {
+                self as u64
+            }
+
+            /// From its code; [`OperationKind::Compute`] for one that no kind has.
+            #[must_use]
+            pub fn from_code(code: u64) -> Self {
                 match code {
                     $($code => Self::$name,)*
                     _ => Self::Compute,

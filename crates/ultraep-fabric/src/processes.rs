@@ -1,20 +1,22 @@
 //! EP ranks as processes of this machine, over one shared memory segment.
 //!
 //! [`launch`] makes the segment (an anonymous memory file of sealed size, never a name in the file system), starts one
-//! process a rank, which inherits the file's descriptor, and returns the [`Group`] that supervises them. Each process calls
-//! [`join`] with the [`JoinInfo`] from its command line. A child that dies marks its rank lost in the segment, so that the
+//! process a rank, and returns the [`Group`] that supervises them. Each process calls [`join`] with the [`JoinInfo`] from its
+//! command line, which names the launcher's descriptor: the process opens the file behind it anew, so that no descriptor of its
+//! own is touched, whatever the text says. A child that dies marks its rank lost in the segment, so that the
 //! others end with an error that names it; children die with the parent; the segment goes with the last mapping.
 
-use crate::shared::{Endpoint, Failure, Layout, SEALS, Segment};
-use crate::{Fabric, FabricError, GroupError, GroupSpec, JoinError, Loss, OperationKind, PROTOCOL_VERSION, ProcessEnd};
+use crate::backend::Identity;
+use crate::failure::Failure;
+use crate::shared::{Endpoint, Layout, SEALS, Segment};
+use crate::{Fabric, FabricError, GroupError, GroupSpec, JoinError, Loss, OperationKind, ProcessEnd};
 use core::fmt;
 use core::marker::PhantomData;
 use core::str::FromStr;
 use core::time::Duration;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
-use rustix::fs::{MemfdFlags, fcntl_add_seals, ftruncate, memfd_create};
-use rustix::io::{FdFlags, fcntl_setfd};
+use rustix::fd::{AsFd, AsRawFd, OwnedFd};
+use rustix::fs::{MemfdFlags, Mode, OFlags, fcntl_add_seals, ftruncate, memfd_create, open};
 use rustix::process::{
     Pid, PidfdFlags, Signal, getpid, getppid, pidfd_open, pidfd_send_signal, set_parent_process_death_signal,
 };
@@ -34,7 +36,8 @@ const NAP: Duration = Duration::from_millis(50);
 /// What a rank's process needs to join. Travels as text on its command line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct JoinInfo {
-    fd: i32,
+    launcher: u32,
+    fd: u32,
     rank: Rank,
 }
 
@@ -44,17 +47,24 @@ impl JoinInfo {
     pub fn rank(&self) -> Rank {
         self.rank
     }
+
+    /// Opens the launcher's segment. What is behind the descriptor is looked at afterwards; opening has no effect on it.
+    fn open(&self) -> io::Result<OwnedFd> {
+        // Without blocking, should it be a pipe, and without becoming anyone's terminal.
+        let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+        Ok(open(format!("/proc/{}/fd/{}", self.launcher, self.fd), flags, Mode::empty())?)
+    }
 }
 
 impl fmt::Display for JoinInfo {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}", self.fd, self.rank)
+        write!(f, "{}:{}:{}", self.launcher, self.fd, self.rank)
     }
 }
 
 /// Text that is no [`JoinInfo`].
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("`{0}` is not DESCRIPTOR:RANK")]
+#[error("`{0}` is not LAUNCHER:DESCRIPTOR:RANK")]
 pub struct BadJoinInfo(pub String);
 
 impl FromStr for JoinInfo {
@@ -62,9 +72,10 @@ impl FromStr for JoinInfo {
 
     fn from_str(text: &str) -> Result<Self, BadJoinInfo> {
         let parse = || {
-            let (fd, rank) = text.split_once(':')?;
-            let fd = fd.parse::<i32>().ok().filter(|&fd| fd >= 0)?;
-            Some(Self { fd, rank: Rank::new(usize::from(rank.parse::<u16>().ok()?)) })
+            let (launcher, rest) = text.split_once(':')?;
+            let (fd, rank) = rest.split_once(':')?;
+            let (launcher, fd) = (launcher.parse().ok()?, fd.parse().ok()?);
+            Some(Self { launcher, fd, rank: Rank::new(usize::from(rank.parse::<u16>().ok()?)) })
         };
         parse().ok_or_else(|| BadJoinInfo(text.to_owned()))
     }
@@ -82,14 +93,21 @@ impl FromStr for JoinInfo {
 pub fn launch(spec: &GroupSpec, mut command: impl FnMut(Rank, JoinInfo) -> Command) -> Result<Group, FabricError> {
     let layout = Layout::new(spec)?;
     let file = memory_file(layout.total_bytes)?;
-    let segment = Segment::map(rustix::fd::AsFd::as_fd(&file), layout)?;
+    let segment = Segment::map(file.as_fd(), layout)?;
     segment.initialise(spec);
-    let mut group =
-        Group { segment, members: Vec::new(), timeout: spec.timeout, failed: None, ended: None, _thread: PhantomData };
+    let mut group = Group {
+        segment,
+        file,
+        members: Vec::new(),
+        timeout: spec.timeout,
+        failed: None,
+        ended: None,
+        _thread: PhantomData,
+    };
     for rank in group.segment.ranks() {
-        let info = JoinInfo { fd: file.as_raw_fd(), rank };
+        let info = JoinInfo { launcher: std::process::id(), fd: group.file.as_raw_fd().unsigned_abs(), rank };
         // On an error the group is dropped, which kills and reaps the members so far.
-        group.members.push(Member::start(command(rank, info), info.fd)?);
+        group.members.push(Member::start(command(rank, info))?);
     }
     Ok(group)
 }
@@ -111,52 +129,43 @@ pub(crate) fn memory_file(bytes: usize) -> Result<OwnedFd, FabricError> {
 pub fn join(spec: &GroupSpec, info: JoinInfo) -> Result<Box<dyn Fabric>, FabricError> {
     let rank = info.rank;
     let refuse = |reason| FabricError::Join { rank, reason };
-    // SAFETY: not negative, by `JoinInfo`'s parser. If it is not open, the calls on it fail; it is not closed while borrowed.
-    let fd = unsafe { BorrowedFd::borrow_raw(info.fd) };
-    let layout = check_identity(spec, info, fd).map_err(refuse)?;
-    let segment = Arc::new(Segment::map(fd, layout)?);
-    if !segment.control(rank).status.start() {
-        return Err(refuse(JoinError::Taken));
+    let not_a_segment = JoinError::NotASegment { launcher: info.launcher, fd: info.fd };
+    let file = info.open().map_err(|_| refuse(not_a_segment.clone()))?;
+    let (group, bytes) = Segment::identity(file.as_fd()).ok_or_else(|| refuse(not_a_segment))?;
+    let layout = check_identity(spec, &group, bytes).map_err(refuse)?;
+    if rank.index() >= layout.ranks {
+        return Err(refuse(JoinError::NoSuchRank { ranks: group.ranks }));
     }
-    // SAFETY: the descriptor that `launch` let this process inherit for this very call (the segment says so, and that no one
-    // has joined as this rank before), so it is ours to close. The mapping stays.
-    drop(unsafe { OwnedFd::from_raw_fd(info.fd) });
-    let mut endpoint = Endpoint::new(segment, rank, spec);
+    take_place(spec, rank, Segment::map(file.as_fd(), layout)?)
+}
+
+/// Becomes `rank` of the group with this segment, unless someone is already.
+fn take_place(spec: &GroupSpec, rank: Rank, segment: Segment) -> Result<Box<dyn Fabric>, FabricError> {
+    if !segment.control(rank).status.start() {
+        return Err(FabricError::Join { rank, reason: JoinError::Taken });
+    }
+    let mut endpoint = Endpoint::new(Arc::new(segment), rank, spec)?;
     endpoint.start()?;
     Ok(Box::new(endpoint))
 }
 
-/// Whether the segment behind `fd` is that of a group with this specification.
-fn check_identity(spec: &GroupSpec, info: JoinInfo, fd: BorrowedFd<'_>) -> Result<Layout, JoinError> {
-    let group = Segment::identity(fd).ok_or(JoinError::NotASegment { fd: info.fd })?;
-    if group.version != u64::from(PROTOCOL_VERSION) {
-        let expected = u32::try_from(group.version).unwrap_or(u32::MAX);
-        return Err(JoinError::Version { expected, got: PROTOCOL_VERSION });
-    }
-    if group.ranks != spec.ranks as u64 {
-        return Err(JoinError::Ranks { expected: group.ranks, got: spec.ranks as u64 });
-    }
-    if info.rank.index() as u64 >= group.ranks {
-        return Err(JoinError::NoSuchRank { ranks: group.ranks });
-    }
-    if group.config_digest != spec.config_digest {
-        return Err(JoinError::ConfigDigest { expected: group.config_digest, got: spec.config_digest });
-    }
-    let differs = |got| JoinError::Layout { expected: group.layout_digest, got };
+/// Whether a segment of this identity and size is that of a group with this specification.
+fn check_identity(spec: &GroupSpec, group: &Identity, bytes: usize) -> Result<Layout, JoinError> {
+    let layout = Layout::new(spec);
     // A specification that cannot be laid out is not the group's.
-    let layout = Layout::new(spec).map_err(|_| differs(0))?;
-    if group.layout_digest != layout.digest {
-        return Err(differs(layout.digest));
+    group.admit(&Identity::new(spec, layout.as_ref().map_or(0, |layout| layout.digest)))?;
+    match layout {
+        Ok(layout) if bytes >= layout.total_bytes => Ok(layout),
+        Ok(layout) => Err(JoinError::Truncated { expected: layout.total_bytes, got: bytes }),
+        Err(_) => Err(JoinError::Layout { expected: group.layout_digest, got: 0 }),
     }
-    if group.bytes < layout.total_bytes {
-        return Err(JoinError::Truncated { expected: layout.total_bytes, got: group.bytes });
-    }
-    Ok(layout)
 }
 
 /// The processes of a group, supervised from the thread that launched them. Dropping it kills and reaps those that live.
 pub struct Group {
     segment: Segment,
+    /// What the processes open when they join.
+    file: OwnedFd,
     members: Vec<Member>,
     timeout: Duration,
     /// When the supervisor first saw that the group has failed.
@@ -174,11 +183,9 @@ struct Member {
 }
 
 impl Member {
-    fn start(mut command: Command, segment: i32) -> Result<Self, FabricError> {
+    fn start(mut command: Command) -> Result<Self, FabricError> {
         let parent = getpid();
         let prepare = move || -> io::Result<()> {
-            // SAFETY: the parent keeps the descriptor open until all children are started, and this child has its copy.
-            fcntl_setfd(unsafe { BorrowedFd::borrow_raw(segment) }, FdFlags::empty())?;
             set_parent_process_death_signal(Some(Signal::KILL))?;
             if getppid() != Some(parent) {
                 // The parent died before the signal was set up.
@@ -186,7 +193,7 @@ impl Member {
             }
             Ok(())
         };
-        // SAFETY: between fork and exec the closure makes four system calls and nothing else: no allocation, no lock.
+        // SAFETY: between fork and exec the closure makes two system calls and nothing else: no allocation, no lock.
         unsafe { command.pre_exec(prepare) };
         let mut child = command.spawn().map_err(|error| FabricError::os("start a rank's process", error))?;
         match pidfd_open(Pid::from_child(&child), PidfdFlags::empty()) {

@@ -1,7 +1,7 @@
 //! Memory that the fabric knows, and the guards through which safe code reads and writes it.
 
 use crate::borrow::{Borrow, OPEN, RECEIVING, WRITER};
-use crate::{AccessError, pages};
+use crate::{AccessError, copy, pages};
 use bytemuck::Pod;
 use core::any::Any;
 use core::fmt;
@@ -43,7 +43,7 @@ enum Memory {
     /// The parts of an adopted `Vec`, and how to give them back.
     Adopted { start: NonNull<u8>, count: usize, capacity: usize, release: unsafe fn(NonNull<u8>, usize, usize) },
     /// Part of something larger, kept alive by the handle.
-    Part { start: NonNull<u8>, _keep: Arc<dyn Any + Send + Sync> },
+    Part { start: NonNull<u8>, _keeper: Arc<dyn Any + Send + Sync> },
     /// Memory of a device: known to a backend only.
     Foreign(Arc<dyn Any + Send + Sync>),
 }
@@ -108,13 +108,15 @@ impl Region {
         Self::new(Memory::Foreign(handle), bytes)
     }
 
-    /// Part of a larger mapping that `keep` keeps alive.
+    /// Adopts memory that somebody else has, and that `keeper` keeps alive: a framework's tensor, part of a mapping.
     ///
     /// # Safety
-    /// `start..start + bytes` stays mapped, readable and writable as long as `keep` lives, and is touched by no one but
-    /// through this region's guards and holds, or, while the region is open or receiving, by the fabric's own copies.
-    pub(crate) unsafe fn part(start: NonNull<u8>, bytes: usize, keep: Arc<dyn Any + Send + Sync>) -> Self {
-        Self::new(Memory::Part { start, _keep: keep }, bytes)
+    /// `start..start + bytes` stays mapped, readable and writable as long as `keeper` lives. It is touched by no one but through
+    /// this region's guards and holds; while the region is open or receiving, by others too, but only with copies that may race
+    /// ([`Hold::read_bytes`], [`Hold::write_bytes`], another process's stores).
+    #[must_use]
+    pub unsafe fn adopt(start: NonNull<u8>, bytes: usize, keeper: Arc<dyn Any + Send + Sync>) -> Self {
+        Self::new(Memory::Part { start, _keeper: keeper }, bytes)
     }
 
     fn new(memory: Memory, bytes: usize) -> Self {
@@ -143,7 +145,7 @@ impl Region {
     }
 
     /// The start of its host memory. The pointer may be used only under a hold, a guard or an epoch.
-    pub(crate) fn start(&self) -> Result<NonNull<u8>, AccessError> {
+    fn start(&self) -> Result<NonNull<u8>, AccessError> {
         match self.inner.memory {
             Memory::Heap(start) | Memory::Adopted { start, .. } | Memory::Part { start, .. } => Ok(start),
             Memory::Foreign(_) => Err(AccessError::NoHostView),
@@ -192,37 +194,6 @@ impl Region {
     fn begin(&self, state: u32) -> Result<(), AccessError> {
         self.inner.borrow.begin(state).map_err(refusal)
     }
-
-    /// Opens the region to peers: guards and holds are refused until [`Region::conceal`].
-    pub(crate) fn expose(&self) -> Result<(), AccessError> {
-        self.begin(OPEN)
-    }
-
-    /// Ends what [`Region::expose`] began. Only the endpoint that exposed it calls this, once no peer can touch it.
-    pub(crate) fn conceal(&self) {
-        self.inner.borrow.end();
-    }
-
-    /// For an operation that reads. Read guards stay allowed meanwhile.
-    pub(crate) fn hold_read(&self) -> Result<Hold, AccessError> {
-        let start = self.start()?;
-        self.begin_read()?;
-        Ok(Hold { region: self.clone(), start, reading: true, returns: true })
-    }
-
-    /// For an operation that writes.
-    pub(crate) fn hold_write(&self) -> Result<Hold, AccessError> {
-        let start = self.start()?;
-        self.begin(WRITER)?;
-        Ok(Hold { region: self.clone(), start, reading: false, returns: true })
-    }
-
-    /// For a collective that lets peers write here. Stays taken when dropped; see [`Hold::release`].
-    pub(crate) fn hold_receiving(&self) -> Result<Hold, AccessError> {
-        let start = self.start()?;
-        self.begin(RECEIVING)?;
-        Ok(Hold { region: self.clone(), start, reading: false, returns: false })
-    }
 }
 
 fn refusal(state: u32) -> AccessError {
@@ -240,39 +211,117 @@ impl fmt::Debug for Region {
     }
 }
 
-/// The right of an operation in flight to use a region.
+/// What a [`Hold`] is for, and what it refuses to others meanwhile.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Use {
+    /// An operation reads: other readers stay allowed.
+    Read,
+    /// An operation writes: nobody else reads or writes.
+    Write,
+    /// Peers may put and get: all guards and holds are refused.
+    Open,
+    /// A collective in flight lets peers write: all guards and holds are refused.
+    Receive,
+}
+
+/// The right of a backend to use a region. Guards and other holds are granted or refused beside it as its [`Use`] says.
 ///
-/// When dropped it gives the right back, unless peers may still be writing (a receiving hold of a group that failed in
-/// the middle of a collective): then the region stays refused for good.
+/// When dropped, a hold to read or write gives the right back. One that peers take part in (`Open`, `Receive`) does not: after a
+/// failure they may still be writing, so that the region stays refused for good. [`Hold::release`] gives it back.
 #[derive(Debug)]
-pub(crate) struct Hold {
+#[must_use = "the right ends with the hold"]
+pub struct Hold {
     region: Region,
-    start: NonNull<u8>,
-    reading: bool,
+    usage: Use,
     returns: bool,
 }
 
-// SAFETY: the pointer is into the region's memory, which is `Send` and `Sync` and which the hold keeps alive.
-unsafe impl Send for Hold {}
-
 impl Hold {
-    /// The start of the memory held.
-    pub(crate) fn start(&self) -> NonNull<u8> {
-        self.start
+    /// Takes the right, if the region's state allows it. Never blocks.
+    ///
+    /// # Errors
+    /// [`AccessError`]: what uses the region now.
+    pub fn take(region: &Region, usage: Use) -> Result<Self, AccessError> {
+        match usage {
+            Use::Read => region.begin_read()?,
+            Use::Write => region.begin(WRITER)?,
+            Use::Open => region.begin(OPEN)?,
+            Use::Receive => region.begin(RECEIVING)?,
+        }
+        Ok(Self { region: region.clone(), usage, returns: matches!(usage, Use::Read | Use::Write) })
     }
 
-    /// Gives a receiving region back: the collective is complete, no peer writes any more.
-    pub(crate) fn release(mut self) {
+    /// Takes the right to read or write memory of the host, and gives its start as well.
+    pub(crate) fn of_host(region: &Region, usage: Use) -> Result<(Self, NonNull<u8>), AccessError> {
+        let start = region.start()?;
+        Ok((Self::take(region, usage)?, start))
+    }
+
+    /// The region.
+    #[must_use]
+    pub fn region(&self) -> &Region {
+        &self.region
+    }
+
+    /// The start of the memory, for backends with unsafe code. Valid while the hold lives: for reads only under [`Use::Read`]; under
+    /// [`Use::Open`] and [`Use::Receive`] for accesses that may race with those of others (never a Rust reference).
+    ///
+    /// # Errors
+    /// [`AccessError::NoHostView`] for memory of a device.
+    pub fn start(&self) -> Result<NonNull<u8>, AccessError> {
+        self.region.start()
+    }
+
+    /// Copies `to.len()` bytes from `offset` on out of the region. Under [`Use::Open`] and [`Use::Receive`] others may be writing:
+    /// then what arrives is some mix of old and new bytes.
+    ///
+    /// # Errors
+    /// [`AccessError::Beyond`], [`AccessError::NoHostView`].
+    pub fn read_bytes(&self, offset: usize, to: &mut [u8]) -> Result<(), AccessError> {
+        let from = self.place(offset, to.len())?;
+        // SAFETY: the range lies within the region, which this hold keeps alive and readable; other accesses meanwhile are reads,
+        // or copies that may race with this one. `to` is a place of its own.
+        unsafe { copy::copy(from.as_ptr(), to.as_mut_ptr(), to.len()) };
+        Ok(())
+    }
+
+    /// Copies `from` into the region, from `offset` on.
+    ///
+    /// # Errors
+    /// [`AccessError::BeingRead`] under [`Use::Read`]; [`AccessError::Beyond`], [`AccessError::NoHostView`].
+    pub fn write_bytes(&self, offset: usize, from: &[u8]) -> Result<(), AccessError> {
+        if self.usage == Use::Read {
+            return Err(AccessError::BeingRead);
+        }
+        let to = self.place(offset, from.len())?;
+        // SAFETY: the range lies within the region, which this hold keeps alive. The hold is not one to read, so no reference to
+        // the region exists, and other accesses meanwhile are copies that may race with this one.
+        unsafe { copy::copy(from.as_ptr(), to.as_ptr(), from.len()) };
+        Ok(())
+    }
+
+    /// The start of a range of the region.
+    fn place(&self, offset: usize, bytes: usize) -> Result<NonNull<u8>, AccessError> {
+        let (start, limit) = (self.region.start()?, self.region.bytes());
+        match offset.checked_add(bytes) {
+            // SAFETY: the offset lies within the region.
+            Some(end) if end <= limit => Ok(unsafe { start.add(offset) }),
+            end => Err(AccessError::Beyond { end: end.unwrap_or(usize::MAX), bytes: limit }),
+        }
+    }
+
+    /// Gives the right back: the operation is over and no peer touches the region any more.
+    pub fn release(mut self) {
         self.returns = true;
     }
 }
 
 impl Drop for Hold {
     fn drop(&mut self) {
-        match (self.returns, self.reading) {
+        match (self.returns, self.usage) {
             (false, _) => {}
-            (true, true) => self.region.inner.borrow.end_read(),
-            (true, false) => self.region.inner.borrow.end(),
+            (true, Use::Read) => self.region.inner.borrow.end_read(),
+            (true, _) => self.region.inner.borrow.end(),
         }
     }
 }

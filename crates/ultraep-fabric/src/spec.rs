@@ -13,7 +13,7 @@ pub const SIGNALS: usize = 64;
 pub const MAX_WINDOWS: usize = 1024;
 
 /// Version of the layout and protocol of the shared segment. Ranks of another version are refused when they join.
-pub const PROTOCOL_VERSION: u32 = 2;
+pub const PROTOCOL_VERSION: u32 = 3;
 
 /// What a group is started with. Everything is sized here; nothing is allocated while running.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -82,7 +82,10 @@ impl GroupSpec {
     }
 
     /// Refuses what no backend can start.
-    pub(crate) fn check(&self) -> Result<(), FabricError> {
+    ///
+    /// # Errors
+    /// [`FabricError::Spec`].
+    pub fn check(&self) -> Result<(), FabricError> {
         let refuse = |what, asked, limit| Err(FabricError::Spec { what, asked, limit });
         if !(1..=MAX_RANKS).contains(&self.ranks) {
             return refuse("ranks (1 or more)", self.ranks, MAX_RANKS);
@@ -93,8 +96,16 @@ impl GroupSpec {
         Ok(())
     }
 
-    /// Whether core permits are needed at all.
-    pub(crate) fn permits(&self) -> Option<usize> {
+    /// A digest of the windows' number and sizes, for [`Identity`](crate::backend::Identity): FNV-1a over words.
+    #[must_use]
+    pub fn windows_digest(&self) -> u64 {
+        let words = self.windows.iter().map(|window| window.bytes as u64);
+        words.fold(0xcbf2_9ce4_8422_2325, |digest, word| (digest ^ word).wrapping_mul(0x0000_0100_0000_01b3))
+    }
+
+    /// Core permits, if the group needs any.
+    #[must_use]
+    pub fn permits(&self) -> Option<usize> {
         (self.cores != 0 && self.cores < self.ranks).then_some(self.cores)
     }
 }

@@ -1,8 +1,9 @@
 //! What the conformance suite cannot see from outside: the segment's table, failure words, borrow states, copies.
 
+use crate::backend::{Failure, Hold, Use};
 use crate::operation::{Collective, OperationKind};
 use crate::processes::{self, memory_file};
-use crate::shared::{Failure, Layout, MAGIC, Segment};
+use crate::shared::{Layout, MAGIC, Segment};
 use crate::sync::Ordering;
 use crate::{AccessError, FabricError, FabricKind, GroupSpec, Loss, PROTOCOL_VERSION, Region, copy};
 use core::time::Duration;
@@ -62,6 +63,7 @@ fn failures_survive_the_segment() {
         lost(Loss::Killed { signal: 64 }),
         lost(Loss::Exited { code: 255 }),
         lost(Loss::Refused),
+        lost(Loss::Vanished),
         Failure::Timeout { missing, operation: OperationKind::AllToAll, waited: Duration::from_nanos(1_500_000_001) },
         Failure::Mismatch {
             rank,
@@ -95,7 +97,7 @@ fn segment_file(spec: &GroupSpec, alter: impl Fn(&Segment)) -> OwnedFd {
 fn a_rank_of_another_version_or_configuration_is_refused_with_both_named() {
     let spec = GroupSpec { config_digest: 0xabc, ..spec(2, &[100]) };
     let refused = |file: &OwnedFd, spec: &GroupSpec| {
-        let info = format!("{}:1", file.as_raw_fd()).parse().expect("descriptor and rank");
+        let info = format!("{}:{}:1", std::process::id(), file.as_raw_fd()).parse().expect("a join info");
         processes::join(spec, info).err().expect("refused").to_string()
     };
     let later = segment_file(&spec, |segment| segment.header().version.store(7, Ordering::Relaxed));
@@ -111,11 +113,11 @@ fn a_rank_of_another_version_or_configuration_is_refused_with_both_named() {
     assert!(refused(&file, &wider).contains("windows differ"));
     let torn = segment_file(&spec, |segment| segment.header().magic.store(MAGIC ^ 1, Ordering::Relaxed));
     assert!(refused(&torn, &spec).contains("is not the segment of a group"));
-    // Nothing was closed or taken by those who were refused.
-    let info = format!("{}:1", file.as_raw_fd()).parse().expect("descriptor and rank");
-    core::mem::forget(file); // The one who joins closes it.
+    // Nothing was taken by those who were refused, and whoever joins has a descriptor of its own.
+    let info = format!("{}:{}:1", std::process::id(), file.as_raw_fd()).parse().expect("a join info");
     let fabric = processes::join(&spec, info).expect("the group's own configuration");
     assert_eq!(fabric.rank(), Rank::new(1));
+    assert!(rustix::fs::fstat(&file).is_ok(), "the launcher's descriptor stays open");
 }
 
 #[test]
@@ -147,21 +149,61 @@ fn borrow_states_exclude_each_other() {
     let region = Region::zeroed(8);
     let clone = region.clone();
     let one = region.read::<u8>().expect("unused");
-    let two = clone.hold_read().expect("readers share");
+    let two = Hold::take(&clone, Use::Read).expect("readers share");
     assert_eq!(clone.write::<u8>().err(), Some(AccessError::BeingRead));
-    assert_eq!(clone.expose().err(), Some(AccessError::BeingRead));
+    assert_eq!(Hold::take(&clone, Use::Open).err(), Some(AccessError::BeingRead));
     drop((one, two));
-    let hold = region.hold_receiving().expect("unused");
+    let hold = Hold::take(&region, Use::Receive).expect("unused");
     assert_eq!(clone.read::<u8>().err(), Some(AccessError::Receiving));
     hold.release();
-    drop(region.hold_write().expect("released"));
-    clone.expose().expect("unused");
-    assert_eq!(region.hold_receiving().err(), Some(AccessError::Open));
-    region.conceal();
+    drop(Hold::take(&region, Use::Write).expect("released"));
+    let open = Hold::take(&clone, Use::Open).expect("unused");
+    assert_eq!(Hold::take(&region, Use::Receive).err(), Some(AccessError::Open));
+    open.release();
     // A receiving hold that is dropped, not released, never comes back.
-    drop(region.hold_receiving().expect("unused"));
+    drop(Hold::take(&region, Use::Receive).expect("unused"));
     assert_eq!(clone.write::<u8>().err(), Some(AccessError::Receiving));
     assert!(!region.same(&Region::zeroed(8)) && region.same(&clone));
+}
+
+#[test]
+fn holds_copy_within_the_region_and_as_their_use_allows() {
+    let region = Region::from_vec((0..8u8).collect());
+    let reading = Hold::take(&region, Use::Read).expect("unused");
+    let mut bytes = [0; 3];
+    reading.read_bytes(5, &mut bytes).expect("within");
+    assert_eq!(bytes, [5, 6, 7]);
+    let beyond = AccessError::Beyond { end: 9, bytes: 8 };
+    assert_eq!(reading.read_bytes(6, &mut bytes), Err(beyond));
+    assert!(reading.read_bytes(usize::MAX, &mut bytes).is_err());
+    assert_eq!(reading.write_bytes(0, &[9]), Err(AccessError::BeingRead));
+    drop(reading);
+    for usage in [Use::Write, Use::Open, Use::Receive] {
+        let hold = Hold::take(&region, usage).expect("unused");
+        hold.write_bytes(7, &[usage as u8]).expect("within");
+        assert_eq!(hold.write_bytes(7, &[1, 2]), Err(beyond));
+        assert!(region.read::<u8>().is_err(), "{usage:?} excludes guards");
+        hold.release();
+        assert_eq!(region.read::<u8>().expect("released")[7], usage as u8);
+    }
+    let device = Region::foreign(8, std::sync::Arc::new(()));
+    let hold = Hold::take(&device, Use::Write).expect("the state of a device's memory is kept, too");
+    assert_eq!(hold.write_bytes(0, &[1]), Err(AccessError::NoHostView));
+    assert!(hold.start().is_err() && Hold::take(&device, Use::Read).is_err());
+}
+
+/// Foreign memory lives as long as the region and no longer.
+#[test]
+fn adopted_memory_is_kept_by_its_keeper() {
+    let keeper = std::sync::Arc::new(std::sync::Mutex::new(vec![7u8; 16]));
+    let start = core::ptr::NonNull::new(keeper.lock().expect("no panic").as_mut_ptr()).expect("not null");
+    // SAFETY: the vector is neither moved, grown nor touched while the region lives, and the keeper keeps it.
+    let region = unsafe { Region::adopt(start, 16, keeper.clone()) };
+    region.write::<u8>().expect("unused")[3] = 9;
+    assert_eq!(std::sync::Arc::strong_count(&keeper), 2);
+    drop(region);
+    assert_eq!(std::sync::Arc::strong_count(&keeper), 1);
+    assert_eq!(keeper.lock().expect("no panic")[..5], [7, 7, 7, 9, 7]);
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! EP ranks as threads of this process.
 
-use crate::shared::{Endpoint, Failure, Segment};
+use crate::failure::Failure;
+use crate::shared::{Endpoint, Segment};
 use crate::{Fabric, FabricError, GroupError, GroupSpec, Loss};
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -60,10 +61,14 @@ fn run_rank<T, E, F>(segment: Arc<Segment>, rank: Rank, spec: &GroupSpec, main: 
 where
     F: Fn(Box<dyn Fabric>) -> Result<T, E>,
 {
-    let mut endpoint = Box::new(Endpoint::new(Arc::clone(&segment), rank, spec));
-    if let Err(error) = endpoint.start() {
-        return Outcome::NotStarted(error);
-    }
+    let started = Endpoint::new(Arc::clone(&segment), rank, spec).and_then(|mut endpoint| {
+        endpoint.start()?;
+        Ok(Box::new(endpoint))
+    });
+    let endpoint = match started {
+        Ok(endpoint) => endpoint,
+        Err(error) => return Outcome::NotStarted(error),
+    };
     // `main` is only called once on this thread, and after a panic nothing of it is used but the message.
     let (loss, outcome) = match catch_unwind(AssertUnwindSafe(|| main(endpoint))) {
         Ok(Ok(value)) => return Outcome::Returned(value),

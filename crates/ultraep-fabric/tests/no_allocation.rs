@@ -60,19 +60,19 @@ fn a_running_group_allocates_nothing() {
             let before = COUNT.get();
             for round in 1..20 {
                 let part = |bytes| Span::part(&data, 0, bytes);
-                fabric.run(Operation::Barrier, round)?;
-                fabric.run(Operation::AllGather { send: part(1 << 10), recv: Span::whole(&all) }, round)?;
-                fabric.run(Operation::AllReduceSumF32 { data: Span::whole(&data) }, round)?;
+                fabric.run_stamped(Operation::Barrier, round)?;
+                fabric.run_stamped(Operation::AllGather { send: part(1 << 10), recv: Span::whole(&all) }, round)?;
+                fabric.run_stamped(Operation::AllReduceSumF32 { data: Span::whole(&data) }, round)?;
                 let send = part(8 * ranks);
                 let exchange = Operation::AllToAll { send, send_bytes: &sizes, recv: window, recv_bytes: &sizes };
-                fabric.run(exchange, round)?;
-                fabric.run(Operation::Open { window }, round)?;
-                fabric.run(Operation::Put { from: part(999), to: &to }, round)?;
-                fabric.run(Operation::Get { from: to[0], to: part(999) }, round)?;
+                fabric.run_stamped(exchange, round)?;
+                fabric.run_stamped(Operation::Open { window }, round)?;
+                fabric.run_stamped(Operation::Put { from: part(999), to: &to }, round)?;
+                fabric.run_stamped(Operation::Get { from: to[0], to: part(999) }, round)?;
                 let next = Rank::new((me.index() + 1) % ranks);
-                fabric.run(Operation::Signal { rank: next, signal: 0, add: 1 }, round)?;
-                fabric.run(Operation::AwaitSignal { signal: 0, at_least: round }, round)?;
-                fabric.run(Operation::Close { window }, round)?;
+                fabric.run_stamped(Operation::Signal { rank: next, signal: 0, add: 1 }, round)?;
+                fabric.run_stamped(Operation::AwaitSignal { signal: 0, at_least: round }, round)?;
+                fabric.run_stamped(Operation::Close { window }, round)?;
             }
             let after = COUNT.get();
             fabric.leave()?;
@@ -121,25 +121,25 @@ fn a_running_tile_engine_allocates_nothing() {
         for round in 0..40 {
             if round == 10 {
                 // Buffers have their sizes by now; threads took what they take when the engine was made.
-                fabric.run(Operation::Barrier, 0)?;
+                fabric.run(Operation::Barrier)?;
                 before = TOTAL.load(Ordering::Relaxed);
-                fabric.run(Operation::Barrier, 0)?;
+                fabric.run(Operation::Barrier)?;
             }
             slots.lower_flags(&part, &topology, &planned, fabric.rank()).expect("closed");
-            fabric.run(Operation::Open { window: weights }, 0)?;
+            fabric.run(Operation::Open { window: weights })?;
             let sync = WeightSync { slots: &slots, topology: &topology, plan: &planned, masters: &masters };
             engine.start_sync(fabric, &sync, 1)?;
             engine.wait(fabric)?;
-            fabric.run(Operation::Close { window: weights }, 0)?;
-            fabric.run(Operation::Open { window: grads }, 0)?;
+            fabric.run(Operation::Close { window: weights })?;
+            fabric.run(Operation::Open { window: grads })?;
             let (slots, transfers) = (&grad_slots, &transfers);
             engine.start_reduce(fabric, &GradReduce { slots, topology: &topology, transfers, masters: &masters }, 1)?;
             engine.wait(fabric)?;
-            fabric.run(Operation::Close { window: grads }, 0)?;
+            fabric.run(Operation::Close { window: grads })?;
         }
-        fabric.run(Operation::Barrier, 0)?;
+        fabric.run(Operation::Barrier)?;
         let after = TOTAL.load(Ordering::Relaxed);
-        fabric.run(Operation::Barrier, 0)?;
+        fabric.run(Operation::Barrier)?;
         Ok(after - before)
     });
     assert_eq!(counts.map_err(|error| error.to_string()), Ok(vec![0; RANKS]));

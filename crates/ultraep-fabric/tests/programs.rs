@@ -69,18 +69,18 @@ fn interpret(mut fabric: Box<dyn Fabric>, program: &[Step]) -> Result<u64, Fabri
     for (index, step) in program.iter().enumerate() {
         match step {
             Step::Barrier => {
-                let stamp = fabric.run(Operation::Barrier, (me * 7 + index) as u64 % 5)?.stamp;
+                let stamp = fabric.run_stamped(Operation::Barrier, (me * 7 + index) as u64 % 5)?.stamp;
                 fold(&mut digest, &stamp.to_le_bytes());
             }
             Step::Gather { bytes } => {
                 let (send, recv) = (Region::from_vec(bytes_of(me, index, *bytes)), Region::zeroed(bytes * ranks));
-                fabric.run(Operation::AllGather { send: Span::whole(&send), recv: Span::whole(&recv) }, 0)?;
+                fabric.run(Operation::AllGather { send: Span::whole(&send), recv: Span::whole(&recv) })?;
                 fold(&mut digest, &recv.read::<u8>().expect("complete"));
             }
             Step::Reduce { count } => {
                 let values = (0..*count).map(|at| ((me + 1) as f32) / (at + index + 1) as f32);
                 let data = Region::from_vec(values.collect::<Vec<f32>>());
-                fabric.run(Operation::AllReduceSumF32 { data: Span::whole(&data) }, 0)?;
+                fabric.run(Operation::AllReduceSumF32 { data: Span::whole(&data) })?;
                 fold(&mut digest, &data.read::<u8>().expect("complete"));
             }
             Step::Exchange { sizes } => exchange(&mut *fabric, index, sizes, &mut digest)?,
@@ -97,7 +97,7 @@ fn exchange(fabric: &mut dyn Fabric, index: usize, sizes: &[usize], digest: &mut
     let recv_bytes: Vec<usize> = (0..ranks).map(|from| sizes[from * ranks + me]).collect();
     let send = Region::from_vec(bytes_of(me, index, send_bytes.iter().sum()));
     let send = Span::whole(&send);
-    fabric.run(Operation::AllToAll { send, send_bytes, recv: INBOX, recv_bytes: &recv_bytes }, 0)?;
+    fabric.run(Operation::AllToAll { send, send_bytes, recv: INBOX, recv_bytes: &recv_bytes })?;
     let inbox = fabric.window(INBOX).expect("the group has it");
     fold(digest, &inbox.read::<u8>().expect("complete")[..recv_bytes.iter().sum()]);
     Ok(())
@@ -111,21 +111,21 @@ fn epoch(
     digest: &mut u64,
 ) -> Result<(), FabricError> {
     let me = fabric.rank();
-    fabric.run(Operation::Open { window: EPOCHS }, 0)?;
+    fabric.run(Operation::Open { window: EPOCHS })?;
     for put in puts.iter().filter(|put| put.from == me.index()) {
         let from = Region::from_vec(bytes_of(put.from, index + put.place, put.bytes));
         let rank = Rank::new(put.to);
         let to = [RemoteSpan { rank, window: EPOCHS, offset: put.place * PLACE_BYTES }];
-        fabric.run(Operation::Put { from: Span::whole(&from), to: &to }, 0)?;
-        fabric.run(Operation::Signal { rank, signal: ARRIVED, add: 1 }, 0)?;
+        fabric.run(Operation::Put { from: Span::whole(&from), to: &to })?;
+        fabric.run(Operation::Signal { rank, signal: ARRIVED, add: 1 })?;
     }
     let mine = || puts.iter().filter(|put| put.to == me.index());
     *arrived += mine().count() as u64;
-    fabric.run(Operation::AwaitSignal { signal: ARRIVED, at_least: *arrived }, 0)?;
+    fabric.run(Operation::AwaitSignal { signal: ARRIVED, at_least: *arrived })?;
     for put in mine() {
         let to = Region::zeroed(put.bytes);
         let from = RemoteSpan { rank: me, window: EPOCHS, offset: put.place * PLACE_BYTES };
-        fabric.run(Operation::Get { from, to: Span::whole(&to) }, 0)?;
+        fabric.run(Operation::Get { from, to: Span::whole(&to) })?;
         let got = to.read::<u8>().expect("complete");
         assert!(
             got[..] == bytes_of(put.from, index + put.place, put.bytes)[..],
@@ -133,7 +133,7 @@ fn epoch(
         );
         fold(digest, &got);
     }
-    fabric.run(Operation::Close { window: EPOCHS }, 0)?;
+    fabric.run(Operation::Close { window: EPOCHS })?;
     // What earlier epochs left in other places is there, too.
     let window = fabric.window(EPOCHS).expect("the group has it");
     fold(digest, &window.read::<u8>().expect("closed"));

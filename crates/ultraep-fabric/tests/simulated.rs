@@ -51,7 +51,7 @@ fn relay(mut fabric: Box<dyn Fabric>, bug: Bug) -> Result<Vec<u8>, FabricError> 
         let content: Vec<u8> = (0..CHUNKS).flat_map(pattern).collect();
         window.write::<u8>().expect("closed").copy_from_slice(&content);
     }
-    fabric.run(Operation::Open { window: WINDOW }, 0)?;
+    fabric.run(Operation::Open { window: WINDOW })?;
     let planted = me == 1;
     let mut seen = vec![0; CHUNK_BYTES];
     for chunk in 0..CHUNKS {
@@ -59,7 +59,7 @@ fn relay(mut fabric: Box<dyn Fabric>, bug: Bug) -> Result<Vec<u8>, FabricError> 
         if me > 0 && !(planted && bug == Bug::MissingAwait) {
             let few = planted && bug == Bug::WaitsForTheLastButOne && chunk + 1 == CHUNKS;
             let at_least = (chunk + 1 - usize::from(few)) as u64;
-            fabric.run(Operation::AwaitSignal { signal: 0, at_least }, 0)?;
+            fabric.run(Operation::AwaitSignal { signal: 0, at_least })?;
         }
         if me + 1 < ranks {
             let next = Rank::new(me + 1);
@@ -67,34 +67,34 @@ fn relay(mut fabric: Box<dyn Fabric>, bug: Bug) -> Result<Vec<u8>, FabricError> 
             let from = Span::part(&window, offset, CHUNK_BYTES);
             let signal = Operation::Signal { rank: next, signal: 0, add: 1 };
             if planted && bug == Bug::SignalBeforePut {
-                fabric.run(signal, 0)?;
-                fabric.run(Operation::Put { from, to: &to }, 0)?;
+                fabric.run(signal)?;
+                fabric.run(Operation::Put { from, to: &to })?;
             } else {
-                fabric.run(Operation::Put { from, to: &to }, 0)?;
-                fabric.run(signal, 0)?;
+                fabric.run(Operation::Put { from, to: &to })?;
+                fabric.run(signal)?;
             }
         }
         if bug == Bug::LooksTooEarly && me + 1 == ranks && chunk == 0 {
             let target = Region::zeroed(CHUNK_BYTES);
             let from = RemoteSpan { rank: Rank::new(1), window: WINDOW, offset: (CHUNKS - 1) * CHUNK_BYTES };
-            fabric.run(Operation::Get { from, to: Span::whole(&target) }, 0)?;
+            fabric.run(Operation::Get { from, to: Span::whole(&target) })?;
             seen.copy_from_slice(&target.read::<u8>().expect("complete"));
         }
     }
     if planted && bug == Bug::OtherCollective {
-        fabric.run(Operation::Barrier, 0)?;
+        fabric.run(Operation::Barrier)?;
     }
-    let closing = fabric.submit(Operation::Close { window: WINDOW }, 0)?;
+    let closing = fabric.submit(Operation::Close { window: WINDOW })?;
     if planted && bug == Bug::PutAfterClose {
         let to = [RemoteSpan { rank: Rank::new(2), window: WINDOW, offset: 0 }];
-        fabric.run(Operation::Put { from: Span::part(&window, 0, 1), to: &to }, 0)?;
+        fabric.run(Operation::Put { from: Span::part(&window, 0, 1), to: &to })?;
     }
     fabric.wait(closing)?;
     if bug == Bug::LooksTooEarly && me + 1 == ranks {
         window.write::<u8>().expect("closed")[(CHUNKS - 1) * CHUNK_BYTES..].copy_from_slice(&seen);
     }
     let all = Region::zeroed(ranks * window.bytes());
-    fabric.run(Operation::AllGather { send: Span::whole(&window), recv: Span::whole(&all) }, 0)?;
+    fabric.run(Operation::AllGather { send: Span::whole(&window), recv: Span::whole(&all) })?;
     fabric.leave()?;
     Ok(all.read::<u8>().expect("complete").to_vec())
 }
@@ -200,7 +200,7 @@ fn who_waits_for_tiles_of_a_hanging_rank_is_not_blamed() {
             let result = match fabric.rank().index() {
                 0 => fabric.direct().expect("it is asked for").wait_until(Rank::new(1), &|| false),
                 1 => fabric.direct().expect("it is asked for").wait_until(victim, &|| false),
-                _ => fabric.run(Operation::Barrier, 0).map(drop),
+                _ => fabric.run(Operation::Barrier).map(drop),
             };
             errors.lock().expect("no rank panics while it reports").extend(result.clone().err());
             result

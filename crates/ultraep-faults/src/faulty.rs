@@ -140,12 +140,12 @@ impl Fabric for FaultyEndpoint {
         self.inner.window(id)
     }
 
-    fn submit(&mut self, operation: Operation<'_>, stamp: u64) -> Result<Ticket, FabricError> {
+    fn submit_stamped(&mut self, operation: Operation<'_>, stamp: u64) -> Result<Ticket, FabricError> {
         let (kind, number) = (operation.kind(), self.submitted);
         self.strike(Moment::Before(number), kind)?;
         self.note(kind);
         self.submitted += 1;
-        let ticket = self.inner.submit(operation, stamp)?;
+        let ticket = self.inner.submit_stamped(operation, stamp)?;
         self.strike(Moment::InFlight(number), kind)?;
         Ok(ticket)
     }

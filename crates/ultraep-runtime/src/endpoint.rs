@@ -50,7 +50,7 @@ impl Endpoint {
     /// link, charged to `part`.
     pub fn collective(&mut self, op: Operation<'_>, part: Part, bytes: u64) -> Result<Completion, RuntimeError> {
         let stamp = self.clock.arrive();
-        let done = self.fabric.run(op, stamp)?;
+        let done = self.fabric.run_stamped(op, stamp)?;
         self.clock.depart(done.stamp, part, self.link.transfer_ns(bytes));
         Ok(done)
     }
@@ -59,7 +59,7 @@ impl Endpoint {
     /// the largest.
     pub(crate) fn aside(&mut self, op: Operation<'_>, stamp: u64) -> Result<Completion, RuntimeError> {
         self.clock.pause();
-        Ok(self.fabric.run(op, stamp)?)
+        Ok(self.fabric.run_stamped(op, stamp)?)
     }
 
     /// Sums `data` (`f32`) over all ranks, in place, charged as a ring: each link moves it nearly twice.

@@ -361,8 +361,8 @@ impl Fabric for Indirect {
         self.0.window(id)
     }
 
-    fn submit(&mut self, operation: Operation<'_>, stamp: u64) -> Result<Ticket, FabricError> {
-        self.0.submit(operation, stamp)
+    fn submit_stamped(&mut self, operation: Operation<'_>, stamp: u64) -> Result<Ticket, FabricError> {
+        self.0.submit_stamped(operation, stamp)
     }
 
     fn poll(&mut self, ticket: &Ticket) -> Result<Option<Completion>, FabricError> {

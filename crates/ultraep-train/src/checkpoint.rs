@@ -249,7 +249,7 @@ impl Worker {
 
     fn barrier(&self) -> Result<(), TrainError> {
         let mut experts = self.experts.lock();
-        experts.endpoint.fabric().run(Operation::Barrier, 0)?;
+        experts.endpoint.fabric().run(Operation::Barrier)?;
         Ok(())
     }
 

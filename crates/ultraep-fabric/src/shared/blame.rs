@@ -1,8 +1,8 @@
 //! Who is to blame when a wait has lasted too long: from what ranks have published about themselves.
 
 use super::endpoint::{Awaited, Endpoint};
-use super::failure::Failure;
 use crate::FabricError;
+use crate::failure::Failure;
 use crate::operation::OperationKind;
 use crate::sync::Ordering;
 use core::time::Duration;

@@ -14,13 +14,13 @@
 //! entered the phase between and so has finished reading.
 
 use super::endpoint::{Endpoint, Phase};
-use super::failure::Failure;
 use super::layout::{STAGING_BYTES, share_elements};
 use super::segment::Segment;
 use super::turnstile::Entered;
 use super::word::FAILED;
+use crate::backend::{Hold, Use};
+use crate::failure::Failure;
 use crate::operation::{Collective, OperationKind};
-use crate::region::Hold;
 use crate::sync::{self, Ordering};
 use crate::{AccessError, Completion, FabricError, Loss, Operation, Span, Ticket, WindowId, copy};
 use core::mem::size_of;
@@ -50,17 +50,27 @@ impl InFlight {
     }
 }
 
-/// A held region from some offset on.
+/// A held span.
 struct Piece {
-    hold: Hold,
-    offset: usize,
+    _hold: Hold,
+    start: NonNull<u8>,
 }
 
+// SAFETY: the pointer is into the memory of the region that the hold keeps alive; regions are `Send`.
+unsafe impl Send for Piece {}
+
 impl Piece {
+    /// For a span that lies within its region.
+    fn new(span: &Span, usage: Use) -> Result<Self, AccessError> {
+        let (hold, start) = Hold::of_host(&span.region, usage)?;
+        // SAFETY: the span lies within the region.
+        Ok(Self { _hold: hold, start: unsafe { start.add(span.offset) } })
+    }
+
     /// `at` bytes into the piece; within the span that was checked when it was made.
     fn at(&self, at: usize) -> NonNull<u8> {
         // SAFETY: the span was checked to lie within the region, and the steps stay within the span.
-        unsafe { self.hold.start().add(self.offset + at) }
+        unsafe { self.start.add(at) }
     }
 }
 
@@ -109,15 +119,18 @@ impl Endpoint {
     fn prepare(&mut self, kind: OperationKind, operation: Operation<'_>) -> Result<(Body, u64), FabricError> {
         match operation {
             Operation::Open { window } => {
-                let index = self.checked_window(kind, window)?;
-                self.windows[index].region.expose().map_err(self.access(kind, "window"))?;
+                self.operands.window(kind, window)?;
+                let index = window.index();
+                let hold = Hold::take(&self.windows[index].region, Use::Open);
+                self.windows[index].open = Some(hold.map_err(self.operands.access(kind, "window"))?);
                 self.windows[index].phase = Phase::Opening;
                 Ok((Body::Open(index), index as u64))
             }
             Operation::Close { window } => {
-                let index = self.checked_window(kind, window)?;
+                self.operands.window(kind, window)?;
+                let index = window.index();
                 if self.windows[index].phase != Phase::Open {
-                    return Err(self.access(kind, "window")(AccessError::Closed));
+                    return Err(self.operands.access(kind, "window")(AccessError::Closed));
                 }
                 // SYNC POINT reach: acquires what this rank's workers did in the window; pairs with `Reach::drop`.
                 if self.windows[index].reaches.load(Ordering::Acquire) != 0 {
@@ -133,13 +146,8 @@ impl Endpoint {
                 Ok((body, recv.index() as u64))
             }
             Operation::AllReduceSumF32 { data } => {
-                self.check_span(kind, &data)?;
-                if data.bytes % F32_BYTES != 0 {
-                    let source = AccessError::Ragged { bytes: data.bytes, size: F32_BYTES };
-                    return Err(self.access(kind, "data")(source));
-                }
-                let hold = data.region.hold_write().map_err(self.access(kind, "data"))?;
-                let piece = Piece { hold, offset: data.offset };
+                self.operands.all_reduce(&data)?;
+                let piece = Piece::new(&data, Use::Write).map_err(self.operands.access(kind, "data"))?;
                 Ok((Body::AllReduce { data: piece, bytes: data.bytes, reduced: 0, summed: false }, data.bytes as u64))
             }
             // The one-sided operations do not come here.
@@ -149,25 +157,13 @@ impl Endpoint {
 
     fn prepare_gather(&self, send: &Span, recv: &Span) -> Result<Body, FabricError> {
         let kind = OperationKind::AllGather;
-        self.check_span(kind, send)?;
-        self.check_span(kind, recv)?;
-        let expected = send.bytes.saturating_mul(self.segment.layout.ranks);
-        if recv.bytes != expected {
-            return self.out_of_range(kind, self.rank, "length of recv (bytes)", recv.bytes, expected);
-        }
-        let in_place = send.region.same(&recv.region);
-        if in_place && send.offset != recv.offset + self.rank.index() * send.bytes {
-            return Err(self.access(kind, "send and recv")(AccessError::Overlap));
-        }
-        let recv_hold = recv.region.hold_write().map_err(self.access(kind, "recv"))?;
-        let send_piece = if in_place {
-            None
-        } else {
-            let hold = send.region.hold_read().map_err(self.access(kind, "send"))?;
-            Some(Piece { hold, offset: send.offset })
+        let in_place = self.operands.all_gather(send, recv)?;
+        let to = Piece::new(recv, Use::Write).map_err(self.operands.access(kind, "recv"))?;
+        let from = match in_place {
+            true => None,
+            false => Some(Piece::new(send, Use::Read).map_err(self.operands.access(kind, "send"))?),
         };
-        let recv = Piece { hold: recv_hold, offset: recv.offset };
-        Ok(Body::AllGather { send: send_piece, recv, bytes: send.bytes, gathered: 0 })
+        Ok(Body::AllGather { send: from, recv: to, bytes: send.bytes, gathered: 0 })
     }
 
     fn prepare_all_to_all(
@@ -178,35 +174,21 @@ impl Endpoint {
         recv_bytes: &[usize],
     ) -> Result<Body, FabricError> {
         let kind = OperationKind::AllToAll;
-        let (me, ranks) = (self.rank, self.segment.layout.ranks);
-        self.check_span(kind, send)?;
-        let index = self.checked_window(kind, recv)?;
-        for (what, sizes) in [("sizes in send_bytes", send_bytes), ("sizes in recv_bytes", recv_bytes)] {
-            if sizes.len() != ranks {
-                return self.out_of_range(kind, me, what, sizes.len(), ranks);
-            }
-        }
-        let sum = |sizes: &[usize]| sizes.iter().fold(0, |sum: usize, &bytes| sum.saturating_add(bytes));
-        if sum(send_bytes) != send.bytes {
-            return self.out_of_range(kind, me, "sum of send_bytes", sum(send_bytes), send.bytes);
-        }
-        let region = &self.windows[index].region;
-        if sum(recv_bytes) > region.bytes() {
-            return self.out_of_range(kind, me, "sum of recv_bytes", sum(recv_bytes), region.bytes());
-        }
+        self.operands.all_to_all(send, send_bytes, recv, recv_bytes)?;
         // The window last: a receiving hold does not come back by itself.
-        let hold = send.region.hold_read().map_err(self.access(kind, "send"))?;
-        let window = region.hold_receiving().map_err(self.access(kind, "recv window"))?;
+        let from = Piece::new(send, Use::Read).map_err(self.operands.access(kind, "send"))?;
+        let window = Hold::take(&self.windows[recv.index()].region, Use::Receive);
+        let window = window.map_err(self.operands.access(kind, "recv window"))?;
         let places = recv_bytes.iter().scan(0, |end, &bytes| {
             *end += bytes;
             Some(*end - bytes)
         });
         let published = send_bytes.iter().copied().chain(recv_bytes.iter().copied()).chain(places);
-        for (word, bytes) in self.segment.sizes(me).iter().zip(published) {
+        for (word, bytes) in self.segment.sizes(self.rank).iter().zip(published) {
             // Relaxed: ordered by the turnstile.
             word.store(bytes as u64, Ordering::Relaxed);
         }
-        Ok(Body::AllToAll { send: Piece { hold, offset: send.offset }, window, sent: false })
+        Ok(Body::AllToAll { send: from, window, sent: false })
     }
 
     /// Publishes what the collective is and enters its next phase; the last rank to do so checks that all agree.
@@ -337,7 +319,7 @@ impl Endpoint {
             Body::Close(index) => {
                 let window = &mut self.windows[*index];
                 window.phase = Phase::Closed;
-                window.region.conceal();
+                window.open.take().into_iter().for_each(Hold::release);
                 Ok(true)
             }
             Body::AllGather { recv, bytes, gathered, .. } => {

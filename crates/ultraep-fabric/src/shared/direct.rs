@@ -16,9 +16,10 @@ impl Direct for Endpoint {
     fn reach(&mut self, window: WindowId) -> Result<Reach, FabricError> {
         let kind = OperationKind::Stream;
         self.check_group(kind)?;
-        let index = self.checked_window(kind, window)?;
+        self.operands.window(kind, window)?;
+        let index = window.index();
         if self.windows[index].phase != Phase::Open {
-            return Err(self.access(kind, "window")(AccessError::Closed));
+            return Err(self.operands.access(kind, "window")(AccessError::Closed));
         }
         Ok(Reach::new(&self.segment, window, self.rank, &self.windows[index].reaches))
     }

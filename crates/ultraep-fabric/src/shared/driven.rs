@@ -61,8 +61,8 @@ impl Endpoint {
     /// Refuses a signal that cannot be sent.
     pub(crate) fn check_signal_to(&self, rank: Rank, signal: usize) -> Result<(), FabricError> {
         let kind = OperationKind::Signal;
-        self.check_rank(kind, rank)?;
-        self.check_signal(kind, signal)
+        self.operands.rank(kind, rank)?;
+        self.operands.signal(kind, signal)
     }
 
     /// The group's failure, if any, as the result of `kind`.

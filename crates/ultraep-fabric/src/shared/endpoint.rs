@@ -1,16 +1,15 @@
 //! A rank's endpoint over the shared segment: the fabric of threads and of processes alike.
 
 use super::collective::InFlight;
-use super::failure::Failure;
 use super::permits::Asked;
 use super::segment::Segment;
 use super::word::FAILED;
+use crate::backend::{Hold, Operands};
+use crate::failure::Failure;
 use crate::operation::OperationKind;
 use crate::stream::Direct;
 use crate::sync::{AtomicU32, Ordering};
-use crate::{
-    AccessError, Capabilities, Completion, Fabric, FabricError, GroupSpec, Loss, Operation, Region, Ticket, WindowId,
-};
+use crate::{Capabilities, Completion, Fabric, FabricError, GroupSpec, Loss, Operation, Region, Ticket, WindowId};
 use core::time::Duration;
 use std::sync::Arc;
 use std::time::Instant;
@@ -45,6 +44,8 @@ pub(super) enum Phase {
 pub(super) struct Window {
     pub(super) region: Region,
     pub(super) phase: Phase,
+    /// Keeps guards out from `Open` to `Close`.
+    pub(super) open: Option<Hold>,
     /// Rights of this rank to touch it that live.
     pub(super) reaches: Arc<AtomicU32>,
 }
@@ -53,6 +54,7 @@ pub(super) struct Window {
 pub(crate) struct Endpoint {
     pub(super) segment: Arc<Segment>,
     pub(super) rank: Rank,
+    pub(super) operands: Operands,
     pub(super) windows: Vec<Window>,
     /// Phases of collectives that this rank has entered.
     pub(super) entered: u64,
@@ -89,20 +91,25 @@ impl Awaited {
 
 impl Endpoint {
     /// Takes the place of `rank`, which the caller has made sure is free and marked as running.
-    pub(crate) fn new(segment: Arc<Segment>, rank: Rank, spec: &GroupSpec) -> Self {
+    ///
+    /// # Errors
+    /// As for [`Operands::new`]; not with the specification that the segment was laid out for.
+    pub(crate) fn new(segment: Arc<Segment>, rank: Rank, spec: &GroupSpec) -> Result<Self, FabricError> {
+        let operands = Operands::new(spec, rank)?;
         let windows = (0..spec.windows.len())
             .filter_map(|index| segment.window(WindowId::new(index), rank))
             .map(|(start, bytes)| {
                 // SAFETY: the part is mapped as long as the segment lives. Peers touch it in epochs and collectives only,
                 // through the fabric's copies; this endpoint is the only one of `rank`, so that there is one region and
                 // one state word for the part.
-                let region = unsafe { Region::part(start, bytes, Arc::clone(&segment) as _) };
-                Window { region, phase: Phase::Closed, reaches: Arc::default() }
+                let region = unsafe { Region::adopt(start, bytes, Arc::clone(&segment) as _) };
+                Window { region, phase: Phase::Closed, open: None, reaches: Arc::default() }
             })
             .collect();
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        Self {
+        Ok(Self {
             rank,
+            operands,
             windows,
             entered: 0,
             seen: 0,
@@ -115,7 +122,7 @@ impl Endpoint {
             spins: if spec.ranks <= cores && spec.permits().is_none() { SPINS } else { 0 },
             vanished: false,
             segment,
-        }
+        })
     }
 
     /// Waits for a core permit: a rank's main starts after this.
@@ -176,7 +183,7 @@ impl Endpoint {
                 // Peers may wait for our part of a collective before they can signal.
                 self.progress()?;
                 let signal = usize::try_from(first).unwrap_or(usize::MAX);
-                self.check_signal(OperationKind::AwaitSignal, signal)?;
+                self.operands.signal(OperationKind::AwaitSignal, signal)?;
                 let reached = self.signal_value(signal) >= second;
                 Ok(reached.then_some(Completion { stamp: third, bytes_sent: 0, bytes_received: 0 }))
             }
@@ -243,7 +250,7 @@ impl Endpoint {
 
     /// One sleep for a signal to this rank; whether it has come.
     fn sleep_for_signal(&mut self, signal: usize, at_least: u64, nap: Duration) -> Result<bool, FabricError> {
-        self.check_signal(OperationKind::AwaitSignal, signal)?;
+        self.operands.signal(OperationKind::AwaitSignal, signal)?;
         let reached = || self.signal_value(signal) >= at_least;
         if self.segment.control(self.rank).doorbell.sleep_unless(reached, nap) {
             return Ok(true);
@@ -309,14 +316,14 @@ impl Fabric for Endpoint {
     }
 
     fn capabilities(&self) -> Capabilities {
-        Capabilities { host_windows: true, one_sided: true, signals: true, core_permits: true }
+        Capabilities { direct: true, core_permits: true, stamps: true }
     }
 
     fn window(&self, id: WindowId) -> Option<Region> {
         self.windows.get(id.index()).map(|window| window.region.clone())
     }
 
-    fn submit(&mut self, operation: Operation<'_>, stamp: u64) -> Result<Ticket, FabricError> {
+    fn submit_stamped(&mut self, operation: Operation<'_>, stamp: u64) -> Result<Ticket, FabricError> {
         let kind = operation.kind();
         self.check_group(kind)?;
         match operation {
@@ -380,42 +387,5 @@ impl Drop for Endpoint {
         let loss = if panicking { Loss::Panicked } else { Loss::Dropped };
         self.segment.depart(self.rank, loss, panicking || self.collective.is_some());
         self.give_permit_back();
-    }
-}
-
-impl Endpoint {
-    /// A window's number as an index that exists.
-    pub(super) fn checked_window(&self, kind: OperationKind, id: WindowId) -> Result<usize, FabricError> {
-        let count = self.windows.len();
-        if id.index() < count {
-            return Ok(id.index());
-        }
-        self.out_of_range(
-            kind,
-            self.rank,
-            "window index (one less than their number)",
-            id.index(),
-            count.saturating_sub(1),
-        )
-    }
-
-    pub(super) fn out_of_range<T>(
-        &self,
-        operation: OperationKind,
-        rank: Rank,
-        what: &'static str,
-        asked: usize,
-        limit: usize,
-    ) -> Result<T, FabricError> {
-        Err(FabricError::OutOfRange { operation, rank, what, asked, limit })
-    }
-
-    pub(super) fn access(
-        &self,
-        operation: OperationKind,
-        subject: &'static str,
-    ) -> impl Fn(AccessError) -> FabricError {
-        let rank = self.rank;
-        move |source| FabricError::Access { operation, rank, subject, source }
     }
 }

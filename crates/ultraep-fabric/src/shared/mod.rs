@@ -17,7 +17,6 @@ mod turnstile;
 mod word;
 
 pub(crate) use endpoint::Endpoint;
-pub(crate) use failure::Failure;
 pub(crate) use layout::Layout;
 #[cfg(test)]
 pub(crate) use segment::MAGIC;

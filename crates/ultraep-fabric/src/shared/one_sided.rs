@@ -1,20 +1,13 @@
 //! Put, get and signals. On this fabric loads and stores do them, so each is complete when it has been submitted.
 
-use super::endpoint::{Endpoint, Phase};
+use super::endpoint::{Endpoint, Phase, Window};
 use super::segment::Segment;
+use crate::backend::{Hold, Use};
 use crate::operation::OperationKind;
-use crate::region::Hold;
 use crate::sync::Ordering;
-use crate::{AccessError, Completion, FabricError, RemoteSpan, SIGNALS, Span, Ticket, copy};
+use crate::{AccessError, Completion, FabricError, RemoteSpan, Span, Ticket, copy};
 use core::ptr::NonNull;
 use ultraep_plan::Rank;
-
-/// What an operation does to a local span.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Use {
-    Read,
-    Write,
-}
 
 /// A local span that may be used: by a hold, or because it lies in the own part of an open window.
 struct Local {
@@ -23,56 +16,32 @@ struct Local {
 }
 
 impl Endpoint {
-    /// That a span lies within its region.
-    pub(super) fn check_span(&self, kind: OperationKind, span: &Span) -> Result<(), FabricError> {
-        let limit = span.region.bytes();
-        match span.offset.checked_add(span.bytes) {
-            Some(end) if end <= limit => Ok(()),
-            end => {
-                self.out_of_range(kind, self.rank, "end of the local span (bytes)", end.unwrap_or(usize::MAX), limit)
-            }
-        }
-    }
-
     fn local(&self, kind: OperationKind, span: &Span, usage: Use) -> Result<Local, FabricError> {
-        self.check_span(kind, span)?;
-        let refused = self.access(kind, "local span");
+        self.operands.span(kind, span)?;
+        let refused = self.operands.access(kind, "local span");
         let open = |window: &&super::endpoint::Window| window.phase == Phase::Open && window.region.same(&span.region);
-        let hold = match usage {
-            _ if self.windows.iter().any(|window| open(&window)) => None,
-            Use::Read => Some(span.region.hold_read().map_err(&refused)?),
-            Use::Write => Some(span.region.hold_write().map_err(&refused)?),
+        let (hold, start) = match self.windows.iter().find(open) {
+            Some(Window { open: Some(hold), .. }) => (None, hold.start().map_err(refused)?),
+            _ => Hold::of_host(&span.region, usage).map(|(hold, start)| (Some(hold), start)).map_err(refused)?,
         };
-        let start = span.region.start().map_err(refused)?;
-        // SAFETY: `check_span` has shown that the offset lies within the region.
+        // SAFETY: the offset lies within the region, as checked above.
         Ok(Local { start: unsafe { start.add(span.offset) }, _hold: hold })
     }
 
     /// Where a remote span starts, if its window is open and it lies within.
     fn remote(&self, kind: OperationKind, span: &RemoteSpan, bytes: usize) -> Result<NonNull<u8>, FabricError> {
-        self.check_rank(kind, span.rank)?;
-        let index = self.checked_window(kind, span.window)?;
-        if self.windows[index].phase != Phase::Open {
-            return Err(self.access(kind, "remote span")(AccessError::Closed));
+        self.operands.rank(kind, span.rank)?;
+        self.operands.window(kind, span.window)?;
+        if self.windows[span.window.index()].phase != Phase::Open {
+            return Err(self.operands.access(kind, "remote span")(AccessError::Closed));
         }
-        let Some((start, limit)) = self.segment.window(span.window, span.rank) else {
-            return self.out_of_range(kind, span.rank, "window index", index, self.windows.len());
+        self.operands.remote(kind, span, bytes)?;
+        let Some((start, _)) = self.segment.window(span.window, span.rank) else {
+            let (asked, limit) = (span.window.index(), self.windows.len());
+            return self.operands.out_of_range(kind, span.rank, "window index", asked, limit);
         };
-        match span.offset.checked_add(bytes) {
-            // SAFETY: the offset lies within the part.
-            Some(end) if end <= limit => Ok(unsafe { start.add(span.offset) }),
-            end => {
-                self.out_of_range(kind, span.rank, "end of the remote span (bytes)", end.unwrap_or(usize::MAX), limit)
-            }
-        }
-    }
-
-    pub(super) fn check_rank(&self, kind: OperationKind, rank: Rank) -> Result<(), FabricError> {
-        let ranks = self.segment.layout.ranks;
-        if rank.index() < ranks {
-            return Ok(());
-        }
-        self.out_of_range(kind, rank, "rank", rank.index(), ranks - 1)
+        // SAFETY: the offset lies within the part, as checked above.
+        Ok(unsafe { start.add(span.offset) })
     }
 
     pub(super) fn put(&mut self, from: &Span, to: &[RemoteSpan], stamp: u64) -> Result<Ticket, FabricError> {
@@ -118,22 +87,15 @@ impl Endpoint {
 
     pub(super) fn signal(&mut self, rank: Rank, signal: usize, add: u64, stamp: u64) -> Result<Ticket, FabricError> {
         let kind = OperationKind::Signal;
-        self.check_rank(kind, rank)?;
-        self.check_signal(kind, signal)?;
+        self.operands.rank(kind, rank)?;
+        self.operands.signal(kind, signal)?;
         self.segment.raise_signal(rank, signal, add);
         Ok(self.done(Completion { stamp, bytes_sent: 0, bytes_received: 0 }))
     }
 
     pub(super) fn await_signal(&mut self, signal: usize, at_least: u64, stamp: u64) -> Result<Ticket, FabricError> {
-        self.check_signal(OperationKind::AwaitSignal, signal)?;
+        self.operands.signal(OperationKind::AwaitSignal, signal)?;
         Ok(self.signal_ticket(signal, at_least, stamp))
-    }
-
-    pub(super) fn check_signal(&self, kind: OperationKind, signal: usize) -> Result<(), FabricError> {
-        if signal < SIGNALS {
-            return Ok(());
-        }
-        self.out_of_range(kind, self.rank, "signal index", signal, SIGNALS - 1)
     }
 
     /// A signal word of this rank, which exists.

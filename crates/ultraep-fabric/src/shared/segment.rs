@@ -6,20 +6,21 @@ use super::layout::{Layout, Section};
 use super::permits::Permits;
 use super::status::Status;
 use super::turnstile::Turnstile;
+use crate::backend::{FAILURE_WORDS, Identity};
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
-use crate::{FabricError, GroupSpec, PROTOCOL_VERSION, SIGNALS, WindowId, pages};
+use crate::{FabricError, GroupSpec, SIGNALS, WindowId, pages};
 use core::mem::size_of;
 use core::ptr::NonNull;
 use rustix::fd::BorrowedFd;
 use rustix::fs::{SealFlags, fcntl_get_seals, fstat};
 use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
-use ultraep_plan::{MAX_RANKS, Rank};
+use ultraep_plan::Rank;
 
 /// "ultraep" and a zero byte.
 pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"ultraep\0");
 
-/// Words of a failure record: details, then a bitmap of missing ranks.
-pub(crate) const RECORD_WORDS: usize = 8 + MAX_RANKS / 64;
+/// Words of a failure record: all but the first of a failure's.
+pub(crate) const RECORD_WORDS: usize = FAILURE_WORDS - 1;
 
 /// At offset 0. All zero is a valid initial state, and what a fresh mapping holds.
 ///
@@ -31,6 +32,7 @@ pub(crate) struct Header {
     pub(crate) config_digest: AtomicU64,
     pub(crate) ranks: AtomicU64,
     pub(crate) layout_digest: AtomicU64,
+    pub(crate) vectors: AtomicU64,
     pub(crate) failure: Line<Cause>,
     pub(crate) turnstile: Line<Turnstile>,
     pub(crate) permits: Line<Permits>,
@@ -63,17 +65,6 @@ pub(crate) struct Control {
 
 /// Seals on the file of a segment: its size never changes, so that mapped pages stay backed.
 pub(crate) const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW).union(SealFlags::SEAL);
-
-/// What a segment says about its group.
-pub(crate) struct Identity {
-    magic: u64,
-    pub(crate) version: u64,
-    pub(crate) config_digest: u64,
-    pub(crate) ranks: u64,
-    pub(crate) layout_digest: u64,
-    /// Size of the file.
-    pub(crate) bytes: usize,
-}
 
 /// A mapping of the shared segment.
 pub(crate) struct Segment {
@@ -134,8 +125,8 @@ impl Segment {
         Ok(segment)
     }
 
-    /// Reads the identity of the group whose segment is behind `fd`: `None` when that cannot be one.
-    pub(crate) fn identity(fd: BorrowedFd<'_>) -> Option<Identity> {
+    /// Reads the identity of the group whose segment is behind `fd`, and the file's bytes: `None` when that cannot be one.
+    pub(crate) fn identity(fd: BorrowedFd<'_>) -> Option<(Identity, usize)> {
         let seals = fcntl_get_seals(fd).ok()?;
         let bytes = usize::try_from(fstat(fd).ok()?.st_size).ok()?;
         if !seals.contains(SEALS) || bytes < size_of::<Header>() {
@@ -148,28 +139,22 @@ impl Segment {
             // SAFETY: page-aligned, mapped for `Header`'s size; only atomics, of which only loads follow.
             let header = unsafe { &*start.cast::<Header>() };
             let load = |word: &AtomicU64| word.load(Ordering::Relaxed);
-            Identity {
-                magic: load(&header.magic),
-                version: load(&header.version),
-                config_digest: load(&header.config_digest),
-                ranks: load(&header.ranks),
-                layout_digest: load(&header.layout_digest),
-                bytes,
-            }
+            let words = [&header.version, &header.ranks, &header.config_digest, &header.layout_digest, &header.vectors];
+            (load(&header.magic) == MAGIC).then(|| Identity::from_words(words.map(load)))
         };
         // SAFETY: the mapping made above, no longer referred to.
         let _ = unsafe { munmap(start, size_of::<Header>()) };
-        (identity.magic == MAGIC).then_some(identity)
+        identity.map(|identity| (identity, bytes))
     }
 
     /// Writes the identity of the group into a fresh (zero) segment, before any rank starts.
     pub(crate) fn initialise(&self, spec: &GroupSpec) {
         let header = self.header();
         header.magic.store(MAGIC, Ordering::Relaxed);
-        header.version.store(PROTOCOL_VERSION.into(), Ordering::Relaxed);
-        header.config_digest.store(spec.config_digest, Ordering::Relaxed);
-        header.ranks.store(spec.ranks as u64, Ordering::Relaxed);
-        header.layout_digest.store(self.layout.digest, Ordering::Relaxed);
+        let fields = [&header.version, &header.ranks, &header.config_digest, &header.layout_digest, &header.vectors];
+        for (field, word) in fields.into_iter().zip(Identity::new(spec, self.layout.digest).to_words()) {
+            field.store(word, Ordering::Relaxed);
+        }
         header.permits.0.initialise(spec.permits().unwrap_or(0));
         // Starting a thread or process orders these stores before anything the rank does.
     }

@@ -93,13 +93,13 @@ impl SimulatedEndpoint {
             Operation::Get { from, .. } => {
                 // A rank sees its own puts.
                 self.scheduler.land_puts_to(self.rank, from.rank, from.window);
-                self.inner()?.submit(operation, stamp)
+                self.inner()?.submit_stamped(operation, stamp)
             }
-            Operation::AwaitSignal { .. } => self.inner()?.submit(operation, stamp),
+            Operation::AwaitSignal { .. } => self.inner()?.submit_stamped(operation, stamp),
             collective => {
                 // Entering orders all that this rank did before.
                 self.scheduler.land_all_of(self.rank);
-                let result = self.inner()?.submit(collective, stamp);
+                let result = self.inner()?.submit_stamped(collective, stamp);
                 self.scheduler.changed();
                 result
             }
@@ -179,14 +179,14 @@ impl Fabric for SimulatedEndpoint {
     }
 
     fn capabilities(&self) -> Capabilities {
-        Capabilities { host_windows: true, one_sided: true, signals: true, core_permits: true }
+        Capabilities { direct: self.direct, core_permits: true, stamps: true }
     }
 
     fn window(&self, id: WindowId) -> Option<Region> {
         self.inner.as_ref()?.window(id)
     }
 
-    fn submit(&mut self, operation: Operation<'_>, stamp: u64) -> Result<Ticket, FabricError> {
+    fn submit_stamped(&mut self, operation: Operation<'_>, stamp: u64) -> Result<Ticket, FabricError> {
         let (kind, number) = (operation.kind(), self.submitted);
         self.turn(Place::Submit(number), kind)?;
         self.submitted += 1;

@@ -32,7 +32,8 @@ mod endpoint;
 mod habits;
 mod scheduler;
 
-use crate::shared::{Endpoint, Failure, Segment};
+use crate::failure::Failure;
+use crate::shared::{Endpoint, Segment};
 use crate::threads::{Outcome, panic_message, results};
 use crate::{Fabric, GroupError, GroupSpec, Loss, OperationKind};
 use core::time::Duration;
@@ -142,7 +143,8 @@ where
     let outcomes: Vec<Outcome<T, E>> = thread::scope(|scope| {
         let spawn = |rank: Rank| {
             segment.control(rank).status.start();
-            let endpoint = Endpoint::new(Arc::clone(&segment), rank, spec).without_permits();
+            let endpoint = Endpoint::new(Arc::clone(&segment), rank, spec).map_err(std::io::Error::other)?;
+            let endpoint = endpoint.without_permits();
             let fabric = SimulatedEndpoint::new(endpoint, Arc::clone(&scheduler), spec.timeout, simulation.direct);
             let (segment, scheduler) = (Arc::clone(&segment), Arc::clone(&scheduler));
             thread::Builder::new()

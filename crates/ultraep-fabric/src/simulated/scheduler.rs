@@ -5,7 +5,8 @@
 
 use super::habits::{Habits, Random};
 use super::{Fault, FaultKind, Moment, Schedule, Simulation, never_left};
-use crate::shared::{Failure, Segment};
+use crate::failure::Failure;
+use crate::shared::Segment;
 use crate::{Loss, RemoteSpan, WindowId};
 use core::time::Duration;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};

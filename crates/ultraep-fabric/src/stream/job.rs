@@ -6,7 +6,7 @@ use super::reach::Reach;
 use super::schedule::{Geometry, Schedule, Tile};
 use super::slots::Slots;
 use super::worker::Hands;
-use crate::region::Hold;
+use crate::backend::{Hold, Use};
 use crate::sync::{AtomicU32, Ordering};
 use crate::{AccessError, FabricError, OperationKind, Region};
 use core::ops::Range;
@@ -254,7 +254,8 @@ impl Job {
             if !earlier {
                 self.holds.push(hold(&master.region, kind).map_err(refused)?);
             }
-            let start = master.region.start().map_err(refused)?;
+            let held = self.holds.iter().find(|hold| hold.region().same(&master.region));
+            let start = held.map_or(Err(AccessError::NoHostView), Hold::start).map_err(refused)?;
             self.shards.push(ShardView {
                 // SAFETY: `Masters::new` has shown that all masters lie within the region. (With none, or no rows, nothing is
                 // ever read at this address, which wrapping keeps harmless.)
@@ -384,8 +385,8 @@ fn flag<'a>(flags: NonNull<AtomicU32>, chunk: usize) -> &'a AtomicU32 {
 
 fn hold(region: &Region, kind: Kind) -> Result<Hold, AccessError> {
     match kind {
-        Kind::Copy(_) => region.hold_read(),
-        Kind::Reduce => region.hold_write(),
+        Kind::Copy(_) => Hold::take(region, Use::Read),
+        Kind::Reduce => Hold::take(region, Use::Write),
     }
 }
 

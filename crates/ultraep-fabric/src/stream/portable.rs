@@ -69,7 +69,7 @@ impl Portable {
             for Piece { master, offset, packed } in pieces(slots, masters, master) {
                 let from = Span::part(&master.region, offset, packed.len());
                 let to = RemoteSpan { rank: transfer.to, window: slots.window(), offset: slot + packed.start };
-                fabric.run(Operation::Put { from, to: &[to] }, 0)?;
+                fabric.run(Operation::Put { from, to: &[to] })?;
                 moved.read_bytes += packed.len() as u64;
                 moved.written_bytes += packed.len() as u64;
             }
@@ -91,8 +91,8 @@ impl Portable {
         for transfer in transfers.all() {
             let Some((slot, master)) = ends(slots, topology, masters, rank, transfer)? else { continue };
             let replica = RemoteSpan { rank: transfer.to, window: slots.window(), offset: slot };
-            fabric.run(Operation::Get { from: replica, to: Span::part(arrived, 0, bytes) }, 0)?;
-            fabric.run(Operation::Put { from: Span::part(zeros, 0, bytes), to: &[replica] }, 0)?;
+            fabric.run(Operation::Get { from: replica, to: Span::part(arrived, 0, bytes) })?;
+            fabric.run(Operation::Put { from: Span::part(zeros, 0, bytes), to: &[replica] })?;
             let arrived = arrived.read::<f32>().map_err(refused)?;
             for Piece { master, offset, packed } in pieces(slots, masters, master) {
                 let mut sums = master.region.write::<f32>().map_err(refused)?;

@@ -1,16 +1,16 @@
 //! What only process groups have: joining, supervision, orphans.
 
-use crate::harness::{Leftovers, ensure, plain, text};
+use crate::launchers::text;
 use std::io::{BufRead, BufReader};
+use std::os::fd::AsRawFd;
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
+use ultraep_conformance::{Leftovers, Test};
 use ultraep_fabric::processes::{self, Group, JoinInfo};
 use ultraep_fabric::{Fabric, FabricError, GroupError, GroupSpec, JoinError, Operation, OperationKind, ProcessEnd};
 use ultraep_plan::Rank;
 
 type Outcome = Result<(), String>;
-
-type Test = (&'static str, fn() -> Outcome);
 
 pub(crate) const TESTS: &[Test] = &[
     ("join_is_refused", join_is_refused),
@@ -28,11 +28,15 @@ const REFUSED: i32 = 42;
 const CULPRIT: Rank = Rank::new(1);
 
 fn spec() -> GroupSpec {
-    let mut spec = plain(3);
+    let mut spec = GroupSpec::new(3);
     spec.timeout = Duration::from_millis(800);
     spec.add_window("window", 100);
     spec.config_digest = 7;
     spec
+}
+
+fn ensure(condition: bool, otherwise: impl FnOnce() -> String) -> Outcome {
+    if condition { Ok(()) } else { Err(otherwise()) }
 }
 
 /// Starts a group of three in which each rank does what `role` says for it.
@@ -73,8 +77,8 @@ pub(crate) fn run_child(arguments: &[String]) -> Option<ExitCode> {
 /// The same segment, but another rank.
 fn as_rank(info: JoinInfo, rank: usize) -> Result<JoinInfo, String> {
     let info = info.to_string();
-    let (descriptor, _) = info.split_once(':').ok_or("no colon")?;
-    format!("{descriptor}:{rank}").parse().map_err(text)
+    let (segment, _) = info.rsplit_once(':').ok_or("no colon")?;
+    format!("{segment}:{rank}").parse().map_err(text)
 }
 
 fn member(info: JoinInfo, role: &str) -> Result<ExitCode, String> {
@@ -98,8 +102,12 @@ fn member(info: JoinInfo, role: &str) -> Result<ExitCode, String> {
             return refused(|e| matches!(e, JoinError::Layout { .. }), &spec, info);
         }
         "bad descriptor" => {
-            let info = format!("0:{}", info.rank()).parse().map_err(text)?;
-            return refused(|e| matches!(e, JoinError::NotASegment { fd: 0 }), &spec, info);
+            // Of its own descriptors none is taken or closed, whatever is said.
+            let (own, file) = (std::process::id(), std::fs::File::open("/proc/self/exe").map_err(text)?);
+            let info = format!("{own}:{}:{}", file.as_raw_fd(), info.rank()).parse().map_err(text)?;
+            let code = refused(|e| matches!(e, JoinError::NotASegment { .. }), &spec, info)?;
+            file.metadata().map_err(text)?;
+            return Ok(code);
         }
         "no such rank" => {
             let info = as_rank(info, 3)?;
@@ -121,7 +129,7 @@ fn member(info: JoinInfo, role: &str) -> Result<ExitCode, String> {
     match role {
         "sleeps" => std::thread::sleep(Duration::from_secs(60)),
         "one barrier" | "one barrier and stops" => {
-            fabric.run(Operation::Barrier, 0).map_err(text)?;
+            fabric.run(Operation::Barrier).map_err(text)?;
             if role == "one barrier" {
                 fabric.leave().map_err(text)?;
                 return Ok(ExitCode::SUCCESS);
@@ -142,7 +150,7 @@ fn member(info: JoinInfo, role: &str) -> Result<ExitCode, String> {
 fn barriers(fabric: &mut Box<dyn Fabric>) -> Result<ExitCode, String> {
     let error = (0..10_000).find_map(|_| {
         std::thread::sleep(Duration::from_millis(1));
-        fabric.run(Operation::Barrier, 0).err()
+        fabric.run(Operation::Barrier).err()
     });
     match error {
         Some(error) if error.culprit() == Some(CULPRIT) => Ok(ExitCode::SUCCESS),
@@ -159,7 +167,7 @@ fn join_is_refused() -> Outcome {
         ensure(error == Err(expected), || format!("{role}: {error:?}"))?;
         before.compare()?;
     }
-    for text in ["", "3", "x:1", "-1:0", "3:70000", "3:1:2"] {
+    for text in ["", "3", "3:1", "x:1:0", "1:-1:0", "1:3:70000", "3:1:2:4"] {
         ensure(text.parse::<JoinInfo>().is_err(), || format!("`{text}` is no join info"))?;
     }
     Ok(())

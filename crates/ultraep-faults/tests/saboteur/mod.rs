@@ -33,7 +33,7 @@ impl Saboteur {
 
     fn nothing(&mut self, stamp: u64) -> Result<Ticket, FabricError> {
         let from = Span::part(&Region::zeroed(0), 0, 0);
-        self.inner.submit(Operation::Put { from, to: &[] }, stamp)
+        self.inner.submit_stamped(Operation::Put { from, to: &[] }, stamp)
     }
 }
 
@@ -54,7 +54,7 @@ impl Fabric for Saboteur {
         self.inner.window(id)
     }
 
-    fn submit(&mut self, operation: Operation<'_>, stamp: u64) -> Result<Ticket, FabricError> {
+    fn submit_stamped(&mut self, operation: Operation<'_>, stamp: u64) -> Result<Ticket, FabricError> {
         match (self.bug, operation) {
             (Some(Bug::LosesAPut), Operation::Put { .. }) | (Some(Bug::LosesAGet), Operation::Get { .. }) => {
                 self.bug = None;
@@ -65,24 +65,24 @@ impl Fabric for Saboteur {
                 let beside =
                     |to: &RemoteSpan| RemoteSpan { offset: if to.offset == 0 { from.bytes } else { 0 }, ..*to };
                 let to: Vec<_> = to.iter().map(beside).collect();
-                self.inner.submit(Operation::Put { from, to: &to }, stamp)
+                self.inner.submit_stamped(Operation::Put { from, to: &to }, stamp)
             }
             (Some(Bug::PutsAfterClose), Operation::Put { from, to }) if self.late.is_none() => {
                 self.late = Some((from, to.to_vec()));
                 self.nothing(stamp)
             }
             (Some(Bug::PutsAfterClose), Operation::Close { window }) => {
-                let ticket = self.inner.submit(Operation::Close { window }, stamp)?;
+                let ticket = self.inner.submit_stamped(Operation::Close { window }, stamp)?;
                 if let Some((from, to)) = self.late.take() {
-                    self.inner.run(Operation::Put { from, to: &to }, stamp)?;
+                    self.inner.run_stamped(Operation::Put { from, to: &to }, stamp)?;
                 }
                 Ok(ticket)
             }
             (Some(Bug::OtherCollective), Operation::AllToAll { .. }) => {
                 self.bug = None;
-                self.inner.submit(Operation::Barrier, stamp)
+                self.inner.submit_stamped(Operation::Barrier, stamp)
             }
-            (_, operation) => self.inner.submit(operation, stamp),
+            (_, operation) => self.inner.submit_stamped(operation, stamp),
         }
     }
 

@@ -43,12 +43,12 @@ impl Fabric for Tampered {
         self.inner.window(id)
     }
 
-    fn submit(&mut self, operation: Operation<'_>, stamp: u64) -> Result<Ticket, FabricError> {
+    fn submit_stamped(&mut self, operation: Operation<'_>, stamp: u64) -> Result<Ticket, FabricError> {
         let table = match &operation {
             Operation::AllGather { recv, .. } if recv.bytes == RANKS * ROW * 4 => Some(recv.region.clone()),
             _ => None,
         };
-        let ticket = self.inner.submit(operation, stamp)?;
+        let ticket = self.inner.submit_stamped(operation, stamp)?;
         if let Some(table) = table {
             self.gathering = Some((ticket.id(), table));
         }

@@ -302,6 +302,6 @@ fn taken<T>(slot: &Mutex<Option<T>>) -> Option<T> {
 
 fn barrier(engine: &RankEngine) -> Result<(), ServeError> {
     let mut experts = engine.experts().lock();
-    experts.endpoint.fabric().run(Operation::Barrier, 0)?;
+    experts.endpoint.fabric().run(Operation::Barrier)?;
     Ok(())
 }

@@ -258,16 +258,16 @@ impl Case<'_> {
             Work::Sync(plans) => {
                 let plan = &plans[plan];
                 slots.lower_flags(part, topology, plan, rank)?;
-                fabric.run(Operation::Open { window }, 0)?;
+                fabric.run(Operation::Open { window })?;
                 engine.start_sync(fabric, &WeightSync { slots, topology, plan, masters }, workers)?
             }
             Work::Reduce => {
-                fabric.run(Operation::Open { window }, 0)?;
+                fabric.run(Operation::Open { window })?;
                 engine.start_reduce(fabric, &GradReduce { slots, topology, transfers, masters }, workers)?
             }
         };
         engine.wait(fabric)?;
-        fabric.run(Operation::Close { window }, 0)?;
+        fabric.run(Operation::Close { window })?;
         Ok((gate.pass().ok_or(RankError::GivenUp)? - start, moved))
     }
 

@@ -1,6 +1,6 @@
 //! Weight sync and grad reduce of random plans, in every format, against what each expert's bytes must be.
 
-use crate::harness::{Case, Ending, Need, Random, Report, all_equal, all_well, digest, ensure, plain, text};
+use crate::case::{Case, Ending, Need, Random, Report, all_equal, all_well, digest, ensure, plain, text};
 use std::time::Duration;
 use ultraep_fabric::stream::{
     EngineSpec, ExpertLayout, GradReduce, MasterShard, Masters, Shard, Slots, TileEngine, TileSizes, WeightFormat,
@@ -14,7 +14,6 @@ use ultraep_plan::{
 
 const WEIGHTS: WindowId = WindowId::new(0);
 const GRADS: WindowId = WindowId::new(1);
-const NEEDS: &[Need] = &[Need::HostWindows, Need::OneSided];
 const SLOTS: usize = 3;
 /// The largest expert is 40 x 24 of f32, with all its shards and flags.
 const PART: usize = SLOTS * 32 * 1024;
@@ -28,7 +27,7 @@ pub(crate) const CASES: &[Case] = &[
         name: "streams_of_random_plans",
         ranks: &[2, 5, 8],
         seeds: &[1],
-        needs: NEEDS,
+        needs: &[],
         spec: windows,
         main: random_plans,
         verify: all_well,
@@ -37,7 +36,7 @@ pub(crate) const CASES: &[Case] = &[
         name: "streams_under_core_permits",
         ranks: &[6],
         seeds: &[2, 3],
-        needs: &[Need::HostWindows, Need::OneSided, Need::CorePermits],
+        needs: &[Need::CorePermits],
         spec: windows_and_one_core,
         main: random_plans,
         verify: all_well,
@@ -46,7 +45,7 @@ pub(crate) const CASES: &[Case] = &[
         name: "streams_are_refused",
         ranks: &[2],
         seeds: &[1],
-        needs: NEEDS,
+        needs: &[],
         spec: windows,
         main: refusals,
         verify: all_equal,
@@ -55,7 +54,7 @@ pub(crate) const CASES: &[Case] = &[
         name: "stream_from_a_rank_that_hangs",
         ranks: &[3],
         seeds: &[1],
-        needs: &[Need::OneSided, Need::RealTime],
+        needs: &[Need::RealTime],
         spec: impatient,
         main: home_hangs,
         verify: names_home_as_missing,
@@ -64,7 +63,7 @@ pub(crate) const CASES: &[Case] = &[
         name: "stream_from_a_rank_that_fails",
         ranks: &[3],
         seeds: &[1],
-        needs: NEEDS,
+        needs: &[],
         spec: windows,
         main: home_fails,
         verify: names_home_as_lost,
@@ -206,7 +205,7 @@ fn random_plans(mut fabric: Box<dyn Fabric>, seed: u64) -> Report {
 }
 
 fn run(fabric: &mut dyn Fabric, operation: Operation<'_>) -> Result<(), String> {
-    fabric.run(operation, 0).map(drop).map_err(text)
+    fabric.run(operation).map(drop).map_err(text)
 }
 
 fn own_part(fabric: &dyn Fabric, slots: &Slots) -> Result<Region, String> {
@@ -314,7 +313,7 @@ fn refusals(mut fabric: Box<dyn Fabric>, seed: u64) -> Report {
     if fabric.direct().is_some() {
         let twice = engine.start_sync(&mut *fabric, &work, 2);
         ensure(matches!(twice, Err(FabricError::InFlight { .. })), || format!("twice: {twice:?}"))?;
-        let close = fabric.run(Operation::Close { window: WEIGHTS }, 0);
+        let close = fabric.run(Operation::Close { window: WEIGHTS });
         let refused = matches!(close, Err(FabricError::InFlight { in_flight: OperationKind::Stream, .. }));
         ensure(refused, || format!("closed under a stream: {close:?}"))?;
         let own = masters.shards()[0].region.write::<f32>();

@@ -1,6 +1,6 @@
 //! Barrier, all-gather, all-to-all, all-reduce, and core permits.
 
-use crate::harness::{Case, Need, Random, Report, all_equal, all_well, bytes, digest, ensure, plain, text};
+use crate::case::{Case, Need, Random, Report, all_equal, all_well, bytes, digest, ensure, plain, stamp, text};
 use ultraep_fabric::{Fabric, GroupSpec, Operation, Region, Span, WindowId};
 
 const GROUPS: &[usize] = &[1, 2, 5, 16];
@@ -31,7 +31,7 @@ pub(crate) const CASES: &[Case] = &[
         name: "all_to_all_random",
         ranks: GROUPS,
         seeds: &[1, 2, 3],
-        needs: &[Need::HostWindows],
+        needs: &[],
         spec: with_windows,
         main: all_to_all_random,
         verify: all_well,
@@ -49,7 +49,7 @@ pub(crate) const CASES: &[Case] = &[
         name: "mixed_sequence",
         ranks: &[3, 16],
         seeds: &[1, 2],
-        needs: &[Need::HostWindows, Need::CorePermits],
+        needs: &[Need::CorePermits],
         spec: with_permits,
         main: mixed_sequence,
         verify: all_equal,
@@ -101,10 +101,12 @@ fn barrier_stamps(mut fabric: Box<dyn Fabric>, _seed: u64) -> Report {
             }
             _ => Operation::Barrier,
         };
-        let completion = fabric.run(operation, stamp_of(me, round)).map_err(text)?;
+        let completion = fabric.run_stamped(operation, stamp_of(me, round)).map_err(text)?;
         let largest = (0..ranks).map(|rank| stamp_of(rank, round)).max().ok_or("no ranks")?;
-        ensure(completion.stamp == largest, || format!("stamp {} in round {round}, not {largest}", completion.stamp))?;
-        seen = digest(seen, &completion.stamp.to_le_bytes());
+        ensure(completion.stamp == stamp(&*fabric, largest), || {
+            format!("stamp {} in round {round}, not {largest}", completion.stamp)
+        })?;
+        seen = digest(seen, &largest.to_le_bytes());
     }
     fabric.leave().map_err(text)?;
     Ok(seen)
@@ -130,7 +132,7 @@ fn all_gather(mut fabric: Box<dyn Fabric>, seed: u64) -> Report {
             let (send, recv) = (Region::from_vec(mine), Region::from_vec(target));
             let send = if in_place { Span::part(&recv, 2 + me * size, size) } else { Span::whole(&send) };
             let operation = Operation::AllGather { send, recv: Span::part(&recv, 2, size * ranks) };
-            let completion = fabric.run(operation, 0).map_err(text)?;
+            let completion = fabric.run(operation).map_err(text)?;
             let expected: Vec<u8> = (0..ranks).flat_map(|rank| bytes(purpose, rank, size)).collect();
             let got = recv.read::<u8>().map_err(text)?;
             ensure(got[2..2 + size * ranks] == expected[..], || format!("wrong content with {size} bytes"))?;
@@ -179,7 +181,7 @@ fn all_to_all_random(mut fabric: Box<dyn Fabric>, seed: u64) -> Report {
             recv: INBOX,
             recv_bytes: &recv_bytes,
         };
-        let completion = fabric.run(operation, 0).map_err(text)?;
+        let completion = fabric.run(operation).map_err(text)?;
         let got = inbox.read::<u8>().map_err(text)?;
         ensure(got[..expected.len()] == expected[..], || format!("wrong content in round {round}"))?;
         let own = sizes[me][me];
@@ -204,7 +206,7 @@ fn all_reduce(mut fabric: Box<dyn Fabric>, seed: u64) -> Report {
     for (round, count) in [0, 1, 3, 15, 17, 1001, 65_536, 65_537, 150_001].into_iter().enumerate() {
         let purpose = seed * 100 + round as u64;
         let data = Region::from_vec(values(purpose, me, count));
-        let completion = fabric.run(Operation::AllReduceSumF32 { data: Span::whole(&data) }, 0).map_err(text)?;
+        let completion = fabric.run(Operation::AllReduceSumF32 { data: Span::whole(&data) }).map_err(text)?;
         let mut expected = values(purpose, 0, count);
         for rank in 1..ranks {
             expected.iter_mut().zip(values(purpose, rank, count)).for_each(|(sum, value)| *sum += value);
@@ -217,7 +219,7 @@ fn all_reduce(mut fabric: Box<dyn Fabric>, seed: u64) -> Report {
     }
     // A span that is not aligned for f32, and negative zero: (-0.0) + (-0.0) stays negative.
     let odd = Region::from_vec([vec![9u8], (-0.0f32).to_le_bytes().to_vec(), vec![9]].concat());
-    fabric.run(Operation::AllReduceSumF32 { data: Span::part(&odd, 1, 4) }, 0).map_err(text)?;
+    fabric.run(Operation::AllReduceSumF32 { data: Span::part(&odd, 1, 4) }).map_err(text)?;
     let expected = [&[9], &(-0.0f32).to_le_bytes()[..], &[9]].concat();
     ensure(odd.read::<u8>().map_err(text)?[..] == expected[..], || {
         "negative zero or its neighbours changed".to_owned()
@@ -239,12 +241,12 @@ fn mixed_sequence(mut fabric: Box<dyn Fabric>, seed: u64) -> Report {
                 let all = Region::zeroed(size * ranks);
                 let send = Region::from_vec(bytes(round, me, size));
                 let operation = Operation::AllGather { send: Span::whole(&send), recv: Span::whole(&all) };
-                fabric.run(operation, 0).map_err(text)?;
+                fabric.run(operation).map_err(text)?;
                 seen = digest(seen, &all.read::<u8>().map_err(text)?);
             }
             1 => {
                 let data = Region::from_vec(values(round, me, size));
-                fabric.run(Operation::AllReduceSumF32 { data: Span::whole(&data) }, 0).map_err(text)?;
+                fabric.run(Operation::AllReduceSumF32 { data: Span::whole(&data) }).map_err(text)?;
                 seen = digest(seen, bytemuck::cast_slice(&data.read::<f32>().map_err(text)?));
             }
             2 => {
@@ -253,7 +255,7 @@ fn mixed_sequence(mut fabric: Box<dyn Fabric>, seed: u64) -> Report {
                 let sizes = vec![part; ranks];
                 let send = Span::whole(&send);
                 let operation = Operation::AllToAll { send, send_bytes: &sizes, recv: INBOX, recv_bytes: &sizes };
-                fabric.run(operation, 0).map_err(text)?;
+                fabric.run(operation).map_err(text)?;
                 let got = inbox.read::<u8>().map_err(text)?;
                 for from in 0..ranks {
                     let sent = bytes(round, from, part * ranks);
@@ -261,7 +263,7 @@ fn mixed_sequence(mut fabric: Box<dyn Fabric>, seed: u64) -> Report {
                     ensure(got[from * part..(from + 1) * part] == *expected, || format!("block of rank {from}"))?;
                 }
             }
-            _ => drop(fabric.run(Operation::Barrier, round).map_err(text)?),
+            _ => drop(fabric.run_stamped(Operation::Barrier, round).map_err(text)?),
         }
     }
     fabric.leave().map_err(text)?;
@@ -285,10 +287,10 @@ fn core_permits(mut fabric: Box<dyn Fabric>, _seed: u64) -> Report {
             std::hint::spin_loop();
         }
         times.extend([start, now_ns()]);
-        fabric.run(Operation::Barrier, 0).map_err(text)?;
+        fabric.run(Operation::Barrier).map_err(text)?;
     }
     let (mine, all) = (Region::from_vec(times), Region::zeroed(ranks * ROUNDS * 16));
-    fabric.run(Operation::AllGather { send: Span::whole(&mine), recv: Span::whole(&all) }, 0).map_err(text)?;
+    fabric.run(Operation::AllGather { send: Span::whole(&mine), recv: Span::whole(&all) }).map_err(text)?;
     let all = all.read::<u64>().map_err(text)?;
     let mut events: Vec<(u64, i32)> = all.chunks(2).flat_map(|pair| [(pair[0], 1), (pair[1], -1)]).collect();
     events.sort_unstable();

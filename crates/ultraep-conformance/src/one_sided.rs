@@ -1,20 +1,18 @@
 //! Windows, put, get, signals.
 
-use crate::harness::{Case, Need, Report, all_equal, all_well, bytes, digest, ensure, plain, text};
+use crate::case::{Case, Report, all_equal, all_well, bytes, digest, ensure, plain, stamp, text};
 use ultraep_fabric::{Fabric, FabricError, GroupSpec, Operation, Region, RemoteSpan, SIGNALS, Span, WindowId};
 use ultraep_plan::Rank;
 
 const WINDOW: WindowId = WindowId::new(0);
 const PART: usize = 40_003;
-const NEEDS: &[Need] = &[Need::HostWindows, Need::OneSided];
-const NEEDS_SIGNALS: &[Need] = &[Need::HostWindows, Need::OneSided, Need::Signals];
 
 pub(crate) const CASES: &[Case] = &[
     Case {
         name: "put_to_all",
         ranks: &[1, 2, 5, 16],
         seeds: &[1],
-        needs: NEEDS,
+        needs: &[],
         spec: with_window,
         main: put_to_all,
         verify: all_equal,
@@ -23,7 +21,7 @@ pub(crate) const CASES: &[Case] = &[
         name: "get_from_all",
         ranks: &[1, 2, 5, 16],
         seeds: &[1],
-        needs: NEEDS,
+        needs: &[],
         spec: with_window,
         main: get_from_all,
         verify: all_equal,
@@ -32,7 +30,7 @@ pub(crate) const CASES: &[Case] = &[
         name: "relay_by_signals",
         ranks: &[1, 2, 5, 16],
         seeds: &[1],
-        needs: NEEDS_SIGNALS,
+        needs: &[],
         spec: with_window,
         main: relay_by_signals,
         verify: all_equal,
@@ -41,7 +39,7 @@ pub(crate) const CASES: &[Case] = &[
         name: "signals_count",
         ranks: &[1, 2, 5, 16],
         seeds: &[1],
-        needs: &[Need::Signals],
+        needs: &[],
         spec: with_permits,
         main: signals_count,
         verify: all_well,
@@ -50,7 +48,7 @@ pub(crate) const CASES: &[Case] = &[
         name: "racing_puts",
         ranks: &[5],
         seeds: &[1],
-        needs: NEEDS,
+        needs: &[],
         spec: with_window,
         main: racing_puts,
         verify: all_well,
@@ -59,7 +57,7 @@ pub(crate) const CASES: &[Case] = &[
         name: "signal_beside_collective",
         ranks: &[2, 5],
         seeds: &[1],
-        needs: &[Need::Signals],
+        needs: &[],
         spec: plain,
         main: signal_beside_collective,
         verify: all_well,
@@ -77,7 +75,7 @@ fn with_permits(ranks: usize) -> GroupSpec {
 }
 
 fn run(fabric: &mut Box<dyn Fabric>, operation: Operation<'_>) -> Result<ultraep_fabric::Completion, String> {
-    fabric.run(operation, 5).map_err(text)
+    fabric.run_stamped(operation, 5).map_err(text)
 }
 
 /// Each rank writes its bytes to its place on every rank: one put, many targets. Several epochs.
@@ -93,7 +91,9 @@ fn put_to_all(mut fabric: Box<dyn Fabric>, seed: u64) -> Report {
         let place = |rank| RemoteSpan { rank: Rank::new(rank), window: WINDOW, offset: me * PART + PART - size };
         let places: Vec<RemoteSpan> = (0..ranks).map(place).collect();
         let put = run(&mut fabric, Operation::Put { from: Span::part(&mine, 3, size), to: &places })?;
-        ensure(put.bytes_sent == (size * (ranks - 1)) as u64 && put.stamp == 5, || format!("{put:?}"))?;
+        ensure(put.bytes_sent == (size * (ranks - 1)) as u64 && put.stamp == stamp(&*fabric, 5), || {
+            format!("{put:?}")
+        })?;
         run(&mut fabric, Operation::Put { from: Span::whole(&mine), to: &[] })?;
         run(&mut fabric, Operation::Close { window: WINDOW })?;
         let got = window.read::<u8>().map_err(text)?;
@@ -216,11 +216,12 @@ fn signal_beside_collective(mut fabric: Box<dyn Fabric>, seed: u64) -> Report {
     let all = Region::zeroed(600_000 * ranks);
     let gather = Operation::AllGather { send: Span::whole(&mine), recv: Span::whole(&all) };
     if me == 0 {
-        let ticket = fabric.submit(gather, 1).map_err(text)?;
+        let ticket = fabric.submit_stamped(gather, 1).map_err(text)?;
         run(&mut fabric, Operation::AwaitSignal { signal: 0, at_least: ranks as u64 - 1 })?;
-        let busy = fabric.submit(Operation::Barrier, 0);
+        let busy = fabric.submit(Operation::Barrier);
         ensure(matches!(busy, Err(FabricError::InFlight { .. })), || format!("{busy:?}"))?;
-        ensure(fabric.wait(ticket).map_err(text)?.stamp == 1, || "stamp".to_owned())?;
+        let completion = fabric.wait(ticket).map_err(text)?;
+        ensure(completion.stamp == stamp(&*fabric, 1), || "stamp".to_owned())?;
     } else {
         run_at(&mut fabric, gather, 0)?;
         run(&mut fabric, Operation::Signal { rank: Rank::new(0), signal: 0, add: 1 })?;
@@ -232,5 +233,5 @@ fn signal_beside_collective(mut fabric: Box<dyn Fabric>, seed: u64) -> Report {
 }
 
 fn run_at(fabric: &mut Box<dyn Fabric>, operation: Operation<'_>, stamp: u64) -> Result<(), String> {
-    fabric.run(operation, stamp).map(drop).map_err(text)
+    fabric.run_stamped(operation, stamp).map(drop).map_err(text)
 }

@@ -1,6 +1,6 @@
 //! Wrong use is a typed error that changes nothing: the group goes on.
 
-use crate::harness::{Case, Need, Report, all_well, ensure, plain, text};
+use crate::case::{Case, Report, all_well, ensure, plain, stamp, text};
 use std::sync::Arc;
 use ultraep_fabric::{
     AccessError, Fabric, FabricError, GroupSpec, Operation, OperationKind, Region, RemoteSpan, SIGNALS, Span, WindowId,
@@ -10,14 +10,13 @@ use ultraep_plan::Rank;
 const WINDOW: WindowId = WindowId::new(0);
 const OTHER: WindowId = WindowId::new(1);
 const PART: usize = 256;
-const NEEDS: &[Need] = &[Need::HostWindows, Need::OneSided, Need::Signals];
 
 pub(crate) const CASES: &[Case] = &[
     Case {
         name: "access_rules",
         ranks: &[1, 2, 5],
         seeds: &[1],
-        needs: NEEDS,
+        needs: &[],
         spec: two_windows,
         main: access_rules,
         verify: all_well,
@@ -26,7 +25,7 @@ pub(crate) const CASES: &[Case] = &[
         name: "operands_in_flight",
         ranks: &[2, 5],
         seeds: &[1],
-        needs: NEEDS,
+        needs: &[],
         spec: two_windows,
         main: operands_in_flight,
         verify: all_well,
@@ -35,7 +34,7 @@ pub(crate) const CASES: &[Case] = &[
         name: "out_of_range",
         ranks: &[1, 2, 5],
         seeds: &[1],
-        needs: NEEDS,
+        needs: &[],
         spec: two_windows,
         main: out_of_range,
         verify: all_well,
@@ -61,7 +60,7 @@ fn two_windows(ranks: usize) -> GroupSpec {
 /// That an operation is refused for this reason.
 fn refused(fabric: &mut Box<dyn Fabric>, operation: Operation<'_>, why: AccessError) -> Result<(), String> {
     let kind = operation.kind();
-    match fabric.submit(operation, 0) {
+    match fabric.submit(operation) {
         Err(FabricError::Access { operation, source, rank, .. }) => {
             ensure((operation, source, rank) == (kind, why, fabric.rank()), || {
                 format!("{operation}: {source}, not {why}")
@@ -72,7 +71,7 @@ fn refused(fabric: &mut Box<dyn Fabric>, operation: Operation<'_>, why: AccessEr
 }
 
 fn run(fabric: &mut Box<dyn Fabric>, operation: Operation<'_>) -> Result<(), String> {
-    fabric.run(operation, 0).map(drop).map_err(text)
+    fabric.run(operation).map(drop).map_err(text)
 }
 
 fn error_of<T>(result: Result<T, AccessError>) -> Option<AccessError> {
@@ -82,6 +81,7 @@ fn error_of<T>(result: Result<T, AccessError>) -> Option<AccessError> {
 fn access_rules(mut fabric: Box<dyn Fabric>, _seed: u64) -> Report {
     let me = fabric.rank();
     let window = fabric.window(WINDOW).ok_or("no window")?;
+    ensure(fabric.direct().is_some() == fabric.capabilities().direct, || "direct access is not as said".to_owned())?;
     let (region, target) = (Region::zeroed(8), [RemoteSpan { rank: me, window: WINDOW, offset: 0 }]);
     let put = || Operation::Put { from: Span::whole(&region), to: &target };
     let (open, close) = (|| Operation::Open { window: WINDOW }, || Operation::Close { window: WINDOW });
@@ -118,7 +118,7 @@ fn access_rules(mut fabric: Box<dyn Fabric>, _seed: u64) -> Report {
     drop(guard);
 
     // Once `Close` is submitted: no put, and no guard before it is complete.
-    let ticket = fabric.submit(close(), 0).map_err(text)?;
+    let ticket = fabric.submit(close()).map_err(text)?;
     refused(&mut fabric, put(), AccessError::Closed)?;
     fabric.wait(ticket).map_err(text)?;
     ensure(window.write::<u8>().is_ok(), || "no writer after the epoch".to_owned())?;
@@ -153,7 +153,7 @@ fn operands_in_flight(mut fabric: Box<dyn Fabric>, _seed: u64) -> Report {
     refused(&mut fabric, gather(), AccessError::BeingWritten)?;
     ensure(recv.write::<u8>().is_ok(), || "recv is still held after a refusal".to_owned())?;
     drop(guard);
-    let ticket = fabric.submit(gather(), 0).map_err(text)?;
+    let ticket = fabric.submit(gather()).map_err(text)?;
     ensure(error_of(recv.read::<u8>()) == Some(AccessError::BeingWritten), || "recv read in flight".to_owned())?;
     ensure(error_of(send.write::<u8>()) == Some(AccessError::BeingRead), || "send written in flight".to_owned())?;
     fabric.wait(ticket).map_err(text)?;
@@ -164,7 +164,7 @@ fn operands_in_flight(mut fabric: Box<dyn Fabric>, _seed: u64) -> Report {
     let exchange = |send| Operation::AllToAll { send, send_bytes: &sizes, recv: WINDOW, recv_bytes: &sizes };
     let from_itself = exchange(Span::part(&window, 0, 0));
     refused(&mut fabric, from_itself, AccessError::BeingRead)?;
-    let ticket = fabric.submit(exchange(Span::part(&send, 0, 0)), 0).map_err(text)?;
+    let ticket = fabric.submit(exchange(Span::part(&send, 0, 0))).map_err(text)?;
     ensure(error_of(window.read::<u8>()) == Some(AccessError::Receiving), || "window read in flight".to_owned())?;
     fabric.wait(ticket).map_err(text)?;
     ensure(window.write::<u8>().is_ok(), || "window held after completion".to_owned())?;
@@ -211,7 +211,7 @@ fn out_of_range(mut fabric: Box<dyn Fabric>, _seed: u64) -> Report {
     ];
     for operation in wrong {
         let (shown, kind) = (format!("{operation:?}"), operation.kind());
-        match fabric.submit(operation, 0) {
+        match fabric.submit(operation) {
             Err(FabricError::OutOfRange { operation, .. }) if operation == kind => {}
             other => return Err(format!("{shown}: {other:?}")),
         }
@@ -226,8 +226,8 @@ fn out_of_range(mut fabric: Box<dyn Fabric>, _seed: u64) -> Report {
 fn one_collective_at_a_time(mut fabric: Box<dyn Fabric>, _seed: u64) -> Report {
     let me = fabric.rank();
     run(&mut fabric, Operation::Barrier)?;
-    let first = fabric.submit(Operation::Barrier, me.index() as u64).map_err(text)?;
-    match fabric.submit(Operation::Open { window: WINDOW }, 0) {
+    let first = fabric.submit_stamped(Operation::Barrier, me.index() as u64).map_err(text)?;
+    match fabric.submit(Operation::Open { window: WINDOW }) {
         Err(FabricError::InFlight { operation, rank, in_flight }) => {
             let expected = (OperationKind::Open, me, OperationKind::Barrier);
             ensure((operation, rank, in_flight) == expected, || format!("{operation} {rank} {in_flight}"))?;
@@ -246,7 +246,7 @@ fn one_collective_at_a_time(mut fabric: Box<dyn Fabric>, _seed: u64) -> Report {
         }
         std::thread::yield_now();
     };
-    ensure(completion.stamp == fabric.ranks() as u64 - 1, || format!("{completion:?}"))?;
+    ensure(completion.stamp == stamp(&*fabric, fabric.ranks() as u64 - 1), || format!("{completion:?}"))?;
     let again = fabric.poll(&first);
     ensure(matches!(again, Err(FabricError::UnknownTicket { .. })), || format!("{again:?}"))?;
     run(&mut fabric, Operation::Open { window: WINDOW })?;

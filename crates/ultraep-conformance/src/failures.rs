@@ -1,6 +1,6 @@
 //! Ranks that die, hang, leave early or disagree: every other rank ends with an error that names the one.
 
-use crate::harness::{Case, Ending, Need, Random, Report, ensure, plain, text};
+use crate::case::{Case, Ending, Need, Random, Report, ensure, plain, text};
 use std::time::Duration;
 use ultraep_fabric::{
     Fabric, FabricError, GroupSpec, Loss, Operation, OperationKind, Region, RemoteSpan, Span, WindowId,
@@ -112,7 +112,7 @@ fn all_named(ending: &Ending) -> Result<(), String> {
 /// Barriers until one fails: the first that the culprit does not reach, or the one before, which it may have left by the
 /// time that this rank looks. Then the same error again at once, whatever is called.
 fn failing(fabric: &mut Box<dyn Fabric>) -> Result<FabricError, String> {
-    let error = (0..2).find_map(|_| fabric.run(Operation::Barrier, 0).err()).ok_or("no barrier failed")?;
+    let error = (0..2).find_map(|_| fabric.run(Operation::Barrier).err()).ok_or("no barrier failed")?;
     same_again(fabric, &error)?;
     Ok(error)
 }
@@ -120,9 +120,9 @@ fn failing(fabric: &mut Box<dyn Fabric>) -> Result<FabricError, String> {
 fn same_again(fabric: &mut Box<dyn Fabric>, error: &FabricError) -> Result<(), String> {
     ensure(error.ends_group(), || format!("{error} does not end the group"))?;
     let again = [
-        fabric.run(Operation::Barrier, 0).err(),
-        fabric.submit(Operation::Signal { rank: Rank::new(0), signal: 0, add: 1 }, 0).err(),
-        fabric.submit(Operation::AwaitSignal { signal: 0, at_least: 0 }, 0).err(),
+        fabric.run(Operation::Barrier).err(),
+        fabric.submit(Operation::Signal { rank: Rank::new(0), signal: 0, add: 1 }).err(),
+        fabric.submit(Operation::AwaitSignal { signal: 0, at_least: 0 }).err(),
     ];
     for later in again {
         ensure(later.as_ref().and_then(FabricError::culprit) == error.culprit(), || {
@@ -144,7 +144,7 @@ fn lost(error: &FabricError, ways: &[Loss]) -> Report {
 
 fn rank_returns_an_error(mut fabric: Box<dyn Fabric>, _seed: u64) -> Report {
     if fabric.rank() == CULPRIT {
-        fabric.run(Operation::Barrier, 0).map_err(text)?;
+        fabric.run(Operation::Barrier).map_err(text)?;
         return Err("(deliberate)".to_owned());
     }
     lost(&failing(&mut fabric)?, &[Loss::Dropped, Loss::Failed, Loss::Exited { code: 1 }])
@@ -152,7 +152,7 @@ fn rank_returns_an_error(mut fabric: Box<dyn Fabric>, _seed: u64) -> Report {
 
 fn rank_panics(mut fabric: Box<dyn Fabric>, _seed: u64) -> Report {
     if fabric.rank() == CULPRIT {
-        fabric.run(Operation::Barrier, 0).map_err(text)?;
+        fabric.run(Operation::Barrier).map_err(text)?;
         // Like a panic, but without the message on the screen.
         std::panic::resume_unwind(Box::new("(deliberate)"));
     }
@@ -161,7 +161,7 @@ fn rank_panics(mut fabric: Box<dyn Fabric>, _seed: u64) -> Report {
 
 fn rank_drops_its_endpoint(mut fabric: Box<dyn Fabric>, _seed: u64) -> Report {
     if fabric.rank() == CULPRIT {
-        fabric.run(Operation::Barrier, 0).map_err(text)?;
+        fabric.run(Operation::Barrier).map_err(text)?;
         drop(fabric);
         return Ok(0);
     }
@@ -170,7 +170,7 @@ fn rank_drops_its_endpoint(mut fabric: Box<dyn Fabric>, _seed: u64) -> Report {
 
 fn rank_leaves_early(mut fabric: Box<dyn Fabric>, _seed: u64) -> Report {
     if fabric.rank() == CULPRIT {
-        fabric.run(Operation::Barrier, 0).map_err(text)?;
+        fabric.run(Operation::Barrier).map_err(text)?;
         fabric.leave().map_err(text)?;
         return Ok(0);
     }
@@ -180,7 +180,7 @@ fn rank_leaves_early(mut fabric: Box<dyn Fabric>, _seed: u64) -> Report {
 /// The culprit has submitted its part, so nobody waits for it; but it will not be there for the next.
 fn rank_drops_a_collective(mut fabric: Box<dyn Fabric>, _seed: u64) -> Report {
     if fabric.rank() == CULPRIT {
-        let _ticket = fabric.submit(Operation::Barrier, 0).map_err(text)?;
+        let _ticket = fabric.submit(Operation::Barrier).map_err(text)?;
         let refused = fabric.leave();
         ensure(matches!(refused, Err(FabricError::InFlight { .. })), || format!("{refused:?}"))?;
         return Ok(0);
@@ -192,7 +192,7 @@ fn signaller_is_lost(mut fabric: Box<dyn Fabric>, _seed: u64) -> Report {
     if fabric.rank() == CULPRIT {
         std::panic::resume_unwind(Box::new("(deliberate)"));
     }
-    let error = fabric.run(Operation::AwaitSignal { signal: 0, at_least: 1 }, 0).err().ok_or("no error")?;
+    let error = fabric.run(Operation::AwaitSignal { signal: 0, at_least: 1 }).err().ok_or("no error")?;
     same_again(&mut fabric, &error)?;
     ensure(error.culprit() == Some(CULPRIT), || text(&error))?;
     Ok(NAMED)
@@ -205,18 +205,18 @@ fn kill_myself() -> Result<(), String> {
 
 fn rank_is_killed(mut fabric: Box<dyn Fabric>, _seed: u64) -> Report {
     if fabric.rank() == CULPRIT {
-        fabric.run(Operation::Barrier, 0).map_err(text)?;
+        fabric.run(Operation::Barrier).map_err(text)?;
         kill_myself()?;
     }
-    lost(&failing(&mut fabric)?, &[Loss::Killed { signal: 9 }])
+    lost(&failing(&mut fabric)?, &[Loss::Killed { signal: 9 }, Loss::Vanished])
 }
 
 fn rank_exits_without_leaving(mut fabric: Box<dyn Fabric>, _seed: u64) -> Report {
     if fabric.rank() == CULPRIT {
-        fabric.run(Operation::Barrier, 0).map_err(text)?;
+        fabric.run(Operation::Barrier).map_err(text)?;
         std::process::exit(0);
     }
-    lost(&failing(&mut fabric)?, &[Loss::Exited { code: 0 }])
+    lost(&failing(&mut fabric)?, &[Loss::Exited { code: 0 }, Loss::Vanished])
 }
 
 /// A working loop in which the culprit kills itself before, in or after some operation.
@@ -241,7 +241,7 @@ fn rank_is_killed_at_a_random_step(mut fabric: Box<dyn Fabric>, seed: u64) -> Re
             _ => Operation::Barrier,
         };
         let dies = me == CULPRIT && step == last;
-        match fabric.submit(operation, 0) {
+        match fabric.submit(operation) {
             // In the middle: its part is submitted and not waited for.
             Ok(_) if dies => kill_myself()?,
             Ok(ticket) => {
@@ -256,14 +256,14 @@ fn rank_is_killed_at_a_random_step(mut fabric: Box<dyn Fabric>, seed: u64) -> Re
     };
     same_again(&mut fabric, &error)?;
     match error {
-        FabricError::PeerLost { rank: CULPRIT, reason: Loss::Killed { signal: 9 }, .. } => Ok(NAMED),
+        FabricError::PeerLost { rank: CULPRIT, reason: Loss::Killed { signal: 9 } | Loss::Vanished, .. } => Ok(NAMED),
         other => Err(text(other)),
     }
 }
 
 /// Waits for all ranks however long their start takes: polling has no timeout.
 fn all_here(fabric: &mut Box<dyn Fabric>) -> Result<(), String> {
-    let ticket = fabric.submit(Operation::Barrier, 0).map_err(text)?;
+    let ticket = fabric.submit(Operation::Barrier).map_err(text)?;
     while fabric.poll(&ticket).map_err(text)?.is_none() {
         std::thread::sleep(Duration::from_millis(1));
     }
@@ -273,7 +273,7 @@ fn all_here(fabric: &mut Box<dyn Fabric>) -> Result<(), String> {
 /// The culprit sleeps long past the timeout, then comes back and is told as well.
 fn hang(fabric: &mut Box<dyn Fabric>, time: Duration) -> Report {
     std::thread::sleep(time);
-    let error = fabric.run(Operation::Barrier, 0).err().ok_or("the group went on without it")?;
+    let error = fabric.run(Operation::Barrier).err().ok_or("the group went on without it")?;
     timed_out(&error, &[OperationKind::Barrier, OperationKind::AwaitSignal, OperationKind::CorePermit])
 }
 
@@ -299,7 +299,7 @@ fn rank_hangs(mut fabric: Box<dyn Fabric>, _seed: u64) -> Report {
 fn rank_hangs_with_the_only_permit(mut fabric: Box<dyn Fabric>, _seed: u64) -> Report {
     if fabric.rank() == CULPRIT {
         // All others have started when this barrier is over, and wait for the permit that the culprit then has.
-        fabric.run(Operation::Barrier, 0).map_err(text)?;
+        fabric.run(Operation::Barrier).map_err(text)?;
         return hang(&mut fabric, Duration::from_millis(1600));
     }
     timed_out(&failing(&mut fabric)?, &[OperationKind::Barrier, OperationKind::CorePermit])
@@ -310,7 +310,7 @@ fn signaller_hangs(mut fabric: Box<dyn Fabric>, _seed: u64) -> Report {
     if fabric.rank() == CULPRIT {
         return hang(&mut fabric, Duration::from_millis(700));
     }
-    let error = fabric.run(Operation::AwaitSignal { signal: 7, at_least: 1 }, 0).err().ok_or("no error")?;
+    let error = fabric.run(Operation::AwaitSignal { signal: 7, at_least: 1 }).err().ok_or("no error")?;
     same_again(&mut fabric, &error)?;
     timed_out(&error, &[OperationKind::AwaitSignal])
 }
@@ -318,14 +318,14 @@ fn signaller_hangs(mut fabric: Box<dyn Fabric>, _seed: u64) -> Report {
 /// The last rank is in another collective.
 fn different_collectives(mut fabric: Box<dyn Fabric>, _seed: u64) -> Report {
     let (me, last) = (fabric.rank().index(), fabric.ranks() - 1);
-    fabric.run(Operation::Barrier, 0).map_err(text)?;
+    fabric.run(Operation::Barrier).map_err(text)?;
     let (send, recv) = (Region::zeroed(24), Region::zeroed(24 * fabric.ranks()));
     let operation = if me == last {
         Operation::AllGather { send: Span::whole(&send), recv: Span::whole(&recv) }
     } else {
         Operation::Barrier
     };
-    let error = fabric.run(operation, 0).err().ok_or("no error")?;
+    let error = fabric.run(operation).err().ok_or("no error")?;
     same_again(&mut fabric, &error)?;
     match &error {
         FabricError::Mismatch { rank, operation, other, other_operation } => {
@@ -342,7 +342,7 @@ fn different_collectives(mut fabric: Box<dyn Fabric>, _seed: u64) -> Report {
 fn different_sizes(mut fabric: Box<dyn Fabric>, _seed: u64) -> Report {
     let (me, last) = (fabric.rank().index(), fabric.ranks() - 1);
     let data = Region::zeroed(if me == last { 40 } else { 44 });
-    let error = fabric.run(Operation::AllReduceSumF32 { data: Span::whole(&data) }, 0).err().ok_or("no error")?;
+    let error = fabric.run(Operation::AllReduceSumF32 { data: Span::whole(&data) }).err().ok_or("no error")?;
     same_again(&mut fabric, &error)?;
     match &error {
         FabricError::Mismatch { rank, operation, other, other_operation } => {
@@ -364,7 +364,7 @@ fn different_blocks(mut fabric: Box<dyn Fabric>, _seed: u64) -> Report {
     }
     let send = Span::whole(&send);
     let operation = Operation::AllToAll { send, send_bytes: &send_bytes, recv: WINDOW, recv_bytes: &recv_bytes };
-    let error = fabric.run(operation, 0).err().ok_or("no error")?;
+    let error = fabric.run(operation).err().ok_or("no error")?;
     same_again(&mut fabric, &error)?;
     let (from, to) = (Rank::new(1), Rank::new(0));
     let expected = FabricError::SizeMismatch { from, to, sent_bytes: 8, expected_bytes: 9 };
