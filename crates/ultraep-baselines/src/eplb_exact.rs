@@ -16,7 +16,7 @@ use std::cmp::Reverse;
 use ultraep_plan::{Domain, Expert, Plan, PlanRules, Policy, Problem, Rank, SlotRule, SolveError, Topology};
 
 use crate::draft::{Amounts, Bound, Draft, total_slots};
-use crate::heuristic::{Replicator, weight};
+use crate::heuristic::{Replicator, load_a_copy};
 
 /// The policy. Stateless between microbatches.
 #[derive(Clone, Debug)]
@@ -73,7 +73,7 @@ impl EplbExact {
     /// Gives the replicas to ranks of the domain.
     fn place(&mut self, domain: Domain) {
         let Self { topology, draft, totals, copies, replicas, rank_weights, free_slots, holds, .. } = self;
-        let weight_of = |expert: Expert| weight(u64::from(totals[expert.index()]), copies[expert.index()]);
+        let weight_of = |expert: Expert| load_a_copy(u64::from(totals[expert.index()]), copies[expert.index()]);
         let ranks = topology.domain_range(domain);
         for expert in topology.domain_experts(domain).map(Expert::new) {
             rank_weights[topology.home(expert).index()] += weight_of(expert);

@@ -5,11 +5,11 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
 /// Fractions of a token in which weights (load / copies, rounded down) are compared and summed while packing.
-pub(crate) const WEIGHT_UNIT: u64 = 1 << 16;
+pub const LOAD_UNIT: u64 = 1 << 16;
 
-/// Load for each copy, in [`WEIGHT_UNIT`]ths of a token, rounded down. Loads up to 2^47 tokens do not overflow.
-pub(crate) fn weight(load: u64, copies: u32) -> u64 {
-    load.saturating_mul(WEIGHT_UNIT) / u64::from(copies.max(1))
+/// Load for each copy, in [`LOAD_UNIT`]ths of a token, rounded down. Loads up to 2^47 tokens do not overflow.
+pub fn load_a_copy(load: u64, copies: u32) -> u64 {
+    load.saturating_mul(LOAD_UNIT) / u64::from(copies.max(1))
 }
 
 /// An expert by load a copy: larger fraction first, then the lower expert. Fractions are compared exactly.
@@ -89,6 +89,11 @@ pub(crate) struct Packer {
 }
 
 impl Packer {
+    /// The items of the last run in the order in which they were packed.
+    pub(crate) fn order(&self) -> &[u32] {
+        &self.order
+    }
+
     /// Packs `weights` into packs with `room` items each; writes the pack of each item to `pack_of`. The rooms must sum
     /// to at least the number of items. `O(items log items)`.
     pub(crate) fn run(&mut self, weights: &[u64], room: impl IntoIterator<Item = usize>, pack_of: &mut Vec<u32>) {
@@ -96,13 +101,13 @@ impl Packer {
         self.room.extend(room);
         debug_assert!(self.room.iter().sum::<usize>() >= weights.len(), "more items than room");
         pack_of.clear();
+        self.order.clear();
+        self.order.extend(0..weights.len() as u32);
         if self.room.iter().all(|&r| r == 1) {
-            pack_of.extend(0..weights.len() as u32);
+            pack_of.extend(&self.order);
             return;
         }
         pack_of.resize(weights.len(), 0);
-        self.order.clear();
-        self.order.extend(0..weights.len() as u32);
         self.order.sort_unstable_by_key(|&i| (Reverse(weights[i as usize]), i));
         self.packs.clear();
         self.packs.extend((0..self.room.len() as u32).filter(|&p| self.room[p as usize] > 0).map(|p| Reverse((0, p))));

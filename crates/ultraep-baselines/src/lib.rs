@@ -20,12 +20,15 @@ mod llep;
 mod lplb;
 mod masters;
 mod moonep;
+mod placer;
 
-pub use eplb::{Eplb, EplbParams, ExpertGroups};
+pub use eplb::{Eplb, EplbParams};
 pub use eplb_exact::EplbExact;
+pub use heuristic::{LOAD_UNIT, load_a_copy};
 pub use history::{History, HistoryParams};
 pub use kind::{BuildError, ParsePolicyError, PolicyKind, PolicyParams, build, physical_per_rank, plan_for};
 pub use llep::{Llep, LlepParams};
 pub use lplb::{Lplb, LplbLinks, LplbParams};
 pub use masters::MastersOnly;
 pub use moonep::MoonEp;
+pub use placer::{EplbPlacer, ExpertGroups, Region};

@@ -30,7 +30,7 @@ use ultraep_plan::{
 };
 
 use crate::draft::{Amounts, Bound, Draft, Shape};
-use crate::heuristic::{Packer, weight};
+use crate::heuristic::{Packer, load_a_copy};
 use crate::history::{History, HistoryParams};
 
 /// Which ranks share an expert.
@@ -122,7 +122,7 @@ impl Lplb {
         for domain in (0..topology.domains()).map(Domain::new) {
             let (ranks, experts) = (topology.domain_range(domain), topology.domain_experts(domain));
             weights.clear();
-            weights.extend(past[experts.clone()].iter().map(|&load| weight(load, 1)));
+            weights.extend(past[experts.clone()].iter().map(|&load| load_a_copy(load, 1)));
             let room = ranks.clone().map(|rank| topology.masters(Rank::new(rank)).len());
             self.packer.run(&weights, room, &mut pack_of);
             for (expert, &pack) in experts.clone().zip(&pack_of) {
@@ -154,7 +154,7 @@ impl Lplb {
             let ranks = topology.domain_range(domain);
             let start = self.replicas.len();
             let rank_of = |i: usize| Rank::new(ranks.start + i);
-            let home_load = |r: Rank| topology.masters(r).map(|e| weight(past[e], 1)).sum::<u64>();
+            let home_load = |r: Rank| topology.masters(r).map(|e| load_a_copy(past[e], 1)).sum::<u64>();
             let mut loads: Vec<u64> = (0..ranks.len()).map(|i| home_load(rank_of(i))).collect();
             let slots = |r: Rank| if topology.speed(r) == 0 { 0 } else { topology.slots(r) };
             let mut free: Vec<usize> = (0..ranks.len()).map(|i| slots(rank_of(i))).collect();
@@ -164,7 +164,7 @@ impl Lplb {
                 let home = topology.home(expert).index() - ranks.start;
                 let open = (0..ranks.len()).filter(|&i| i != home && free[i] > 0);
                 if let Some(host) = open.min_by_key(|&i| (loads[i], i)) {
-                    let half = weight(past[expert.index()], 2);
+                    let half = load_a_copy(past[expert.index()], 2);
                     loads[home] -= half;
                     loads[host] += half;
                     free[host] -= 1;
