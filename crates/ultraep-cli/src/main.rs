@@ -10,7 +10,9 @@
 mod commands;
 mod error;
 mod input;
+mod output;
 mod picture;
+mod table;
 mod timing;
 
 use std::io::{self, BufWriter, Write};
@@ -20,6 +22,7 @@ use clap::Parser;
 
 use commands::Command;
 use error::CliError;
+use output::{Output, TableFormat};
 
 /// Balance the experts of mixture-of-experts models from the exact load, in real time.
 #[derive(Debug, Parser)]
@@ -27,13 +30,23 @@ use error::CliError;
 struct Cli {
     #[command(subcommand)]
     command: Command,
+    /// How tables are written: table, csv (nothing else on standard output, plain numbers) or md
+    #[arg(
+        long = "format",
+        global = true,
+        value_enum,
+        default_value_t,
+        value_name = "FORMAT",
+        hide_possible_values = true
+    )]
+    tables: TableFormat,
 }
 
 const EXIT_CODES: &str = "Exit codes: 0 success, 1 failure, 2 usage or bad input.";
 
 fn main() -> ExitCode {
     let result = match Cli::try_parse() {
-        Ok(cli) => run(&cli.command),
+        Ok(cli) => run(&cli),
         Err(error) => CliError::from_clap(&error),
     };
     match result {
@@ -42,9 +55,9 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(command: &Command) -> Result<(), CliError> {
-    let mut out = BufWriter::new(io::stdout().lock());
-    command.run(&mut out)?;
-    out.flush()?;
+fn run(cli: &Cli) -> Result<(), CliError> {
+    let mut stdout = BufWriter::new(io::stdout().lock());
+    cli.command.run(&mut Output::new(&mut stdout, cli.tables, output::terminal_width()))?;
+    stdout.flush()?;
     Ok(())
 }

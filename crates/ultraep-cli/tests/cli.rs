@@ -305,7 +305,8 @@ fn bench_weight_sync_predicts_by_a_model() {
 fn bench_measures_what_is_moved() {
     let small = ["--ranks", "3", "--ratio", "2", "--expert-bytes", "20000,70000", "--iterations", "1"];
     for format in ["bf16", "fp8-e8m0"] {
-        let more = ["--format", format, "--tile-bytes", "4096", "--chunk-bytes", "16384", "--workers", "1", "--json"];
+        let more =
+            ["--weight-format", format, "--tile-bytes", "4096", "--chunk-bytes", "16384", "--workers", "1", "--json"];
         let record = json(&[&["bench", "weight-sync"][..], &small, &more].concat());
         assert_eq!((record["schema"].as_str(), record["source"].as_str()), (Some("ultraep.moved/2"), Some("measured")));
         let lines = record["lines"].as_array().unwrap();
@@ -398,7 +399,10 @@ fn bad_input_is_one_clear_line() {
         (words("bench plan --workload worst"), "no workload \"worst\": allowed are balanced, "),
         (words("bench split --iterations 0"), "allowed are 1 to 10000000"),
         (words("bench weight-sync --ratio 2,99"), "ratio 99: this workload reaches"),
-        (words("bench weight-sync --format fp4"), "no format is called `fp4`: allowed are bf16, f16, f32, fp8-f32"),
+        (
+            words("bench weight-sync --weight-format fp4"),
+            "no format is called `fp4`: allowed are bf16, f16, f32, fp8-f32",
+        ),
         (words("bench weight-sync --model --expert-bytes 1000,2000"), "--expert-bytes: --model takes one size"),
         (words("bench weight-sync --model --chunk-bytes 0"), "in chunks of 0: allowed are 1 to 4096 chunks"),
         (words("bench weight-sync --model --chunk-bytes 64"), "in chunks of 64: allowed are 1 to 4096 chunks"),

@@ -4,7 +4,6 @@
 use std::hint::black_box;
 use std::io::Write;
 
-use comfy_table::{CellAlignment, Table, presets};
 use serde::Serialize;
 use ultraep_baselines::{HistoryParams, PolicyKind, build, plan_for};
 use ultraep_load::LoadMatrix;
@@ -16,7 +15,9 @@ use ultraep_plan::{
 use super::{moved, write_json};
 use crate::error::CliError;
 use crate::input::{GroupArgs, PolicyArgs, WorkloadArgs};
-use crate::timing::{Times, measure, pretty};
+use crate::output::Output;
+use crate::table::{Cell, Column, Table};
+use crate::timing::{Times, measure};
 
 /// What is measured.
 #[derive(Debug, clap::Subcommand)]
@@ -134,7 +135,7 @@ impl Line {
 type Measurement = fn(&Subject<'_>) -> Result<Vec<Line>, CliError>;
 
 impl Bench {
-    pub(crate) fn run(&self, out: &mut dyn Write) -> Result<(), CliError> {
+    pub(crate) fn run(&self, out: &mut Output<'_>) -> Result<(), CliError> {
         let (name, args, lines): (_, _, Measurement) = match self {
             Self::Plan(args) => ("plan", args, plan),
             Self::Split(args) => ("split", args, split),
@@ -379,7 +380,7 @@ fn dense(subject: &Subject<'_>, table: &RouteTable, ids: &[i32]) -> Result<(Line
     ))
 }
 
-fn print(record: &Record, out: &mut dyn Write) -> Result<(), CliError> {
+fn print(record: &Record, out: &mut Output<'_>) -> Result<(), CliError> {
     writeln!(
         out,
         "{} of {}: {} experts on {} ranks, {} slots, {} at {:.2}, {} tokens a rank, top-{}; {} runs",
@@ -394,30 +395,34 @@ fn print(record: &Record, out: &mut dyn Write) -> Result<(), CliError> {
         record.top_k,
         record.iterations
     )?;
-    let mut table = Table::new();
-    table.load_style(presets::UTF8_FULL_CONDENSED);
-    table.set_header(["", "p50", "p99", "max", "floor", "floor p50", "ratio", "digest"]);
+    let mut table = Table::new([
+        Column::text("work", "what is measured"),
+        Column::time("p50", "median time"),
+        Column::time("p99", "99th percentile").minor(2),
+        Column::time("max", "longest time").minor(3),
+        Column::text("floor", "the least that any way of doing it must do"),
+        Column::time("floor p50", "its median time"),
+        Column::number("ratio", "p50 over floor p50"),
+        Column::text("digest", "of the result: equal digests, equal work").minor(1),
+    ])
+    .grouped_by(1);
     for line in &record.lines {
-        table.add_row([
-            line.name.to_owned(),
-            pretty(line.times.p50_ns),
-            pretty(line.times.p99_ns),
-            pretty(line.times.max_ns),
-            line.floor.to_owned(),
-            pretty(line.floor_p50_ns),
-            format!("{:.2}", line.ratio),
-            line.digest.clone(),
-        ]);
+        let mut row = |(floor, floor_p50_ns, ratio): (&'static str, u64, f64)| {
+            table.row([
+                Cell::text(line.name),
+                Cell::ns(line.times.p50_ns),
+                Cell::ns(line.times.p99_ns),
+                Cell::ns(line.times.max_ns),
+                Cell::text(floor),
+                Cell::ns(floor_p50_ns),
+                Cell::number(ratio, 2),
+                Cell::text(line.digest.clone()),
+            ]);
+        };
+        row((line.floor, line.floor_p50_ns, line.ratio));
         if let Some(closer) = &line.closer {
-            let (floor, ratio) = (pretty(closer.closer_floor_p50_ns), format!("{:.2}", closer.closer_ratio));
-            table.add_row(["", "", "", "", closer.closer_floor, &floor, &ratio, ""]);
+            row((closer.closer_floor, closer.closer_floor_p50_ns, closer.closer_ratio));
         }
     }
-    for column in [1, 2, 3, 5, 6] {
-        if let Some(column) = table.column_mut(column) {
-            column.set_cell_alignment(CellAlignment::Right);
-        }
-    }
-    writeln!(out, "{table}")?;
-    Ok(())
+    out.table(&table)
 }

@@ -3,7 +3,6 @@
 use std::io::Write;
 use std::path::PathBuf;
 
-use comfy_table::{CellAlignment, Table, presets};
 use serde::Serialize;
 use ultraep_baselines::{HistoryParams, PolicyKind, PolicyParams};
 use ultraep_load::LoadMatrix;
@@ -13,7 +12,9 @@ use ultraep_replay::{Evaluator, quotient};
 use super::{PerRank, write_json};
 use crate::error::CliError;
 use crate::input::{GroupArgs, HardwareArgs, PolicyArgs, policy_list, read_loads};
-use crate::timing::{now_ns, pretty};
+use crate::output::Output;
+use crate::table::{Cell, Column, Table};
+use crate::timing::now_ns;
 
 /// Arguments of `ultraep compare`.
 #[derive(Debug, clap::Args)]
@@ -100,7 +101,7 @@ struct Skipped {
     reason: String,
 }
 
-pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<(), CliError> {
+pub(crate) fn run(args: &Args, out: &mut Output<'_>) -> Result<(), CliError> {
     let loads = args.loads.iter().map(|path| read_loads(path)).collect::<Result<Vec<_>, _>>()?;
     let shape = |load: &LoadMatrix| (load.ranks(), load.experts());
     let (ranks, experts) = loads.first().map_or((0, 0), shape);
@@ -190,7 +191,7 @@ fn line(kind: PolicyKind, topology: &Topology, params: &PolicyParams, loads: &[L
     Ok(line)
 }
 
-fn print(comparison: &Comparison, out: &mut dyn Write) -> Result<(), CliError> {
+fn print(comparison: &Comparison, out: &mut Output<'_>) -> Result<(), CliError> {
     writeln!(
         out,
         "{} experts on {} ranks, {} slots a rank, domains of {}; {} microbatches, {} tokens",
@@ -201,46 +202,33 @@ fn print(comparison: &Comparison, out: &mut dyn Write) -> Result<(), CliError> {
         comparison.microbatches,
         comparison.total_tokens
     )?;
-    let mut table = Table::new();
-    table.load_style(presets::UTF8_FULL_CONDENSED);
-    table.set_header([
-        "policy",
-        "imbalance",
-        "worst",
-        "replicas",
-        "fan-out",
-        "sends",
-        "remote",
-        "fullest rank",
-        "solve time",
-        "predicted",
+    let mut table = Table::new([
+        Column::text("policy", "* plans from earlier microbatches; its first has none (masters only)"),
+        Column::number("imbalance", "largest over mean rank load, mean over microbatches"),
+        Column::number("worst", "the same, worst of all microbatches"),
+        Column::number("replicas", "replicas of a plan, mean").minor(1),
+        Column::number("fan-out", "most replicas of one expert").minor(4),
+        Column::number("sends", "most copies that one rank sends").minor(3),
+        Column::number("remote", "tokens processed away from their source").minor(2),
+        Column::number("fullest rank", "most foreign experts on one rank").minor(5),
+        Column::time("solve time", "median time to plan").minor(2),
+        Column::time("predicted", "forward of a layer by the hardware model, mean"),
     ]);
     for line in &comparison.policies {
-        table.add_row([
-            format!("{}{}", line.policy, if line.historical { " *" } else { "" }),
-            format!("{:.4}", line.imbalance_mean),
-            format!("{:.4}", line.imbalance_worst),
-            format!("{:.1}", line.replicas_mean),
-            line.max_fanout.to_string(),
-            line.max_sends.to_string(),
-            format!("{:.1}%", 100.0 * line.remote_share),
-            line.max_copies.to_string(),
-            pretty(line.solve_ns_p50),
-            pretty(line.predicted_ns_mean),
+        table.row([
+            Cell::text(format!("{}{}", line.policy, if line.historical { " *" } else { "" })),
+            Cell::number(line.imbalance_mean, 4),
+            Cell::number(line.imbalance_worst, 4),
+            Cell::number(line.replicas_mean, 1),
+            Cell::count(line.max_fanout),
+            Cell::count(line.max_sends),
+            Cell::share(line.remote_share),
+            Cell::count(line.max_copies),
+            Cell::ns(line.solve_ns_p50),
+            Cell::ns(line.predicted_ns_mean),
         ]);
     }
-    table.column_iter_mut().skip(1).for_each(|column| {
-        column.set_cell_alignment(CellAlignment::Right);
-    });
-    writeln!(out, "{table}")?;
-    writeln!(
-        out,
-        "imbalance, replicas and predicted (forward of a layer, by the hardware model) are means over microbatches; \
-         fan-out, sends and fullest rank (foreign experts it holds) the largest"
-    )?;
-    if comparison.policies.iter().any(|l| l.historical) {
-        writeln!(out, "* plans from earlier microbatches; the first one gives it none (masters only)")?;
-    }
+    out.table(&table)?;
     for line in comparison.policies.iter().filter(|l| l.wasted_copies > 0) {
         writeln!(
             out,

@@ -13,12 +13,11 @@ mod trace;
 mod train;
 mod view;
 
-use std::io::Write;
-
 use serde::{Serialize, Serializer};
 use ultraep_plan::{Rank, Topology};
 
 use crate::error::CliError;
+use crate::output::Output;
 
 /// What the user asked for.
 #[derive(Debug, clap::Subcommand)]
@@ -57,7 +56,7 @@ pub(crate) enum Command {
 }
 
 impl Command {
-    pub(crate) fn run(&self, out: &mut dyn Write) -> Result<(), CliError> {
+    pub(crate) fn run(&self, out: &mut Output<'_>) -> Result<(), CliError> {
         match self {
             Self::Train(args) => train::run(args, out),
             Self::Rank(args) => train::run_as_rank(args, out),
@@ -78,10 +77,8 @@ impl Command {
 }
 
 /// Writes JSON on one line.
-fn write_json(out: &mut dyn Write, value: &impl Serialize) -> Result<(), CliError> {
-    serde_json::to_writer(&mut *out, value)?;
-    writeln!(out)?;
-    Ok(())
+fn write_json(out: &mut Output<'_>, value: &impl Serialize) -> Result<(), CliError> {
+    out.json(value)
 }
 
 /// One number, or one a rank where ranks differ.

@@ -3,7 +3,6 @@
 use std::io::Write;
 use std::path::PathBuf;
 
-use comfy_table::{Table, presets};
 use serde::Serialize;
 use ultraep_baselines::{PolicyKind, PolicyParams};
 use ultraep_plan::{
@@ -14,7 +13,9 @@ use ultraep_replay::{Evaluated, Evaluator, quotient};
 use super::{PerRank, write_json};
 use crate::error::{CliError, note};
 use crate::input::{GroupArgs, HardwareArgs, PolicyArgs, policy_list, read_loads};
+use crate::output::Output;
 use crate::picture;
+use crate::table::{Cell, Column, Table};
 use crate::timing::{now_ns, pretty};
 
 /// Arguments of `ultraep plan`.
@@ -45,7 +46,7 @@ const EXAMPLES: &str = "Examples:
   ultraep plan loads.npy --slots 1 --domain 32 --min-quota 1 --json
   ultraep plan loads.json --slots 2 --policy greedy --split --json | jq .imbalance_after";
 
-pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<(), CliError> {
+pub(crate) fn run(args: &Args, out: &mut Output<'_>) -> Result<(), CliError> {
     let load = read_loads(&args.loads)?;
     let topology = args.group.topology(load.ranks(), load.experts())?;
     let params = PolicyParams { hardware: args.hardware.model(), ..args.params.params() };
@@ -228,7 +229,7 @@ impl<'a> Answer<'a> {
         Ok(all)
     }
 
-    fn print(&self, out: &mut dyn Write) -> Result<(), CliError> {
+    fn print(&self, out: &mut Output<'_>) -> Result<(), CliError> {
         let (topology, report) = (self.topology, self.report());
         writeln!(
             out,
@@ -239,10 +240,10 @@ impl<'a> Answer<'a> {
             PerRank::slots(topology),
             topology.domain_ranks()
         )?;
-        writeln!(out, "{}", self.summary())?;
+        out.table(&self.summary())?;
         self.print_bars(out)?;
         if report.replicas > 0 {
-            writeln!(out, "{}", self.replicas())?;
+            out.table(&self.replicas())?;
         }
         if self.args.split {
             self.print_split(out)?;
@@ -266,15 +267,14 @@ impl<'a> Answer<'a> {
             Some(tokens) => format!("from about {tokens} routed tokens a rank ({here} here)"),
             None => "at no size".to_owned(),
         };
-        let mut table = Table::new();
-        table.load_style(presets::UTF8_FULL_CONDENSED);
-        table.set_header(["", "before", "after"]);
-        table.add_row([
-            "imbalance".to_owned(),
-            format!("{:.4}", quotient(report.imbalance_before())),
-            format!("{:.4}", quotient(report.imbalance_after())),
+        let mut table = Table::new([
+            Column::text("what", "loads in tokens; imbalance is the largest over the mean rank load"),
+            Column::text("before", "with masters only"),
+            Column::text("after", "as planned"),
         ]);
-        table.add_row([
+        let (before, after) = (quotient(report.imbalance_before()), quotient(report.imbalance_after()));
+        table.row([Cell::text("imbalance"), Cell::number(before, 4), Cell::number(after, 4)]);
+        table.row([
             "largest rank load".to_owned(),
             largest(&report.rank_load_before),
             largest(&report.rank_load_after),
@@ -291,12 +291,12 @@ impl<'a> Answer<'a> {
             ("balancing pays", pays),
             ("digest", format!("{:016x}", self.outcome.digest)),
         ] {
-            table.add_row([name.to_owned(), String::new(), value]);
+            table.row([name.to_owned(), String::new(), value]);
         }
         table
     }
 
-    fn print_bars(&self, out: &mut dyn Write) -> Result<(), CliError> {
+    fn print_bars(&self, out: &mut Output<'_>) -> Result<(), CliError> {
         let report = self.report();
         let full = report.rank_load_before.iter().chain(&report.rank_load_after).max().copied().unwrap_or(0);
         let per_column = picture::ranks_per_column(report.rank_load_before.len());
@@ -314,9 +314,12 @@ impl<'a> Answer<'a> {
     /// Replicas by expert, most tokens first.
     fn replicas(&self) -> Table {
         const MOST: usize = 20;
-        let mut table = Table::new();
-        table.load_style(presets::UTF8_FULL_CONDENSED);
-        table.set_header(["expert", "load", "home keeps", "replicas (rank: tokens)"]);
+        let mut table = Table::new([
+            Column::text("expert", "those with replicas, the most loaded first"),
+            Column::text("load", "its tokens"),
+            Column::text("home keeps", "tokens that the master processes"),
+            Column::text("replicas", "rank: tokens that the replica there processes"),
+        ]);
         let mut replicated: Vec<_> = (0..self.plan.experts()).map(|e| (e, self.plan.of(Expert::new(e)))).collect();
         replicated.retain(|(_, instances)| instances.len() > 1);
         let load = |instances: &[ultraep_plan::Instance]| instances.iter().map(|i| u64::from(i.quota)).sum::<u64>();
@@ -327,7 +330,7 @@ impl<'a> Answer<'a> {
             if instances.len() > 7 {
                 replicas.push(format!("and {} more", instances.len() - 7));
             }
-            table.add_row([
+            table.row([
                 expert.to_string(),
                 load(instances).to_string(),
                 instances[0].quota.to_string(),
@@ -335,13 +338,14 @@ impl<'a> Answer<'a> {
             ]);
         }
         if replicated.len() > MOST {
-            table.add_row([format!("and {} more", replicated.len() - MOST)]);
+            let more = format!("and {} more", replicated.len() - MOST);
+            table.row([more, String::new(), String::new(), String::new()]);
         }
         table
     }
 
     /// One line for each replicated expert and source with tokens.
-    fn print_split(&self, out: &mut dyn Write) -> Result<(), CliError> {
+    fn print_split(&self, out: &mut Output<'_>) -> Result<(), CliError> {
         writeln!(out, "split of replicated experts: expert, source: tokens for each instance (master first)")?;
         for share in self.split()?.iter().filter(|s| s.tokens.len() > 1 && s.tokens.iter().any(|&t| t > 0)) {
             let tokens: Vec<String> = share.tokens.iter().map(u32::to_string).collect();

@@ -4,7 +4,6 @@ use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-use comfy_table::{CellAlignment, Table, presets};
 use serde::Serialize;
 use serde_json::json;
 use ultraep_import::{
@@ -15,6 +14,8 @@ use ultraep_import::{
 use super::recordings::{RecordingArgs, SourceArgs};
 use super::write_json;
 use crate::error::{CliError, note};
+use crate::output::Output;
+use crate::table::{Cell, Column, Table};
 
 /// The subcommands.
 #[derive(Debug, clap::Subcommand)]
@@ -78,7 +79,7 @@ enum Target {
 }
 
 impl Trace {
-    pub(crate) fn run(&self, out: &mut dyn Write) -> Result<(), CliError> {
+    pub(crate) fn run(&self, out: &mut Output<'_>) -> Result<(), CliError> {
         match self {
             Self::Info(args) => info(args, out),
             Self::Head(args) => head(args, out),
@@ -120,7 +121,7 @@ struct LayerInfo {
     idle_experts: usize,
 }
 
-fn info(args: &InfoArgs, out: &mut dyn Write) -> Result<(), CliError> {
+fn info(args: &InfoArgs, out: &mut Output<'_>) -> Result<(), CliError> {
     let (info, survey, ending) = args.recording.survey()?;
     let info = Info::of(info, &survey, ending);
     if args.json { write_json(out, &info) } else { info.print(&args.recording.title(), out) }
@@ -166,7 +167,7 @@ impl Info {
         }
     }
 
-    fn print(&self, title: &str, out: &mut dyn Write) -> Result<(), CliError> {
+    fn print(&self, title: &str, out: &mut Output<'_>) -> Result<(), CliError> {
         writeln!(out, "{title}: {}", self.format)?;
         let sources = match (self.sources, self.source_ranks) {
             (_, Some(ranks)) => format!("counts by source rank, {ranks} ranks"),
@@ -186,24 +187,29 @@ impl Info {
         for note in self.notes.iter().chain(&self.ending) {
             writeln!(out, "note: {note}")?;
         }
-        let mut table = Table::new();
-        table.load_style(presets::UTF8_FULL_CONDENSED);
-        let amount = if self.sources == "tokens" { "tokens" } else { "microbatches" };
-        table.set_header(["layer", amount, "choices", "expert imbalance", "busiest expert", "idle experts"]);
+        let amount = match self.sources {
+            "tokens" => Column::number("tokens", "tokens recorded of the layer"),
+            _ => Column::number("microbatches", "microbatches recorded of the layer"),
+        };
+        let mut table = Table::new([
+            Column::number("layer", "MoE layer, by the recording's own number"),
+            amount,
+            Column::number("choices", "(token, expert) pairs: top-k for each token"),
+            Column::number("expert imbalance", "largest over mean load of the experts, over the whole recording"),
+            Column::number("busiest expert", "expert with most choices"),
+            Column::number("idle experts", "experts that nothing chose"),
+        ]);
         for layer in &self.layers {
-            table.add_row([
-                layer.layer.to_string(),
-                if self.sources == "tokens" { layer.tokens } else { layer.microbatches }.to_string(),
-                layer.choices.to_string(),
-                format!("{:.3}", layer.expert_imbalance),
-                layer.busiest_expert.to_string(),
-                layer.idle_experts.to_string(),
+            table.row([
+                Cell::count(layer.layer),
+                Cell::count(if self.sources == "tokens" { layer.tokens } else { layer.microbatches }),
+                Cell::count(layer.choices),
+                Cell::number(layer.expert_imbalance, 3),
+                Cell::count(layer.busiest_expert),
+                Cell::count(layer.idle_experts),
             ]);
         }
-        table.column_iter_mut().for_each(|column| column.set_cell_alignment(CellAlignment::Right));
-        writeln!(out, "{table}")?;
-        writeln!(out, "expert imbalance: largest over mean load of the experts, over the whole recording")?;
-        Ok(())
+        out.table(&table)
     }
 }
 
@@ -211,7 +217,7 @@ fn plural(count: usize, word: &str) -> String {
     format!("{count} {word}{}", if count == 1 { "" } else { "s" })
 }
 
-fn head(args: &HeadArgs, out: &mut dyn Write) -> Result<(), CliError> {
+fn head(args: &HeadArgs, out: &mut Output<'_>) -> Result<(), CliError> {
     let mut recording = args.recording.open(&OpenOptions::default())?;
     let mut piece = Piece::default();
     for _ in 0..args.count {
@@ -236,7 +242,7 @@ fn piece_json(piece: &Piece) -> serde_json::Value {
     }
 }
 
-fn print_piece(piece: &Piece, out: &mut dyn Write) -> Result<(), CliError> {
+fn print_piece(piece: &Piece, out: &mut Output<'_>) -> Result<(), CliError> {
     match &piece.load {
         Load::Choices { per_token, ids } => {
             let shown = ids.chunks(*per_token).take(4).map(|ids| format!("{ids:?}")).collect::<Vec<_>>().join(" ");
@@ -268,7 +274,7 @@ fn print_piece(piece: &Piece, out: &mut dyn Write) -> Result<(), CliError> {
     Ok(())
 }
 
-fn convert(args: &ConvertArgs, out: &mut dyn Write) -> Result<(), CliError> {
+fn convert(args: &ConvertArgs, out: &mut Output<'_>) -> Result<(), CliError> {
     let (info, survey, _) = args.recording.survey()?;
     let (_, experts) = args.recording.describe()?;
     let ranks = match args.ranks.or(info.ranks) {
@@ -302,7 +308,7 @@ impl ConvertArgs {
 }
 
 /// Writes a trace of ours, or of a run, as parquet.
-fn convert_to_parquet(args: &ConvertArgs, out: &mut dyn Write) -> Result<(), CliError> {
+fn convert_to_parquet(args: &ConvertArgs, out: &mut Output<'_>) -> Result<(), CliError> {
     let trace = args.trace_as_it_is()?;
     let file = File::create_new(&args.output).map_err(write_error(&args.output))?;
     let records = write_parquet(&trace, BufWriter::new(file)).map_err(|error| match error {
@@ -314,7 +320,7 @@ fn convert_to_parquet(args: &ConvertArgs, out: &mut dyn Write) -> Result<(), Cli
 }
 
 /// Writes a trace of ours, or of a run, in UltraEP v1's layout.
-fn convert_to_v1(args: &ConvertArgs, out: &mut dyn Write) -> Result<(), CliError> {
+fn convert_to_v1(args: &ConvertArgs, out: &mut Output<'_>) -> Result<(), CliError> {
     let trace = args.trace_as_it_is()?;
     let folder = args.output.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let trace_id = args.output.file_name().and_then(|name| name.to_str()).unwrap_or_default().to_owned();

@@ -14,6 +14,7 @@ use ultraep_view::{Settings, ViewError, Viewer};
 
 use super::recordings::SourceArgs;
 use crate::error::{CliError, note};
+use crate::output::Output;
 
 /// How loads are brought to a group, and planned where no plan was recorded.
 #[derive(Debug, clap::Args)]
@@ -125,7 +126,7 @@ fn view_error(error: ViewError) -> CliError {
 /// How often an interrupt is looked for.
 const INTERRUPT_POLL: Duration = Duration::from_millis(100);
 
-pub(crate) fn view(args: &ViewArgs, out: &mut dyn Write) -> Result<(), CliError> {
+pub(crate) fn view(args: &ViewArgs, out: &mut Output<'_>) -> Result<(), CliError> {
     let listener = listen(&args.host, args.port)?;
     let waiting = spinner("reading recordings of other systems");
     let viewer = Viewer::open(&args.paths, &args.settings.settings()).map_err(view_error)?;
@@ -171,7 +172,7 @@ fn listen(host: &str, port: u16) -> Result<TcpListener, CliError> {
     }
 }
 
-pub(crate) fn report(args: &ReportArgs, out: &mut dyn Write) -> Result<(), CliError> {
+pub(crate) fn report(args: &ReportArgs, out: &mut Output<'_>) -> Result<(), CliError> {
     if args.output.exists() {
         let path = args.output.display();
         return Err(CliError::Input(format!("{path}: exists: allowed is a name that is free")));

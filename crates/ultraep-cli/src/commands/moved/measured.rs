@@ -2,7 +2,6 @@
 
 use std::io::Write;
 
-use comfy_table::{CellAlignment, Table, presets};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use ultraep_fabric::WindowId;
@@ -13,7 +12,8 @@ use super::group::{Case, Outcome, Work};
 use super::{Args, LoadArgs, LoadRecord, MeasureArgs, Planned, ReduceArgs};
 use crate::commands::write_json;
 use crate::error::CliError;
-use crate::timing::pretty;
+use crate::output::Output;
+use crate::table::{Cell, Column, Table};
 
 /// Defaults of the group.
 const RANKS: usize = 4;
@@ -77,7 +77,7 @@ struct OfMode {
     predicted_ns: Option<u64>,
 }
 
-pub(super) fn weight_sync(args: &Args, out: &mut dyn Write) -> Result<(), CliError> {
+pub(super) fn weight_sync(args: &Args, out: &mut Output<'_>) -> Result<(), CliError> {
     let chunk_bytes = usize::try_from(args.chunk_bytes).unwrap_or(usize::MAX);
     let tiles = TileSizes { tile_bytes: args.tile_bytes, chunk_bytes };
     let subject =
@@ -102,7 +102,7 @@ pub(super) fn weight_sync(args: &Args, out: &mut dyn Write) -> Result<(), CliErr
     subject.report(lines, args.json, out)
 }
 
-pub(super) fn grad_reduce(args: &ReduceArgs, out: &mut dyn Write) -> Result<(), CliError> {
+pub(super) fn grad_reduce(args: &ReduceArgs, out: &mut Output<'_>) -> Result<(), CliError> {
     let tiles = TileSizes { tile_bytes: args.tile_bytes, chunk_bytes: args.tile_bytes.saturating_mul(8) };
     let subject = Subject::new(
         "grad-reduce",
@@ -237,7 +237,7 @@ impl<'a> Subject<'a> {
         }
     }
 
-    fn report(&self, lines: Vec<Line>, json: bool, out: &mut dyn Write) -> Result<(), CliError> {
+    fn report(&self, lines: Vec<Line>, json: bool, out: &mut Output<'_>) -> Result<(), CliError> {
         let (load, ranks) = (self.load, self.topology.ranks());
         let record = Record {
             schema: "ultraep.moved/2",
@@ -263,7 +263,7 @@ fn shards(format: WeightFormat, bytes: u64) -> Vec<Shard> {
     format.shards(hidden, usize::try_from(bytes).unwrap_or(usize::MAX).div_ceil(of_one).max(1))
 }
 
-fn print(record: &Record, out: &mut dyn Write) -> Result<(), CliError> {
+fn print(record: &Record, out: &mut Output<'_>) -> Result<(), CliError> {
     writeln!(
         out,
         "{} of {}, measured in this machine's memory: {} experts of {} on {} ranks (threads) with {} workers each, {} slots, {}",
@@ -282,55 +282,46 @@ fn print(record: &Record, out: &mut dyn Write) -> Result<(), CliError> {
         record.iterations,
         1 + record.workers
     )?;
-    let mut table = Table::new();
-    table.load_style(presets::UTF8_FULL_CONDENSED);
-    let heads = [
-        "imbalance",
-        "expert",
-        "replicas",
-        "mode",
-        "latency",
-        "read",
-        "written",
-        "rate",
-        "critical rate",
-        "busiest",
-        "limit",
-        "of limit",
-        "quartiles",
-        "model",
-        "limit's loop",
-    ];
-    table.set_header(heads);
-    let rate = |bytes_per_s: f64| format!("{:.1} GB/s", bytes_per_s / 1e9);
-    let size = |bytes: u64| format!("{:.1} MB", bytes as f64 / 1e6);
+    let rate = |bytes_per_s: f64| Cell::shown(format!("{:.1} GB/s", bytes_per_s / 1e9), bytes_per_s);
+    let size = |bytes: u64| Cell::shown(format!("{:.1} MB", bytes as f64 / 1e6), bytes);
+    let mut table = Table::new([
+        Column::number("imbalance", "largest over mean rank load as routed"),
+        Column::bytes("expert", "bytes of one expert"),
+        Column::number("replicas", "copies of experts that are made").minor(4),
+        Column::text("mode", "how transfers are planned"),
+        Column::time("latency", "median from the start until all ranks are done"),
+        Column::bytes("read", "bytes read over all ranks").minor(6),
+        Column::bytes("written", "bytes written over all ranks").minor(6),
+        Column::number("rate", "bytes read and written a second").minor(3),
+        Column::number("critical rate", "bytes of the busiest rank a second").minor(7),
+        Column::number("busiest", "bytes of the busiest rank over the mean").minor(5),
+        Column::time("limit", "the same reads and writes in plain loops"),
+        Column::number("of limit", "limit over latency, in percent"),
+        Column::number("quartiles", "of limit, quartiles over the runs").minor(2),
+        Column::time("model", "what the transfer model predicts").minor(7),
+        Column::text("limit's loop", "the plain loop that was fastest").minor(8),
+    ])
+    .grouped_by(3);
     for line in &record.lines {
-        for (index, of_mode) in line.modes.iter().enumerate() {
-            let once = |text: String| if index == 0 { text } else { String::new() };
-            table.add_row([
-                once(format!("{:.2}", line.imbalance_before)),
-                once(size(line.expert_bytes as u64)),
-                once(line.replicas.to_string()),
-                of_mode.mode.to_owned(),
-                pretty(of_mode.p50_ns),
+        for of_mode in &line.modes {
+            table.row([
+                Cell::number(line.imbalance_before, 2),
+                size(line.expert_bytes as u64),
+                Cell::count(line.replicas),
+                Cell::text(of_mode.mode),
+                Cell::ns(of_mode.p50_ns),
                 size(of_mode.read_bytes),
                 size(of_mode.written_bytes),
                 rate(of_mode.bytes_per_s),
                 rate(of_mode.critical_bytes_per_s),
-                format!("{:.2}", of_mode.busiest_over_mean),
-                pretty(of_mode.limit_ns),
-                format!("{:.0}%", of_mode.of_limit * 100.0),
-                format!("{:.0}-{:.0}", of_mode.of_limit_low * 100.0, of_mode.of_limit_high * 100.0),
-                of_mode.predicted_ns.map_or_else(|| "-".to_owned(), pretty),
-                of_mode.limit_loop.clone(),
+                Cell::number(of_mode.busiest_over_mean, 2),
+                Cell::ns(of_mode.limit_ns),
+                Cell::shown(format!("{:.0}%", of_mode.of_limit * 100.0), of_mode.of_limit * 100.0),
+                Cell::text(format!("{:.0}-{:.0}", of_mode.of_limit_low * 100.0, of_mode.of_limit_high * 100.0)),
+                Cell::maybe(of_mode.predicted_ns, Cell::ns),
+                Cell::text(of_mode.limit_loop.clone()),
             ]);
         }
     }
-    for column in (0..heads.len() - 1).filter(|&column| column != 3) {
-        if let Some(column) = table.column_mut(column) {
-            column.set_cell_alignment(CellAlignment::Right);
-        }
-    }
-    writeln!(out, "{table}")?;
-    Ok(())
+    out.table(&table)
 }

@@ -6,8 +6,6 @@ mod limit;
 mod measured;
 mod model;
 
-use std::io::Write;
-
 use serde::Serialize;
 use ultraep_baselines::{HistoryParams, PolicyKind, build, plan_for};
 use ultraep_fabric::stream::{EngineSpec, TileSizes, WeightFormat};
@@ -16,6 +14,7 @@ use ultraep_plan::{MAX_STRIPES, Problem, Ratio, Topology, TransferMode, Transfer
 
 use crate::error::CliError;
 use crate::input::{GroupArgs, PolicyArgs};
+use crate::output::Output;
 
 pub(crate) const SYNC_HELP: &str =
     "What is measured: ranks are threads with symmetric windows in this machine's memory. Latency is from the
@@ -30,7 +29,7 @@ Critical rate is what the busiest rank sends or receives, over latency.
 
 Examples:
   ultraep bench weight-sync
-  ultraep bench weight-sync --expert-bytes 1048576,67108864 --ratio 3 --mode adaptive --workers 1 --format fp8-f32
+  ultraep bench weight-sync --expert-bytes 1048576,67108864 --ratio 3 --mode adaptive --workers 1 --weight-format fp8-f32
   ultraep bench weight-sync --model
   ultraep bench weight-sync --model --ratio 2,8 --mode direct,adaptive --expert-bytes 37748736 --json";
 
@@ -225,7 +224,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "BYTES,...", value_delimiter = ',', value_parser = clap::value_parser!(u64).range(1..))]
     expert_bytes: Vec<u64>,
     /// Elements of the weights that are measured
-    #[arg(long, default_value_t, value_name = "FORMAT")]
+    #[arg(long = "weight-format", default_value_t, value_name = "FORMAT")]
     format: WeightFormat,
     /// Bytes of a tile, what a worker moves at a time
     #[arg(long, default_value_t = TileSizes::WEIGHTS.tile_bytes, value_name = "BYTES")]
@@ -268,10 +267,10 @@ pub(crate) struct ReduceArgs {
     json: bool,
 }
 
-pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<(), CliError> {
+pub(crate) fn run(args: &Args, out: &mut Output<'_>) -> Result<(), CliError> {
     if args.model { model::run(args, out) } else { measured::weight_sync(args, out) }
 }
 
-pub(crate) fn run_reduce(args: &ReduceArgs, out: &mut dyn Write) -> Result<(), CliError> {
+pub(crate) fn run_reduce(args: &ReduceArgs, out: &mut Output<'_>) -> Result<(), CliError> {
     measured::grad_reduce(args, out)
 }

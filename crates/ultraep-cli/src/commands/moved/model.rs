@@ -3,7 +3,6 @@
 
 use std::io::Write;
 
-use comfy_table::{CellAlignment, Table, presets};
 use serde::Serialize;
 use ultraep_plan::{
     BoundTables, Ratio, Topology, TransferClock, TransferModel, TransferPlan, TransferPlanner, Transfers,
@@ -12,6 +11,8 @@ use ultraep_plan::{
 use super::{Args, LoadRecord, Mode, Planned};
 use crate::commands::write_json;
 use crate::error::CliError;
+use crate::output::Output;
+use crate::table::{Cell, Column, Table};
 use crate::timing::{measure, pretty};
 
 /// `ultraep.weight-sync/1`.
@@ -68,7 +69,7 @@ const RANKS: usize = 64;
 const TOP_K: u32 = 8;
 const RATIOS: [&str; 5] = ["1.5", "2", "4", "6", "8"];
 
-pub(super) fn run(args: &Args, out: &mut dyn Write) -> Result<(), CliError> {
+pub(super) fn run(args: &Args, out: &mut Output<'_>) -> Result<(), CliError> {
     let load = &args.load;
     let (topology, top_k) = (load.topology(RANKS)?, load.top_k.unwrap_or(TOP_K));
     let expert_bytes = match args.expert_bytes[..] {
@@ -149,7 +150,7 @@ impl Subject<'_> {
     }
 }
 
-fn print(record: &Record, out: &mut dyn Write) -> Result<(), CliError> {
+fn print(record: &Record, out: &mut Output<'_>) -> Result<(), CliError> {
     writeln!(
         out,
         "weight-sync of {}, predicted by a model: {} experts on {} ranks, {} slots, {}, {} tokens a rank, top-{}",
@@ -169,45 +170,37 @@ fn print(record: &Record, out: &mut dyn Write) -> Result<(), CliError> {
         pretty(record.send_ns),
         pretty(record.hop_ns)
     )?;
-    let mut table = Table::new();
-    table.load_style(presets::UTF8_FULL_CONDENSED);
-    let heads = [
-        "imbalance",
-        "replicas",
-        "bound",
-        "mode",
-        "predicted",
-        "of bound",
-        "relayed",
-        "fan-out",
-        "stripes",
-        "hops",
-        "planned in",
-    ];
-    table.set_header(heads);
+    let mut table = Table::new([
+        Column::number("imbalance", "largest over mean rank load as routed"),
+        Column::number("replicas", "copies of experts that the plan makes").minor(3),
+        Column::time("bound", "no plan of transfers takes less"),
+        Column::text("mode", "direct: home ranks send all; others relay through replicas"),
+        Column::time("predicted", "weight sync of the layer, by the model"),
+        Column::number("of bound", "predicted over bound"),
+        Column::number("relayed", "experts that go through relays").minor(4),
+        Column::number("fan-out", "copies that the busiest sender sends").minor(2),
+        Column::number("stripes", "most parts that one expert is cut into").minor(5),
+        Column::number("hops", "longest way of a chunk").minor(6),
+        Column::time("planned in", "median time to plan the transfers").minor(1),
+    ])
+    .grouped_by(3);
     for line in &record.lines {
-        for (index, of_mode) in line.modes.iter().enumerate() {
-            let once = |text: String| if index == 0 { text } else { String::new() };
-            table.add_row([
-                once(format!("{:.2}", line.imbalance_before)),
-                once(line.replicas.to_string()),
-                once(pretty(line.bound_ns)),
-                of_mode.mode.to_owned(),
-                pretty(of_mode.predicted_ns),
-                format!("{:.2}", of_mode.ratio_to_bound),
-                of_mode.relayed_experts.to_string(),
-                format!("{:.2}", of_mode.fanout_copies),
-                of_mode.stripes.to_string(),
-                of_mode.hops.to_string(),
-                pretty(of_mode.plan_p50_ns),
+        for of_mode in &line.modes {
+            table.row([
+                Cell::number(line.imbalance_before, 2),
+                Cell::count(line.replicas),
+                Cell::ns(line.bound_ns),
+                Cell::text(of_mode.mode),
+                Cell::ns(of_mode.predicted_ns),
+                Cell::number(of_mode.ratio_to_bound, 2),
+                Cell::count(of_mode.relayed_experts),
+                Cell::number(of_mode.fanout_copies, 2),
+                Cell::count(of_mode.stripes),
+                Cell::count(of_mode.hops),
+                Cell::ns(of_mode.plan_p50_ns),
             ]);
         }
     }
-    for column in (0..heads.len()).filter(|&c| c != 3) {
-        if let Some(column) = table.column_mut(column) {
-            column.set_cell_alignment(CellAlignment::Right);
-        }
-    }
-    writeln!(out, "{table}")?;
+    out.table(&table)?;
     Ok(())
 }

@@ -3,7 +3,6 @@
 mod report;
 mod single;
 
-use std::io::Write;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -18,6 +17,7 @@ use super::recordings::{RecordingArgs, SourceArgs, grouping_error};
 use super::write_json;
 use crate::error::{CliError, note};
 use crate::input::policy_list;
+use crate::output::Output;
 use crate::timing::now_ns;
 
 /// Arguments of `ultraep replay`.
@@ -120,7 +120,7 @@ const SHOW_EVERY: u64 = 64;
 /// Most scenarios in one replay.
 const MAX_SCENARIOS: usize = 4096;
 
-pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<(), CliError> {
+pub(crate) fn run(args: &Args, out: &mut Output<'_>) -> Result<(), CliError> {
     if let Some(place) = args.only {
         return single::run(args, place, out);
     }

@@ -3,7 +3,6 @@
 use std::io::Write;
 use std::time::Duration;
 
-use comfy_table::{CellAlignment, Table, presets};
 use serde::Serialize;
 use ultraep_baselines::PolicyKind;
 use ultraep_import::RecordingInfo;
@@ -11,6 +10,8 @@ use ultraep_plan::Rank;
 use ultraep_replay::{Hardware, Outcomes, Scenario, Worst, quotient};
 
 use crate::error::CliError;
+use crate::output::Output;
+use crate::table::{Cell, Column, Table};
 
 use crate::timing::pretty;
 
@@ -116,21 +117,15 @@ impl Replay {
         self.plans_per_s = self.plans as f64 / elapsed.as_secs_f64().max(1e-9);
     }
 
-    pub(super) fn print(&self, out: &mut dyn Write) -> Result<(), CliError> {
+    pub(super) fn print(&self, out: &mut Output<'_>) -> Result<(), CliError> {
         writeln!(out, "{} ({}), {} experts", self.recording, self.format, self.experts)?;
         if let Some(hardware) = &self.hardware {
             writeln!(out, "predicted for {hardware}")?;
         }
-        writeln!(out, "{}", self.frontier())?;
-        writeln!(
-            out,
-            "imbalance: mean, median, 95th percentile, worst over layers and microbatches; predicted: forward of a layer, \
-             mean; + on the frontier of imbalance, replicas and remote tokens; * plans from earlier microbatches, a layer's \
-             first without any"
-        )?;
+        out.table(&self.frontier())?;
         if let Some(table) = self.what_if() {
             writeln!(out, "what if: mean imbalance (predicted speedup over none) of {}", self.what_if_policy())?;
-            writeln!(out, "{table}")?;
+            out.table(&table)?;
         }
         self.print_worst(out)?;
         for line in self.scenarios.iter().filter(|line| line.refused > 0) {
@@ -153,44 +148,48 @@ impl Replay {
     fn frontier(&self) -> Table {
         let has_domains = self.scenarios.iter().any(|line| line.domain != line.ranks);
         let has_quotas = self.scenarios.iter().any(|line| line.min_quota != self.scenarios[0].min_quota);
-        let mut table = new_table();
-        let mut header = vec!["ranks", "slots", "policy", "imbalance", "p50", "p95", "worst", "replicas", "remote"];
-        header.extend(["sends", "fullest", "solve p50", "predicted", "speedup"]);
-        if has_quotas {
-            header.insert(2, "min quota");
-        }
-        if has_domains {
-            header.insert(1, "domain");
-        }
-        table.set_header(header);
+        let mut columns = vec![Column::number("ranks", "ranks in the EP group")];
+        columns.extend(has_domains.then(|| Column::number("domain", "ranks in a domain")));
+        columns.push(Column::number("slots", "slots for replicas on each rank"));
+        columns.extend(has_quotas.then(|| Column::number("min quota", "least tokens worth a replica")));
+        columns.extend([
+            Column::text("policy", "* plans from earlier microbatches; + best in imbalance, replicas or remote tokens"),
+            Column::number("imbalance", "largest over mean rank load, mean over layers and microbatches"),
+            Column::number("p50", "its median").minor(5),
+            Column::number("p95", "its 95th percentile").minor(3),
+            Column::number("worst", "the worst"),
+            Column::number("replicas", "copies of experts a plan, mean").minor(1),
+            Column::number("remote", "tokens processed away from their source").minor(2),
+            Column::number("sends", "most copies that one rank sends").minor(6),
+            Column::number("fullest", "most foreign experts on one rank").minor(7),
+            Column::time("solve p50", "median time to plan").minor(4),
+            Column::time("predicted", "forward of a layer on the hardware, mean"),
+            Column::number("speedup", "predicted time of none over this one's"),
+        ]);
+        let mut table = Table::new(columns);
         for line in self.scenarios.iter().filter(|line| line.plans > 0) {
             let marks = [(line.historical, " *"), (line.on_frontier, " +")];
             let marks: String = marks.into_iter().filter(|(is_set, _)| *is_set).map(|(_, mark)| mark).collect();
-            let mut row = vec![
-                line.ranks.to_string(),
-                line.slots_per_rank.to_string(),
-                format!("{}{marks}", line.policy),
-                format!("{:.4}", line.imbalance_mean),
-                format!("{:.3}", line.imbalance_p50),
-                format!("{:.3}", line.imbalance_p95),
-                format!("{:.3}", line.imbalance_worst),
-                format!("{:.1}", line.replicas_mean),
-                format!("{:.1}%", 100.0 * line.remote_share),
-                line.max_sends.to_string(),
-                line.max_copies.to_string(),
-                pretty(line.solve_ns_p50 as u64),
-                pretty(line.predicted_ns_mean as u64),
-                line.predicted_speedup.map_or_else(String::new, |s| format!("{s:.2}x")),
-            ];
-            if has_quotas {
-                row.insert(2, line.min_quota.to_string());
-            }
-            if has_domains {
-                row.insert(1, line.domain.to_string());
-            }
-            table.add_row(row);
+            let mut row = vec![Cell::count(line.ranks)];
+            row.extend(has_domains.then(|| Cell::count(line.domain)));
+            row.push(Cell::count(line.slots_per_rank));
+            row.extend(has_quotas.then(|| Cell::count(line.min_quota)));
+            row.extend([
+                Cell::text(format!("{}{marks}", line.policy)),
+                Cell::number(line.imbalance_mean, 4),
+                Cell::number(line.imbalance_p50, 3),
+                Cell::number(line.imbalance_p95, 3),
+                Cell::number(line.imbalance_worst, 3),
+                Cell::number(line.replicas_mean, 1),
+                Cell::share(line.remote_share),
+                Cell::count(line.max_sends),
+                Cell::count(line.max_copies),
+                Cell::ns(line.solve_ns_p50 as u64),
+                Cell::ns(line.predicted_ns_mean as u64),
+                Cell::maybe(line.predicted_speedup, |speedup| Cell::shown(format!("{speedup:.2}x"), speedup)),
+            ]);
+            table.row(row);
         }
-        align_numbers(&mut table);
         table
     }
 
@@ -215,26 +214,28 @@ impl Replay {
         if of_policy.len() < 2 {
             return None;
         }
-        let mut table = new_table();
-        let mut header = vec!["ranks".to_owned(), "domain".to_owned(), "min quota".to_owned()];
-        header.extend(slots.iter().map(|slots| format!("{slots} slots")));
-        table.set_header(header);
+        let mut columns = vec![
+            Column::number("ranks", "ranks in the EP group"),
+            Column::number("domain", "ranks in a domain").minor(2),
+            Column::number("min quota", "least tokens worth a replica").minor(1),
+        ];
+        columns.extend(slots.iter().map(|slots| Column::number(format!("{slots} slots"), "")));
+        let mut table = Table::new(columns);
         for group in groups {
-            let mut row = vec![group.0.to_string(), group.1.to_string(), group.2.to_string()];
+            let mut row = vec![Cell::count(group.0), Cell::count(group.1), Cell::count(group.2)];
             for &slots in &slots {
                 let of_group = |l: &&&Line| (l.ranks, l.domain, l.min_quota) == group && l.slots_per_rank == slots;
-                row.push(of_policy.iter().find(of_group).map_or_else(String::new, |line| {
+                row.push(Cell::maybe(of_policy.iter().find(of_group), |line| {
                     let speedup = line.predicted_speedup.map_or_else(String::new, |s| format!(" ({s:.2}x)"));
-                    format!("{:.4}{speedup}", line.imbalance_mean)
+                    Cell::shown(format!("{:.4}{speedup}", line.imbalance_mean), line.imbalance_mean)
                 }));
             }
-            table.add_row(row);
+            table.row(row);
         }
-        align_numbers(&mut table);
         Some(table)
     }
 
-    fn print_worst(&self, out: &mut dyn Write) -> Result<(), CliError> {
+    fn print_worst(&self, out: &mut Output<'_>) -> Result<(), CliError> {
         for policy in [PolicyKind::None.name(), self.what_if_policy()] {
             let lines = self.scenarios.iter().filter(|line| line.policy == policy && line.plans > 0);
             let worst = |line: &Line| line.worst.first().map_or(0.0, |w| w.imbalance);
@@ -323,14 +324,4 @@ fn small_load_note(lines: &[Line], scenarios: &[Scenario]) -> Option<String> {
             line.min_quota
         )
     })
-}
-
-fn new_table() -> Table {
-    let mut table = Table::new();
-    table.load_style(presets::UTF8_FULL_CONDENSED);
-    table
-}
-
-fn align_numbers(table: &mut Table) {
-    table.column_iter_mut().for_each(|column| column.set_cell_alignment(CellAlignment::Right));
 }

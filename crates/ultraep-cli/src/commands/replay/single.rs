@@ -3,7 +3,6 @@
 use std::collections::VecDeque;
 use std::io::Write;
 
-use comfy_table::{CellAlignment, Table, presets};
 use serde::Serialize;
 use ultraep_import::{Microbatch, Microbatches, OpenOptions};
 use ultraep_plan::Rank;
@@ -13,7 +12,8 @@ use super::{Args, Place};
 use crate::commands::recordings::grouping_error;
 use crate::commands::write_json;
 use crate::error::CliError;
-use crate::timing::pretty;
+use crate::output::Output;
+use crate::table::{Cell, Column, Table};
 
 /// `ultraep.replan/1`.
 #[derive(Debug, Serialize)]
@@ -48,7 +48,7 @@ struct Line {
     digest: Option<String>,
 }
 
-pub(super) fn run(args: &Args, place: Place, out: &mut dyn Write) -> Result<(), CliError> {
+pub(super) fn run(args: &Args, place: Place, out: &mut Output<'_>) -> Result<(), CliError> {
     let (info, experts) = args.recording.describe()?;
     let hardware = args.hardware.as_deref().map(Hardware::find).transpose().map_err(CliError::input)?;
     let Place { step, microbatch, layer } = place;
@@ -133,36 +133,40 @@ impl Line {
 }
 
 impl Replans {
-    fn print(&self, out: &mut dyn Write) -> Result<(), CliError> {
+    fn print(&self, out: &mut Output<'_>) -> Result<(), CliError> {
         let Self { recording, step, microbatch, layer, .. } = self;
         writeln!(out, "{recording}: step {step}, microbatch {microbatch}, layer {layer}")?;
-        let mut table = Table::new();
-        table.load_style(presets::UTF8_FULL_CONDENSED);
-        let header = ["ranks", "domain", "slots", "min quota", "policy", "as routed", "after", "replicas", "remote"];
-        table.set_header(header.into_iter().chain(["weight sync", "if direct", "predicted"]));
+        let mut table = Table::new([
+            Column::number("ranks", "ranks in the EP group"),
+            Column::number("domain", "ranks in a domain").minor(4),
+            Column::number("slots", "slots for replicas on each rank"),
+            Column::number("min quota", "least tokens worth a replica").minor(3),
+            Column::text("policy", "who planned"),
+            Column::number("as routed", "largest over mean rank load before balancing"),
+            Column::number("after", "the same after balancing"),
+            Column::number("replicas", "copies of experts").minor(1),
+            Column::number("remote", "tokens processed away from their source").minor(2),
+            Column::time("weight sync", "by the planned transfers, chunk by chunk").minor(1),
+            Column::time("if direct", "the same if home ranks sent everything").minor(5),
+            Column::time("predicted", "forward of the layer without relays"),
+        ]);
         for line in self.plans.iter().filter(|line| line.refusal.is_none()) {
-            table.add_row([
-                line.ranks.to_string(),
-                line.domain.to_string(),
-                line.slots_per_rank.to_string(),
-                line.min_quota.to_string(),
-                line.policy.to_owned(),
-                format!("{:.4}", line.imbalance_before),
-                format!("{:.4}", line.imbalance_after),
-                line.replicas.to_string(),
-                format!("{:.1}%", 100.0 * line.remote_share),
-                pretty(line.weight_sync_ns),
-                pretty(line.direct_weight_sync_ns),
-                pretty(line.predicted_ns),
+            table.row([
+                Cell::count(line.ranks),
+                Cell::count(line.domain),
+                Cell::count(line.slots_per_rank),
+                Cell::count(line.min_quota),
+                Cell::text(line.policy),
+                Cell::number(line.imbalance_before, 4),
+                Cell::number(line.imbalance_after, 4),
+                Cell::count(line.replicas),
+                Cell::share(line.remote_share),
+                Cell::ns(line.weight_sync_ns),
+                Cell::ns(line.direct_weight_sync_ns),
+                Cell::ns(line.predicted_ns),
             ]);
         }
-        table.column_iter_mut().for_each(|column| column.set_cell_alignment(CellAlignment::Right));
-        writeln!(out, "{table}")?;
-        writeln!(
-            out,
-            "weight sync: by the planned transfers, chunk by chunk; if direct: home ranks send everything; predicted: forward of \
-             the layer without relays"
-        )?;
+        out.table(&table)?;
         for line in &self.plans {
             if let Some(reason) = &line.refusal {
                 writeln!(out, "{} at EP{}: {reason}", line.policy, line.ranks)?;

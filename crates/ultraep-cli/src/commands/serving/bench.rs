@@ -15,9 +15,11 @@ use ultraep_serve::bench::{
 };
 use ultraep_serve::plot::{Line, ttft_plot};
 
-use super::{GroupArgs, MixArg, ms, new_table, parse_lengths, progress, serve_error};
+use super::{GroupArgs, MixArg, ms, parse_lengths, progress, serve_error};
 use crate::commands::{train, write_json};
 use crate::error::CliError;
+use crate::output::Output;
+use crate::table::{Cell, Column, Table};
 
 /// Arguments of `ultraep prefill-bench`.
 #[derive(Debug, clap::Args)]
@@ -78,7 +80,7 @@ const EXAMPLES: &str = "Examples:
   ultraep prefill-bench --checkpoint runs/2026-11-24T15-00-00Z --mix stem --ranks 8 --spot-check 40
   ultraep prefill-bench --checkpoint runs/2026-11-24T15-00-00Z --costs prefill.json --json";
 
-pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<(), CliError> {
+pub(crate) fn run(args: &Args, out: &mut Output<'_>) -> Result<(), CliError> {
     train::keep_tensors_on_one_thread()?;
     let context = args.prompt_tokens.most as usize + 1;
     let model = ServedModel::load(&args.group.checkpoint, context).map_err(CliError::input)?;
@@ -207,7 +209,7 @@ fn seconds(ns: u64) -> f64 {
     ns as f64 * 1e-9
 }
 
-fn print(out: &mut dyn Write, result: &PrefillBench) -> Result<(), CliError> {
+fn print(out: &mut Output<'_>, result: &PrefillBench) -> Result<(), CliError> {
     let PrefillBench { limits, pool, .. } = result;
     writeln!(
         out,
@@ -220,40 +222,41 @@ fn print(out: &mut dyn Write, result: &PrefillBench) -> Result<(), CliError> {
         pool.longest_tokens,
         pool.domains.len()
     )?;
-    let mut table = new_table(&[
-        "policy",
-        "imbalance\nas routed",
-        "imbalance\nmean",
-        "imbalance\nworst",
-        "replicas\na layer",
-        "peak tokens\non a rank",
-        "over\neven",
-        "peak, all\nat once",
-        "requests/s\nat the limit",
-        "tokens/s\nat the limit",
-        "over\nnone",
-        "of\nideal",
+    let mut table = Table::new([
+        Column::text("policy", "who planned"),
+        Column::number("imbalance\nas routed", "largest over mean rank load before balancing, weighted by tokens")
+            .minor(1),
+        Column::number("imbalance\nmean", "after balancing, weighted by tokens"),
+        Column::number("imbalance\nworst", "worst of batches that are not small"),
+        Column::number("replicas\na layer", "copies of experts, mean over layers").minor(2),
+        Column::number("peak tokens\non a rank", "most tokens on one rank in a layer").minor(5),
+        Column::number("over\neven", "that peak over an even share of the same batch").minor(4),
+        Column::number("peak, all\nat once", "peak tokens with all requests at once").minor(6),
+        Column::number("requests/s\nat the limit", "most arrivals a second within the limit of TTFT"),
+        Column::number("tokens/s\nat the limit", "the same in tokens").minor(3),
+        Column::number("over\nnone", "requests/s over those of none"),
+        Column::number("of\nideal", "share of ideal routing's throughput"),
     ]);
     let none = result.policies.iter().find(|p| p.policy == PolicyKind::None.name()).map(|p| p.throughput_rps);
     for p in &result.policies {
-        let over = none.map_or_else(|| "-".into(), |none| format!("{:.2}x", p.throughput_rps / none));
-        let share = p.share_of_ideal.map_or_else(|| "-".into(), |share| format!("{:.1}%", share * 100.0));
-        table.add_row([
-            p.policy.clone(),
-            format!("{:.2}", p.imbalance_before),
-            format!("{:.3}", p.imbalance_after),
-            format!("{:.3}", p.imbalance_worst),
-            format!("{:.1}", p.replicas_per_layer),
-            p.peak_tokens.to_string(),
-            format!("{:.2}", p.peak_tokens as f64 / p.even_peak_tokens.max(1) as f64),
-            p.saturated_peak_tokens.to_string(),
-            format!("{:.2}", p.throughput_rps),
-            format!("{:.0}", p.throughput_tokens_per_s),
-            over,
-            share,
+        let over_none = none.map(|none| p.throughput_rps / none);
+        table.row([
+            Cell::text(p.policy.clone()),
+            Cell::number(p.imbalance_before, 2),
+            Cell::number(p.imbalance_after, 3),
+            Cell::number(p.imbalance_worst, 3),
+            Cell::number(p.replicas_per_layer, 1),
+            Cell::count(p.peak_tokens),
+            Cell::number(p.peak_tokens as f64 / p.even_peak_tokens.max(1) as f64, 2),
+            Cell::count(p.saturated_peak_tokens),
+            Cell::number(p.throughput_rps, 2),
+            Cell::number(p.throughput_tokens_per_s, 0),
+            Cell::maybe(over_none, |over| Cell::shown(format!("{over:.2}x"), over)),
+            Cell::maybe(p.share_of_ideal, Cell::share),
         ]);
     }
-    writeln!(out, "\n{table}")?;
+    writeln!(out)?;
+    out.table(&table)?;
     writeln!(
         out,
         "limit: p95 of the time to the first token (TTFT) {} ms. Imbalance weighted by tokens, worst of batches of {} tokens and more; both, replicas \
@@ -279,25 +282,31 @@ fn print(out: &mut dyn Write, result: &PrefillBench) -> Result<(), CliError> {
     Ok(())
 }
 
-fn print_curves(out: &mut dyn Write, result: &PrefillBench) -> Result<(), CliError> {
-    let mut header = vec!["requests/s".to_string()];
-    header.extend(result.policies.iter().map(|p| format!("{}\np50 / p95 / p99", p.policy)));
-    let header: Vec<&str> = header.iter().map(String::as_str).collect();
-    let mut table = new_table(&header);
+fn print_curves(out: &mut Output<'_>, result: &PrefillBench) -> Result<(), CliError> {
+    let mut columns = vec![Column::number("requests/s", "arrivals a second")];
+    let help = |at: usize| if at == 0 { "TTFT, ms of parallel time: median, 95th and 99th percentile" } else { "" };
+    columns.extend(
+        result
+            .policies
+            .iter()
+            .enumerate()
+            .map(|(at, p)| Column::number(format!("{}\np50 / p95 / p99", p.policy), help(at))),
+    );
+    let mut table = Table::new(columns);
     let rates = result.policies.first().map_or(0, |p| p.points.len());
     for rate in 0..rates {
-        let mut row = vec![format!("{:.2}", result.policies[0].points[rate].rps)];
+        let mut row = vec![Cell::number(result.policies[0].points[rate].rps, 2)];
         for policy in &result.policies {
             let ttft = &policy.points[rate].ttft;
-            row.push(format!(
+            row.push(Cell::text(format!(
                 "{:.0} / {:.0} / {:.0}",
                 ttft.p50_ns as f64 * 1e-6,
                 ttft.p95_ns as f64 * 1e-6,
                 ttft.p99_ns as f64 * 1e-6
-            ));
+            )));
         }
-        table.add_row(row);
+        table.row(row);
     }
-    writeln!(out, "\nTTFT, ms, parallel time\n{table}")?;
-    Ok(())
+    writeln!(out)?;
+    out.table(&table)
 }

@@ -11,9 +11,11 @@ use ultraep_serve::bench::{PoolSummary, PromptSpec, prompts};
 use ultraep_serve::loadtest::{LOADTEST_SCHEMA, LoadResult, LoadSpec, Target, run as run_rate};
 use ultraep_serve::plot::{Line, ttft_plot};
 
-use super::{MixArg, ms, new_table, parse_lengths, progress, serve_error};
+use super::{MixArg, ms_cell, parse_lengths, progress, serve_error};
 use crate::commands::write_json;
 use crate::error::CliError;
+use crate::output::Output;
+use crate::table::{Cell, Column, Table};
 
 /// Arguments of `ultraep loadtest`.
 #[derive(Debug, clap::Args)]
@@ -86,7 +88,7 @@ struct Document<'a> {
     rates: &'a [LoadResult],
 }
 
-pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<(), CliError> {
+pub(crate) fn run(args: &Args, out: &mut Output<'_>) -> Result<(), CliError> {
     let target = Target::new(&args.url, args.api_key.clone()).map_err(CliError::input)?;
     let corpus = Arc::new(args.mix.read_text()?);
     let count = args.prompts as usize;
@@ -134,39 +136,35 @@ pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<(), CliError> {
     Ok(())
 }
 
-fn print(out: &mut dyn Write, args: &Args, results: &[LoadResult]) -> Result<(), CliError> {
-    let mut table = new_table(&[
-        "requests/s",
-        "sent",
-        "finished",
-        "errors",
-        "TTFT mean",
-        "p50",
-        "p95",
-        "p99 ms",
-        "tokens/s",
-        "goodput/s",
+fn print(out: &mut Output<'_>, args: &Args, results: &[LoadResult]) -> Result<(), CliError> {
+    let mut table = Table::new([
+        Column::number("requests/s", "arrivals a second, drawn"),
+        Column::number("sent", "requests that were sent").minor(3),
+        Column::number("finished", "requests that were answered whole").minor(2),
+        Column::number("errors", "requests that were not, by kind"),
+        Column::number("TTFT mean", "time to the first token from the arrival drawn, ms").minor(1),
+        Column::number("p50", "its median, ms"),
+        Column::number("p95", "its 95th percentile, ms"),
+        Column::number("p99", "its 99th percentile, ms").minor(1),
+        Column::number("tokens/s", "prompt and new tokens a second").minor(4),
+        Column::number("goodput/s", "finished a second with the first token within the limit"),
     ]);
     for r in results {
         let errors: Vec<String> = r.errors.iter().map(|(kind, count)| format!("{count} x {kind}")).collect();
-        table.add_row([
-            format!("{:.2}", r.rps),
-            r.requests.to_string(),
-            r.finished.to_string(),
-            if errors.is_empty() { "0".into() } else { errors.join(", ") },
-            ms(r.ttft.mean_ns),
-            ms(r.ttft.p50_ns),
-            ms(r.ttft.p95_ns),
-            ms(r.ttft.p99_ns),
-            format!("{:.0}", r.tokens_per_s),
-            format!("{:.2}", r.goodput_rps),
+        table.row([
+            Cell::number(r.rps, 2),
+            Cell::count(r.requests),
+            Cell::count(r.finished),
+            Cell::text(if errors.is_empty() { "0".into() } else { errors.join(", ") }),
+            ms_cell(r.ttft.mean_ns),
+            ms_cell(r.ttft.p50_ns),
+            ms_cell(r.ttft.p95_ns),
+            ms_cell(r.ttft.p99_ns),
+            Cell::number(r.tokens_per_s, 0),
+            Cell::number(r.goodput_rps, 2),
         ]);
     }
-    writeln!(out, "{table}")?;
-    writeln!(
-        out,
-        "goodput: finished with the first token within {} ms; times count from the arrival drawn",
-        args.ttft_limit_ms
-    )?;
+    out.table(&table)?;
+    writeln!(out, "the first token within {} ms counts as goodput", args.ttft_limit_ms)?;
     Ok(())
 }

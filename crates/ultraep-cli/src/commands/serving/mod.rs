@@ -9,7 +9,6 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
-use comfy_table::{CellAlignment, Table, presets};
 use indicatif::{ProgressBar, ProgressStyle};
 use ultraep_baselines::{EplbParams, HistoryParams, PolicyKind, PolicyParams};
 use ultraep_plan::Ratio;
@@ -24,6 +23,7 @@ pub(crate) use load::{Args as LoadTestArgs, run as loadtest};
 pub(crate) use server::{Args as ServeArgs, run as serve};
 
 use crate::error::{CliError, note};
+use crate::table::Cell;
 
 /// The model and the group that serves it: the same for the server and the benchmark.
 #[derive(Debug, clap::Args)]
@@ -195,14 +195,12 @@ fn progress(what: &'static str, length: u64) -> ProgressBar {
     bar
 }
 
-/// Milliseconds for tables.
+/// Milliseconds.
 fn ms(ns: u64) -> String {
     format!("{:.1}", ns as f64 * 1e-6)
 }
 
-fn new_table(header: &[&str]) -> Table {
-    let mut table = Table::new();
-    table.load_style(presets::UTF8_FULL_CONDENSED).set_header(header);
-    table.column_iter_mut().skip(1).for_each(|column| column.set_cell_alignment(CellAlignment::Right));
-    table
+/// Milliseconds for tables.
+fn ms_cell(ns: u64) -> Cell {
+    Cell::number(ns as f64 * 1e-6, 1)
 }

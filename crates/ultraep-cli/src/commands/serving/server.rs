@@ -16,6 +16,7 @@ use ultraep_serve::{Engine, EngineConfig, Observer, Recorder, ServedModel};
 use super::{GroupArgs, serve_error};
 use crate::commands::train;
 use crate::error::{CliError, note};
+use crate::output::Output;
 
 /// Arguments of `ultraep serve`.
 #[derive(Debug, clap::Args)]
@@ -102,7 +103,7 @@ impl Observer for Watch {
     }
 }
 
-pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<(), CliError> {
+pub(crate) fn run(args: &Args, out: &mut Output<'_>) -> Result<(), CliError> {
     train::keep_tensors_on_one_thread()?;
     let model = ServedModel::load(&args.group.checkpoint, args.context as usize).map_err(CliError::input)?;
     let kv_tokens = args.kv_tokens.unwrap_or(args.context.saturating_mul(2));
@@ -138,7 +139,7 @@ fn serve_until_stopped(
     args: &Args,
     engine: &Engine,
     stop: Arc<AtomicBool>,
-    out: &mut dyn Write,
+    out: &mut Output<'_>,
 ) -> Result<(), CliError> {
     let http = HttpConfig {
         api_key: args.api_key.clone(),

@@ -8,6 +8,7 @@ use ultraep_sim::calibrate::{Breakdown, Target, calibrate};
 use super::plan_file::{Calibration, Plan};
 use super::training::prepare;
 use crate::error::CliError;
+use crate::output::Output;
 
 /// The constants that a calibration plan leads to.
 pub(super) fn constants(plan: &Plan) -> Result<Calibrated, CliError> {
@@ -32,7 +33,7 @@ fn target(from: &Calibration) -> Target {
 }
 
 /// Prints the section of the machine file.
-pub(super) fn run(plan: &Plan, out: &mut dyn Write) -> Result<(), CliError> {
+pub(super) fn run(plan: &Plan, out: &mut Output<'_>) -> Result<(), CliError> {
     let c = constants(plan)?;
     writeln!(out, "[calibrated]")?;
     for (name, value) in [

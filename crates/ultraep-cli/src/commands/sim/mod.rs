@@ -12,7 +12,6 @@ mod sweep;
 mod timeline;
 mod training;
 
-use std::io::Write;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
@@ -22,6 +21,7 @@ use self::record::{CaseRecord, Record, load_words, rows};
 use self::training::{Ready, figures, in_parallel, prepare, relate, step};
 use super::write_json;
 use crate::error::{CliError, note};
+use crate::output::Output;
 use ultraep_sim::{Fidelity, StepReport, System, recovery_ps};
 
 pub(crate) const EXAMPLES: &str = "Examples:
@@ -58,7 +58,7 @@ pub(crate) struct Args {
     threads: Option<NonZeroUsize>,
 }
 
-pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<(), CliError> {
+pub(crate) fn run(args: &Args, out: &mut Output<'_>) -> Result<(), CliError> {
     let known = || PLANS.map(|(name, _)| name).join(", ");
     let Some(name) = &args.plan else {
         return Err(CliError::Input(format!("no plan: allowed are a file or one of {}", known())));

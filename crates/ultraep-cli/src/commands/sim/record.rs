@@ -3,12 +3,13 @@
 use std::collections::BTreeMap;
 use std::io::Write;
 
-use comfy_table::{CellAlignment, Table, presets};
 use serde::Serialize;
 use ultraep_sim::{Fit, SystemReport};
 
 use super::plan_file::{Experiment, Metric, Paper, Plan};
 use crate::error::CliError;
+use crate::output::Output;
+use crate::table::{Cell, Column, Table};
 
 /// `ultraep.sim/1`.
 #[derive(Debug, Serialize)]
@@ -161,14 +162,14 @@ impl Record {
     }
 
     /// For people.
-    pub(super) fn print(&self, out: &mut dyn Write) -> Result<(), CliError> {
+    pub(super) fn print(&self, out: &mut Output<'_>) -> Result<(), CliError> {
         writeln!(out, "{}", self.title)?;
         if !self.source.is_empty() {
             writeln!(out, "paper: {}", self.source)?;
         }
         for case in &self.cases {
             writeln!(out, "\n{}: {}", case.name, case.load)?;
-            writeln!(out, "{}", table(&case.rows))?;
+            out.table(&table(&case.rows))?;
             for system in &case.does_not_fit {
                 writeln!(out, "{system}")?;
             }
@@ -181,25 +182,24 @@ impl Record {
 }
 
 fn table(rows: &[Row]) -> Table {
-    let mut table = Table::new();
-    table.load_style(presets::UTF8_FULL_CONDENSED);
-    table.set_header(["metric", "system", "paper", "simulated", "difference", ""]);
-    for column in 2..5 {
-        if let Some(column) = table.column_mut(column) {
-            column.set_cell_alignment(CellAlignment::Right);
-        }
-    }
-    let mut last = None;
+    let mut table = Table::new([
+        Column::text("metric", "what is measured, in its unit"),
+        Column::text("system", "which balancer"),
+        Column::number("paper", "as published"),
+        Column::number("simulated", "as simulated here"),
+        Column::number("difference", "simulated against published: in percent, points, or plain for ratios"),
+        Column::text("how", "calibrated: something was fitted to that figure; predicted: nothing was"),
+    ])
+    .grouped_by(1);
     for row in rows {
-        let metric = if last == Some(row.metric) { "" } else { row.metric.name() };
-        last = Some(row.metric);
-        table.add_row([
-            metric.to_string(),
-            row.system.clone(),
-            row.paper.map_or_else(|| "-".to_string(), |value| row.metric.show(value)),
-            row.metric.show(row.simulated),
-            row.difference.map_or_else(|| "-".to_string(), |value| row.metric.show_difference(value)),
-            row.how.unwrap_or_default().to_string(),
+        let metric = row.metric;
+        table.row([
+            Cell::text(metric.name()),
+            Cell::text(row.system.clone()),
+            Cell::maybe(row.paper, |value| Cell::shown(metric.show(value), value)),
+            Cell::shown(metric.show(row.simulated), row.simulated),
+            Cell::maybe(row.difference, |value| Cell::shown(metric.show_difference(value), value)),
+            Cell::text(row.how.unwrap_or_default()),
         ]);
     }
     table

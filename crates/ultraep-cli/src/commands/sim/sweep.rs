@@ -3,13 +3,14 @@
 use std::collections::BTreeMap;
 use std::io::Write;
 
-use comfy_table::{CellAlignment, Table, presets};
 use serde::Serialize;
 
 use super::files::{model, systems};
 use super::plan_file::{Case, Metric, Plan, Sweep};
 use super::training::{figures, in_parallel, prepare, relate, step};
 use crate::error::{CliError, note};
+use crate::output::Output;
+use crate::table::{Cell, Column, Table};
 
 /// Most configurations of one sweep.
 const MAX_CONFIGURATIONS: usize = 100_000;
@@ -187,7 +188,7 @@ fn share(points: &[&Point], system: &str) -> String {
 
 impl SweepRecord {
     /// Means along every axis that varies.
-    pub(super) fn print(&self, out: &mut dyn Write) -> Result<(), CliError> {
+    pub(super) fn print(&self, out: &mut Output<'_>) -> Result<(), CliError> {
         writeln!(out, "{}: {} configurations, shares of ideal throughput (means)", self.title, self.points.len())?;
         if self.left_out > 0 {
             note(format!("{} combinations cannot exist and are left out", self.left_out));
@@ -196,11 +197,15 @@ impl SweepRecord {
             writeln!(out, "In brackets: configurations that a rank has too little memory for; they are in no mean.")?;
         }
         let shown: Vec<&String> = self.systems.iter().filter(|name| *name != "ideal").collect();
-        let mut table = Table::new();
-        table.load_style(presets::UTF8_FULL_CONDENSED);
-        let mut header = vec!["axis", "value", "configurations", "imbalance"];
-        header.extend(shown.iter().map(|name| name.as_str()));
-        table.set_header(header);
+        let mut columns = vec![
+            Column::text("axis", "what is varied"),
+            Column::number("value", "its value"),
+            Column::number("configurations", "configurations with that value").minor(2),
+            Column::number("imbalance", "as routed, mean over them").minor(1),
+        ];
+        let share_help = |at: usize| if at == 0 { "share of ideal throughput, mean over them" } else { "" };
+        columns.extend(shown.iter().enumerate().map(|(at, name)| Column::number(name.as_str(), share_help(at))));
+        let mut table = Table::new(columns).grouped_by(1);
         for (axis, value) in AXES {
             let mut values: Vec<u32> = self.points.iter().map(value).collect();
             values.sort_unstable();
@@ -208,25 +213,19 @@ impl SweepRecord {
             if values.len() < 2 {
                 continue;
             }
-            for (index, wanted) in values.into_iter().enumerate() {
+            for wanted in values {
                 let of: Vec<&Point> = self.points.iter().filter(|p| value(p) == wanted).collect();
                 let mean = |figure: &dyn Fn(&Point) -> f64| of.iter().map(|p| figure(p)).sum::<f64>() / of.len() as f64;
                 let mut row = vec![
-                    if index == 0 { axis.to_string() } else { String::new() },
-                    wanted.to_string(),
-                    of.len().to_string(),
-                    format!("{:.2}", mean(&|p| p.imbalance_before)),
+                    Cell::text(axis),
+                    Cell::count(wanted),
+                    Cell::count(of.len()),
+                    Cell::number(mean(&|p| p.imbalance_before), 2),
                 ];
-                row.extend(shown.iter().map(|name| share(&of, name)));
-                table.add_row(row);
+                row.extend(shown.iter().map(|name| Cell::text(share(&of, name))));
+                table.row(row);
             }
         }
-        for column in 1..4 + shown.len() {
-            if let Some(column) = table.column_mut(column) {
-                column.set_cell_alignment(CellAlignment::Right);
-            }
-        }
-        writeln!(out, "{table}")?;
-        Ok(())
+        out.table(&table)
     }
 }

@@ -4,7 +4,6 @@ mod args;
 mod job;
 mod screen;
 
-use std::io::Write;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -25,8 +24,9 @@ use job::{Handover, Job};
 use screen::Screen;
 
 use crate::error::CliError;
+use crate::output::Output;
 
-pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<(), CliError> {
+pub(crate) fn run(args: &Args, out: &mut Output<'_>) -> Result<(), CliError> {
     keep_tensors_on_one_thread()?;
     let job = prepare(args)?;
     match args.fabric {
@@ -124,7 +124,7 @@ fn rank_job(job: &Job, stop: Arc<AtomicBool>) -> RankJob {
     }
 }
 
-fn run_as_threads(job: Job, out: &mut dyn Write) -> Result<(), CliError> {
+fn run_as_threads(job: Job, out: &mut Output<'_>) -> Result<(), CliError> {
     let rank_job = rank_job(&job, stop_flag()?);
     let group = job.config.group().map_err(CliError::input)?;
     let screen = std::sync::Mutex::new(Screen::new(&job)?);
@@ -183,7 +183,7 @@ pub(crate) struct RankArgs {
 }
 
 /// One rank of a group of processes.
-pub(crate) fn run_as_rank(args: &RankArgs, out: &mut dyn Write) -> Result<(), CliError> {
+pub(crate) fn run_as_rank(args: &RankArgs, out: &mut Output<'_>) -> Result<(), CliError> {
     let stop = stop_flag()?;
     let told = signal_hook::flag::register(signal_hook::consts::SIGUSR1, stop.clone());
     told.map_err(|error| CliError::Failure(format!("signal SIGUSR1: {error}")))?;

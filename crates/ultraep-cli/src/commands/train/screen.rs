@@ -5,7 +5,6 @@ use std::io::{IsTerminal, Write};
 use std::path::Path;
 use std::time::Instant;
 
-use comfy_table::{CellAlignment, Table, presets};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use ultraep_run::{
@@ -21,6 +20,8 @@ use ultraep_train::{
 use super::job::Job;
 use crate::commands::write_json;
 use crate::error::CliError;
+use crate::output::Output;
+use crate::table::{Cell, Column, Table};
 
 /// The observer of rank 0: writes the run folder and shows how it goes.
 pub(super) struct Screen {
@@ -68,7 +69,7 @@ impl Screen {
         self,
         result: Result<Outcome, CliError>,
         ended: UtcTime,
-        out: &mut dyn Write,
+        out: &mut Output<'_>,
     ) -> Result<(), CliError> {
         self.bar.finish_and_clear();
         let path = self.folder.path().to_path_buf();
@@ -264,7 +265,7 @@ fn largest_difference(summary: &Summary) -> Option<f32> {
 }
 
 fn print(
-    out: &mut dyn Write,
+    out: &mut Output<'_>,
     config: &TrainConfig,
     summary: &Summary,
     table: Option<&PolicyTable>,
@@ -274,11 +275,12 @@ fn print(
     }
     if let Some(table) = table {
         writeln!(out, "\n{}\n", table.title)?;
-        writeln!(out, "{}\n", main_table(table))?;
-        writeln!(out, "Parts of the step, ms (* what of weight sync and grad reduce was not hidden)")?;
-        writeln!(out, "{}\n", parts_table(table))?;
+        out.table(&main_table(table))?;
+        writeln!(out, "\nParts of the step, ms (* what of weight sync and grad reduce was not hidden)")?;
+        out.table(&parts_table(table))?;
+        writeln!(out)?;
         for note in &table.notes {
-            write_wrapped(out, note)?;
+            out.wrapped(note)?;
         }
         writeln!(out)?;
     }
@@ -287,7 +289,7 @@ fn print(
     print_agreement(out, summary)
 }
 
-fn print_balance(out: &mut dyn Write, config: &TrainConfig, b: &BalanceCount) -> Result<(), CliError> {
+fn print_balance(out: &mut Output<'_>, config: &TrainConfig, b: &BalanceCount) -> Result<(), CliError> {
     if b.plans == 0 {
         return Ok(());
     }
@@ -298,7 +300,7 @@ fn print_balance(out: &mut dyn Write, config: &TrainConfig, b: &BalanceCount) ->
          them at the proven bound",
         config.policy, b.plans, b.worst_before, b.worst_after, above, b.at_bound
     );
-    write_wrapped(out, &text)?;
+    out.wrapped(&text)?;
     if config.domain_ranks < config.ranks {
         let bound = b.mean_bound();
         writeln!(
@@ -310,85 +312,79 @@ fn print_balance(out: &mut dyn Write, config: &TrainConfig, b: &BalanceCount) ->
     Ok(())
 }
 
-fn print_profile(out: &mut dyn Write, profile: ProfileSummary) -> Result<(), CliError> {
+fn print_profile(out: &mut Output<'_>, profile: ProfileSummary) -> Result<(), CliError> {
     if profile.every > 0 {
         writeln!(out, "loads recorded: {} layers, {} dropped", profile.recorded, profile.dropped)?;
     }
     Ok(())
 }
 
-fn print_agreement(out: &mut dyn Write, summary: &Summary) -> Result<(), CliError> {
+fn print_agreement(out: &mut Output<'_>, summary: &Summary) -> Result<(), CliError> {
     if let Some(difference) = summary.gradient_difference {
-        write_wrapped(
-            out,
-            &format!(
-                "outputs: equal bit for bit under all policies compared (but ideal); gradients differ by {difference:.1e} at most"
-            ),
-        )?;
+        out.wrapped(&format!(
+            "outputs: equal bit for bit under all policies compared (but ideal); gradients differ by {difference:.1e} at most"
+        ))?;
     }
     let Some(largest) = largest_difference(summary) else { return Ok(()) };
     let pairs: Vec<_> = summary.losses.iter().zip(&summary.reference_losses).collect();
-    let mut table = new_table(&["step", "loss, balanced", "loss, none", "difference"]);
+    let mut table = Table::new([
+        Column::number("step", "training step"),
+        Column::number("loss, balanced", "with live balancing"),
+        Column::number("loss, none", "the same run without balancing"),
+        Column::number("difference", "of the two"),
+    ]);
     let points = 6.min(pairs.len());
     for i in 0..points {
         let (a, b) = pairs[i * (pairs.len() - 1) / (points - 1).max(1)];
-        let difference = format!("{:+.1e}", f64::from(a.1) - f64::from(b.1));
-        table.add_row([(a.0 + 1).to_string(), format!("{:.4}", a.1), format!("{:.4}", b.1), difference]);
+        let difference = f64::from(a.1) - f64::from(b.1);
+        table.row([
+            Cell::count(a.0 + 1),
+            Cell::number(a.1.into(), 4),
+            Cell::number(b.1.into(), 4),
+            Cell::shown(format!("{difference:+.1e}"), difference),
+        ]);
     }
-    writeln!(out, "{}", right_aligned(table))?;
+    out.table(&table)?;
     writeln!(out, "largest difference of the loss curves over {} steps: {largest:.1e}", pairs.len())?;
     Ok(())
 }
 
-fn new_table(header: &[&str]) -> Table {
-    let mut table = Table::new();
-    table.load_style(presets::UTF8_FULL_CONDENSED);
-    table.set_header(header.iter().copied());
-    table
-}
-
-fn right_aligned(mut table: Table) -> Table {
-    for column in table.column_iter_mut().skip(1) {
-        column.set_cell_alignment(CellAlignment::Right);
-    }
-    table
-}
-
-fn ms(ns: u64) -> String {
-    format!("{:.2}", ns as f64 / 1e6)
+/// Milliseconds.
+fn ms(ns: u64) -> Cell {
+    Cell::number(ns as f64 / 1e6, 2)
 }
 
 fn main_table(table: &PolicyTable) -> Table {
     let with_wall = table.rows.iter().any(|row| row.wall_ns.is_some());
-    let mut header = vec![
-        "policy",
-        "imbalance\nmean",
-        "imbalance\nworst",
-        "replicas\na layer",
-        "crossed\nranks",
-        "step ms\n(parallel)",
-        "of\nideal",
-        "tokens/s",
-        "peak tokens\non a rank",
+    let mut columns = vec![
+        Column::text("policy", "who planned"),
+        Column::number("imbalance\nmean", "largest over mean rank load as planned, mean over layers and steps"),
+        Column::number("imbalance\nworst", "the same, worst"),
+        Column::number("replicas\na layer", "copies of experts, mean over layers").minor(1),
+        Column::number("crossed\nranks", "token choices processed on another rank than their source").minor(3),
+        Column::number("step ms\n(parallel)", "median time of a step by the virtual clocks"),
+        Column::number("of\nideal", "throughput over that of ideal routing"),
+        Column::number("tokens/s", "throughput by parallel time").minor(2),
+        Column::number("peak tokens\non a rank", "most tokens on one rank in a layer and microbatch").minor(4),
     ];
-    header.extend(with_wall.then_some("step ms\n(wall)"));
-    let mut text = new_table(&header);
+    columns.extend(with_wall.then(|| Column::number("step ms\n(wall)", "median wall time of a step")));
+    let mut text = Table::new(columns);
     for row in &table.rows {
         let mut cells = vec![
-            row.policy.clone(),
-            format!("{:.3}", row.imbalance_after.mean),
-            format!("{:.3}", row.imbalance_after.worst),
-            format!("{:.1}", row.replicas_per_layer),
-            format!("{:.1}%", 100.0 * row.tokens_crossed_fraction),
+            Cell::text(row.policy.clone()),
+            Cell::number(row.imbalance_after.mean, 3),
+            Cell::number(row.imbalance_after.worst, 3),
+            Cell::number(row.replicas_per_layer, 1),
+            Cell::share(row.tokens_crossed_fraction),
             ms(row.step_ns),
-            row.share_of_ideal.map_or("-".into(), |share| format!("{:.1}%", 100.0 * share)),
-            format!("{:.0}", row.throughput_tokens_per_s),
-            row.peak_tokens_per_rank.to_string(),
+            Cell::maybe(row.share_of_ideal, Cell::share),
+            Cell::number(row.throughput_tokens_per_s, 0),
+            Cell::count(row.peak_tokens_per_rank),
         ];
-        cells.extend(with_wall.then(|| row.wall_ns.map_or("-".into(), ms)));
-        text.add_row(cells);
+        cells.extend(with_wall.then(|| Cell::maybe(row.wall_ns, ms)));
+        text.row(cells);
     }
-    right_aligned(text)
+    text
 }
 
 /// Parts as rows, policies as columns: narrow enough for any terminal.
@@ -402,32 +398,14 @@ fn parts_table(table: &PolicyTable) -> Table {
         moe.into_iter().chain(rest).map(ms).collect::<Vec<_>>()
     };
     let columns: Vec<_> = table.rows.iter().map(values).collect();
-    let header: Vec<&str> = std::iter::once("part").chain(table.rows.iter().map(|row| row.policy.as_str())).collect();
-    let mut text = new_table(&header);
+    let mut heads = vec![Column::text("part", "part of the step")];
+    heads.extend(table.rows.iter().map(|row| Column::number(row.policy.as_str(), "")));
+    let mut text = Table::new(heads);
     for (i, name) in names.enumerate() {
-        text.add_row(std::iter::once(name.to_string()).chain(columns.iter().map(|column| column[i].clone())));
+        text.row(std::iter::once(Cell::text(name)).chain(columns.iter().map(|column| column[i].clone())));
     }
-    let extra = |row: &PolicyRow| 100.0 * row.parts.balancing_ns() as f64 / row.step_ns.max(1) as f64;
-    let extra = table.rows.iter().map(|row| format!("{:.2}%", extra(row)));
-    text.add_row(std::iter::once("plan + weight sync*".to_string()).chain(extra));
-    right_aligned(text)
+    let share = |row: &PolicyRow| 100.0 * row.parts.balancing_ns() as f64 / row.step_ns.max(1) as f64;
+    let extra = table.rows.iter().map(share).map(|percent| Cell::shown(format!("{percent:.2}%"), percent));
+    text.row(std::iter::once(Cell::text("plan + weight sync*")).chain(extra));
+    text
 }
-
-/// Writes text in lines of at most [`LINE_CHARS`], broken between words.
-fn write_wrapped(out: &mut dyn Write, text: &str) -> Result<(), CliError> {
-    let mut line = String::new();
-    for word in text.split_whitespace() {
-        if !line.is_empty() && line.chars().count() + 1 + word.chars().count() > LINE_CHARS {
-            writeln!(out, "{line}")?;
-            line.clear();
-        }
-        if !line.is_empty() {
-            line.push(' ');
-        }
-        line.push_str(word);
-    }
-    writeln!(out, "{line}")?;
-    Ok(())
-}
-
-const LINE_CHARS: usize = 100;
