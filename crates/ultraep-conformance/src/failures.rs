@@ -9,6 +9,7 @@ use ultraep_plan::Rank;
 
 /// The rank that does wrong in most cases.
 const CULPRIT: Rank = Rank::new(1);
+const FIRST: Rank = Rank::new(0);
 const WINDOW: WindowId = WindowId::new(0);
 const SIZES: &[usize] = &[2, 5, 16];
 /// What a rank reports that has seen the right error, twice.
@@ -30,6 +31,12 @@ pub(crate) const CASES: &[Case] = &[
     case("rank_leaves_early", rank_leaves_early),
     case("rank_drops_a_collective", rank_drops_a_collective),
     case("signaller_is_lost", signaller_is_lost),
+    Case { verify: first_rank_named, ..case("first_rank_panics", first_rank_panics) },
+    Case {
+        verify: first_rank_named,
+        needs: &[Need::OwnProcesses],
+        ..case("first_rank_is_killed", first_rank_is_killed)
+    },
     needing(case("rank_is_killed", rank_is_killed), &[Need::OwnProcesses]),
     needing(case("rank_exits_without_leaving", rank_exits_without_leaving), &[Need::OwnProcesses]),
     Case {
@@ -86,9 +93,18 @@ fn hasty_on_one_core(ranks: usize) -> GroupSpec {
 
 /// The group names the culprit, and so does every other rank.
 fn culprit_named(ending: &Ending) -> Result<(), String> {
+    named(ending, CULPRIT)
+}
+
+/// The same of rank 0, which on some fabrics has a part that no other has.
+fn first_rank_named(ending: &Ending) -> Result<(), String> {
+    named(ending, FIRST)
+}
+
+fn named(ending: &Ending, culprit: Rank) -> Result<(), String> {
     let named = ending.failure.as_ref().and_then(|(rank, _)| *rank);
-    ensure(named == Some(CULPRIT), || format!("the group says {:?}", ending.failure))?;
-    for (rank, report) in ending.reports.iter().enumerate().filter(|&(rank, _)| rank != CULPRIT.index()) {
+    ensure(named == Some(culprit), || format!("the group says {:?}", ending.failure))?;
+    for (rank, report) in ending.reports.iter().enumerate().filter(|&(rank, _)| rank != culprit.index()) {
         ensure(*report == Some(NAMED), || {
             format!("rank {rank} of {} did not name it (seed {})", ending.ranks, ending.seed)
         })?;
@@ -134,12 +150,34 @@ fn same_again(fabric: &mut Box<dyn Fabric>, error: &FabricError) -> Result<(), S
 
 /// That the culprit was lost, in one of these ways.
 fn lost(error: &FabricError, ways: &[Loss]) -> Report {
+    lost_rank(error, CULPRIT, ways)
+}
+
+fn lost_rank(error: &FabricError, culprit: Rank, ways: &[Loss]) -> Report {
     match error {
-        FabricError::PeerLost { rank: CULPRIT, operation: OperationKind::Barrier, reason } if ways.contains(reason) => {
+        FabricError::PeerLost { rank, operation: OperationKind::Barrier, reason }
+            if *rank == culprit && ways.contains(reason) =>
+        {
             Ok(NAMED)
         }
         other => Err(format!("{other} ({other:?})")),
     }
+}
+
+fn first_rank_panics(mut fabric: Box<dyn Fabric>, _seed: u64) -> Report {
+    if fabric.rank() == FIRST {
+        fabric.run(Operation::Barrier).map_err(text)?;
+        std::panic::resume_unwind(Box::new("(deliberate)"));
+    }
+    lost_rank(&failing(&mut fabric)?, FIRST, &[Loss::Panicked])
+}
+
+fn first_rank_is_killed(mut fabric: Box<dyn Fabric>, _seed: u64) -> Report {
+    if fabric.rank() == FIRST {
+        fabric.run(Operation::Barrier).map_err(text)?;
+        kill_myself()?;
+    }
+    lost_rank(&failing(&mut fabric)?, FIRST, &[Loss::Killed { signal: 9 }, Loss::Vanished])
 }
 
 fn rank_returns_an_error(mut fabric: Box<dyn Fabric>, _seed: u64) -> Report {

@@ -12,7 +12,8 @@
 //!
 //! # Use
 //! A [`GroupSpec`] sizes everything. [`run_threads`] runs a closure on each rank; [`processes::launch`] and
-//! [`processes::join`] do the same with programs. Both hand out a `Box<dyn Fabric>`: [`Fabric::submit`], [`Fabric::poll`],
+//! [`processes::join`] do the same with programs; processes that something else has started find each other with
+//! [`attach`](attach::attach) (`examples/4_started_by_hand.rs`). All hand out a `Box<dyn Fabric>`: [`Fabric::submit`], [`Fabric::poll`],
 //! [`Fabric::wait`] take an [`Operation`] through its life, [`Fabric::run`] does all at once, [`Fabric::leave`] ends. Who measures
 //! passes a stamp along ([`Fabric::run_stamped`]). Memory is a [`Region`], read and written through guards. `examples/1_hello_ranks.rs` shows all of it on a page,
 //! `examples/2_measure_fabric.rs` measures it. [`simulated`] runs ranks under a seeded scheduler, for tests:
@@ -45,7 +46,7 @@
 //! | borrow     | `Borrow::state` of a region  | the end of a guard, hold or epoch: the content            | the start of the next |
 //! | tile       | a chunk's flag in a window of slots | `publish`: a tile's bytes                          | `is_ready`: a relay |
 //! | reach      | count of a window's `Reach`es | `Reach::drop`: what this rank's workers did there        | `Close`, on the same rank |
-//! | status     | `Status::word`               | `start`, `go`: that a rank is there or gone               | `gone`: the supervisor, who meets a gone rank |
+//! | status     | `Status::word`               | `start`, `go`: that a rank is there or gone               | `gone`: the supervisor or the watch, who meets a gone rank |
 //!
 //! Two places need a sequentially consistent fence at both ends, as each side writes one word and reads the other's (store
 //! buffering): `generation` against `sleepers` (`turn` / `sleep`), and `event` against `listening` (`ring` / `sleep_unless`).
@@ -55,6 +56,7 @@
 //! Relaxed words: those ordered by `turn` and `generation` (the control block, sizes, stamp), and hints for messages
 //! (`activity`, `computing`, `Permits::taken`).
 
+pub mod attach;
 pub mod backend;
 mod borrow;
 mod copy;

@@ -186,6 +186,7 @@ operation_kinds! {
     AllReduceSumF32 = 10, "all-reduce";
     CorePermit = 11, "core permit";
     Leave = 12, "leave";
+    Join = 13, "joining";
     Stream = 20, "tile stream";
 }
 

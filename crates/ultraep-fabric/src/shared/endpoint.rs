@@ -4,6 +4,7 @@ use super::collective::InFlight;
 use super::permits::Asked;
 use super::segment::Segment;
 use super::word::FAILED;
+use crate::attach::Watch;
 use crate::backend::{Hold, Operands};
 use crate::failure::Failure;
 use crate::operation::OperationKind;
@@ -71,6 +72,8 @@ pub(crate) struct Endpoint {
     pub(super) spins: u32,
     /// The rank's process is gone: nothing it would have done on its way out happens.
     pub(super) vanished: bool,
+    /// The watch over other ranks, where no supervisor has it. It ends after the rank's status says that it has gone.
+    watch: Option<Watch>,
 }
 
 /// What a wait is for.
@@ -121,8 +124,15 @@ impl Endpoint {
             computing: false,
             spins: if spec.ranks <= cores && spec.permits().is_none() { SPINS } else { 0 },
             vanished: false,
+            watch: None,
             segment,
         })
+    }
+
+    /// With a watch over other ranks for as long as the endpoint lives.
+    pub(crate) fn watched_by(mut self, watch: Watch) -> Self {
+        self.watch = Some(watch);
+        self
     }
 
     /// Waits for a core permit: a rank's main starts after this.

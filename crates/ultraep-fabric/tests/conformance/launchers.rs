@@ -3,11 +3,16 @@
 use std::fmt::Display;
 use std::io::Read;
 use std::process::{Command, ExitCode, Stdio};
+use std::time::Duration;
 use ultraep_conformance::{Ended, Launcher, Nature, Run};
+use ultraep_fabric::attach::{StoreServer, TcpStore, attach};
 use ultraep_fabric::processes::{self, JoinInfo};
 use ultraep_fabric::simulated::{Simulation, run_simulated};
 use ultraep_fabric::{Capabilities, run_threads};
 use ultraep_plan::Rank;
+
+/// How long processes may take to start, however busy the machine is.
+const WITHIN: Duration = Duration::from_secs(60);
 
 /// For `map_err`.
 pub(crate) fn text(error: impl Display) -> String {
@@ -92,24 +97,58 @@ impl Launcher for Processes {
     }
 }
 
-/// The other side of [`Processes`]: this process is a rank.
-pub(crate) fn run_child(arguments: &[String]) -> Option<ExitCode> {
-    let [flag, info, words @ ..] = arguments else { return None };
-    if flag != "--as-rank" {
-        return None;
+/// Processes that find each other through a store, and that nobody supervises.
+pub(crate) struct Attached;
+
+impl Launcher for Attached {
+    fn name(&self) -> String {
+        "attached processes".to_owned()
     }
-    let run = || {
-        let run = Run::from_words(words).ok_or("no such case")?;
-        run.main(processes::join(&run.spec(), info.parse().map_err(text)?).map_err(text)?)
+
+    fn nature(&self) -> Nature {
+        Nature { own_processes: true, real_time: true }
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { direct: true, core_permits: true, stamps: true }
+    }
+
+    fn run(&self, run: &Run) -> Result<Ended, String> {
+        let myself = std::env::current_exe().map_err(text)?;
+        let store = StoreServer::bind("127.0.0.1:0").map_err(text)?;
+        run.on_processes(|rank| {
+            let mut command = Command::new(&myself);
+            command.args(["--as-attached", &store.address().to_string(), &rank.to_string()]).args(run.words());
+            command
+        })
+    }
+}
+
+/// The other side of [`Processes`] and [`Attached`]: this process is a rank.
+pub(crate) fn run_child(arguments: &[String]) -> Option<ExitCode> {
+    let run = match arguments {
+        [flag, info, words @ ..] if flag == "--as-rank" => joined(info, words),
+        [flag, store, rank, words @ ..] if flag == "--as-attached" => attached(store, rank, words),
+        _ => return None,
     };
-    Some(match run() {
-        Ok(report) => {
-            println!("report {report}");
-            ExitCode::SUCCESS
-        }
-        Err(why) => {
-            eprintln!("rank {info} of {words:?}: {why}");
-            ExitCode::FAILURE
-        }
-    })
+    Some(run.unwrap_or_else(|why| {
+        eprintln!("{arguments:?}: {why}");
+        ExitCode::FAILURE
+    }))
+}
+
+fn joined(info: &str, words: &[String]) -> Result<ExitCode, String> {
+    let run = Run::from_words(words).ok_or("no such case")?;
+    let report = run.main(processes::join(&run.spec(), info.parse().map_err(text)?).map_err(text)?)?;
+    println!("report {report}");
+    Ok(ExitCode::SUCCESS)
+}
+
+fn attached(store: &str, rank: &str, words: &[String]) -> Result<ExitCode, String> {
+    let run = Run::from_words(words).ok_or("no such case")?;
+    let spec = run.spec();
+    let mut store = TcpStore::connect(store, "conformance", WITHIN).map_err(text)?;
+    let rank = Rank::new(rank.parse().map_err(text)?);
+    let fabric = attach("group", rank, &spec, &mut store, WITHIN).map_err(text)?;
+    Ok(run.as_process(fabric))
 }

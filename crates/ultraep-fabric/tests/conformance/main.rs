@@ -7,7 +7,7 @@
 mod launchers;
 mod launching;
 
-use launchers::{Processes, Simulated, Threads};
+use launchers::{Attached, Processes, Simulated, Threads};
 use std::process::ExitCode;
 
 const AGAIN: &str = "cargo test -p ultraep-fabric --test conformance --";
@@ -18,5 +18,5 @@ fn main() -> ExitCode {
         return code;
     }
     // Two schedules for each case.
-    ultraep_conformance::main(&[&Threads, &Processes, &Simulated(0), &Simulated(1)], AGAIN, launching::TESTS)
+    ultraep_conformance::main(&[&Threads, &Processes, &Attached, &Simulated(0), &Simulated(1)], AGAIN, launching::TESTS)
 }
