@@ -7,21 +7,20 @@ use ultraep_load::{LoadMatrix, LoadParams, Workload, generate, read_file};
 use ultraep_plan::{HardwareModel, Ratio, Topology, TopologySpec};
 
 use crate::error::CliError;
+use crate::options;
 
 /// The group beside what the loads say.
 #[derive(Clone, Debug, clap::Args)]
 pub(crate) struct GroupArgs {
-    /// Slots for replicas on each rank
-    #[arg(long, value_name = "R")]
+    #[arg(long, value_name = "R", value_parser = options::slots(), help = options::SLOTS)]
     pub(crate) slots: usize,
-    /// Ranks in a domain; replicas stay in their master's domain [default: all ranks]
-    #[arg(long, value_name = "G")]
+    #[arg(long, value_name = "G", value_parser = options::ranks(), help = options::DOMAIN)]
     pub(crate) domain: Option<usize>,
     /// Slots of every rank, where ranks differ; replaces --slots
-    #[arg(long, value_name = "R,R,...", value_delimiter = ',')]
+    #[arg(long, value_name = "R,...", value_delimiter = ',', value_parser = options::slots())]
     pub(crate) rank_slots: Vec<usize>,
     /// Speed of every rank: 1024 is full speed, 0 gets no replica [default: all 1024]
-    #[arg(long, value_name = "S,S,...", value_delimiter = ',')]
+    #[arg(long, value_name = "S,...", value_delimiter = ',')]
     pub(crate) rank_speeds: Vec<u32>,
 }
 
@@ -48,11 +47,9 @@ impl GroupArgs {
 /// Parameters of policies.
 #[derive(Clone, Copy, Debug, clap::Args)]
 pub(crate) struct PolicyArgs {
-    /// Tolerated imbalance (largest rank load over the mean), as 1.01 or 101/100
-    #[arg(long, default_value = "1.01", value_name = "RATIO")]
+    #[arg(long, default_value = "1.01", value_name = "RATIO", value_parser = options::imbalance, help = options::BETA)]
     pub(crate) beta: Ratio,
-    /// Least tokens worth a replica
-    #[arg(long, default_value_t = 1024, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, default_value_t = 1024, value_name = "TOKENS", value_parser = options::tokens(), help = options::MIN_QUOTA)]
     pub(crate) min_quota: u32,
 }
 
@@ -66,15 +63,15 @@ impl PolicyArgs {
 #[derive(Clone, Copy, Debug, clap::Args)]
 #[command(next_help_heading = "Hardware model (defaults: Qwen3-235B in bf16 on a 900 GB/s fabric)")]
 pub(crate) struct HardwareArgs {
-    /// Bytes of one expert's weights that a replica needs copied
-    #[arg(long, default_value_t = HardwareModel::default().expert_bytes, value_name = "BYTES")]
+    /// Bytes of one expert, what a replica needs copied of its weights
+    #[arg(long, default_value_t = HardwareModel::default().expert_bytes, value_name = "BYTES",
+          value_parser = options::bytes::<u64>())]
     expert_bytes: u64,
     /// Bytes that one routed token moves through a rank's link, dispatch and combine together
     #[arg(long, default_value_t = HardwareModel::default().token_bytes, value_name = "BYTES")]
     token_bytes: u64,
-    /// What one rank's link carries in one direction, bytes a second
     #[arg(long, default_value_t = HardwareModel::default().link_bytes_per_s, value_name = "RATE",
-          value_parser = clap::value_parser!(u64).range(1..))]
+          value_parser = options::bytes::<u64>(), help = options::LINK_BYTES)]
     link_bytes_per_s: u64,
     /// Experts' time for one row (a token through one expert), picoseconds
     #[arg(long, default_value_t = HardwareModel::default().row_ps, value_name = "PS")]
@@ -118,26 +115,20 @@ impl HardwareArgs {
 /// A synthetic load.
 #[derive(Clone, Copy, Debug, clap::Args)]
 pub(crate) struct WorkloadArgs {
-    /// Ranks in the group
-    #[arg(long, default_value_t = 64, value_name = "N")]
+    #[arg(long, default_value_t = 64, value_name = "N", value_parser = options::ranks(), help = options::RANKS)]
     pub(crate) ranks: usize,
-    /// Logical experts
-    #[arg(long, default_value_t = 256, value_name = "E")]
+    #[arg(long, default_value_t = 256, value_name = "E", value_parser = options::experts(), help = options::EXPERTS)]
     pub(crate) experts: usize,
-    /// Imbalance before balancing, where the workload takes a target
-    #[arg(long, default_value = "2", value_name = "RATIO")]
+    #[arg(long, default_value = "2", value_name = "RATIO", value_parser = options::imbalance,
+          help = format!("{}, where the workload takes a target", options::RATIO))]
     pub(crate) ratio: Ratio,
-    /// Which load is generated
-    #[arg(long, default_value_t = Workload::HotRankZipf, value_name = "NAME")]
+    #[arg(long, default_value_t = Workload::HotRankZipf, value_name = "NAME", help = options::WORKLOAD)]
     pub(crate) workload: Workload,
-    /// Tokens of each source rank
-    #[arg(long, default_value_t = 4096, value_name = "TOKENS")]
+    #[arg(long, default_value_t = 4096, value_name = "TOKENS", value_parser = options::tokens(), help = options::TOKENS)]
     pub(crate) tokens: u32,
-    /// Experts that a token chooses
-    #[arg(long, default_value_t = 8, value_name = "K")]
+    #[arg(long, default_value_t = 8, value_name = "K", value_parser = options::top_k::<u32>(), help = options::TOP_K)]
     pub(crate) top_k: u32,
-    /// Equal seeds give equal loads on every machine
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value_t = 1, value_name = "SEED", help = options::SEED)]
     pub(crate) seed: u64,
     /// Microbatch, for workloads that move with time
     #[arg(long, default_value_t = 7, value_name = "INDEX")]

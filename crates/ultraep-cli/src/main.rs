@@ -10,6 +10,7 @@
 mod commands;
 mod error;
 mod input;
+mod options;
 mod output;
 mod picture;
 mod table;
@@ -27,7 +28,7 @@ use output::{Output, TableFormat};
 /// Balance the experts of mixture-of-experts models from the exact load, in real time.
 #[derive(Debug, Parser)]
 #[command(name = "ultraep", version, max_term_width = 100, arg_required_else_help = false, after_help = EXIT_CODES)]
-struct Cli {
+pub(crate) struct Cli {
     #[command(subcommand)]
     command: Command,
     /// How tables are written: table, csv (nothing else on standard output, plain numbers) or md

@@ -15,6 +15,7 @@ use ultraep_plan::{
 use super::{moved, write_json};
 use crate::error::CliError;
 use crate::input::{GroupArgs, PolicyArgs, WorkloadArgs};
+use crate::options;
 use crate::output::Output;
 use crate::table::{Cell, Column, Table};
 use crate::timing::{Times, measure};
@@ -50,30 +51,20 @@ const EXAMPLES: &str = "Examples:
 pub(crate) struct Args {
     #[command(flatten)]
     workload: WorkloadArgs,
-    /// Slots for replicas on each rank
-    #[arg(long, default_value_t = 2, value_name = "R")]
+    #[arg(long, default_value_t = 2, value_name = "R", value_parser = options::slots(), help = options::SLOTS)]
     slots: usize,
-    /// Ranks in a domain [default: all ranks]
-    #[arg(long, value_name = "G")]
+    #[arg(long, value_name = "G", value_parser = options::ranks(), help = options::DOMAIN)]
     domain: Option<usize>,
-    /// Which policy plans
-    #[arg(long, default_value_t, value_name = "NAME")]
+    #[arg(long, default_value_t, value_name = "NAME", help = options::POLICY)]
     policy: PolicyKind,
     #[command(flatten)]
     params: PolicyArgs,
-    /// Measured runs, after a tenth as many that do not count
-    #[arg(long, default_value_t = 1000, value_name = "RUNS", value_parser = iterations)]
+    #[arg(long, default_value_t = 1000, value_name = "RUNS", value_parser = options::iterations::<usize>(),
+          help = format!("{}, after a tenth as many that do not count", options::ITERATIONS))]
     iterations: usize,
     /// JSON (schema ultraep.bench/1) instead of a table
     #[arg(long)]
     json: bool,
-}
-
-fn iterations(text: &str) -> Result<usize, String> {
-    match text.parse() {
-        Ok(number @ 1..=10_000_000) => Ok(number),
-        _ => Err("allowed are 1 to 10000000".to_owned()),
-    }
 }
 
 /// `ultraep.bench/1`.

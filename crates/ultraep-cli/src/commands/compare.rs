@@ -12,6 +12,7 @@ use ultraep_replay::{Evaluator, quotient};
 use super::{PerRank, write_json};
 use crate::error::CliError;
 use crate::input::{GroupArgs, HardwareArgs, PolicyArgs, policy_list, read_loads};
+use crate::options;
 use crate::output::Output;
 use crate::table::{Cell, Column, Table};
 use crate::timing::now_ns;
@@ -29,14 +30,11 @@ pub(crate) struct Args {
     params: PolicyArgs,
     #[command(flatten)]
     hardware: HardwareArgs,
-    /// Policies to compare [default: all]
-    #[arg(long, value_name = "NAME", value_delimiter = ',')]
+    #[arg(long, value_name = "NAME,...", value_delimiter = ',', help = format!("{} [default: all]", options::POLICIES))]
     policies: Vec<PolicyKind>,
-    /// Microbatches whose loads historical policies plan from
-    #[arg(long, default_value_t = 1, value_name = "MICROBATCHES", value_parser = at_least_one)]
+    #[arg(long, default_value_t = 1, value_name = "MICROBATCHES", value_parser = options::history(), help = options::WINDOW)]
     window: usize,
-    /// Microbatches between two placements of historical policies
-    #[arg(long, default_value_t = 1, value_name = "MICROBATCHES", value_parser = at_least_one)]
+    #[arg(long, default_value_t = 1, value_name = "MICROBATCHES", value_parser = options::history(), help = options::INTERVAL)]
     interval: usize,
     /// JSON (schema ultraep.compare/1) instead of a table
     #[arg(long)]
@@ -50,13 +48,6 @@ const EXAMPLES: &str = "Examples:
 
 /// Solves whose median is the solve time of a microbatch.
 const REPEATS: usize = 5;
-
-fn at_least_one(text: &str) -> Result<usize, String> {
-    match text.parse() {
-        Ok(number @ 1..=1000) => Ok(number),
-        _ => Err("allowed are 1 to 1000".to_owned()),
-    }
-}
 
 /// `ultraep.compare/1`.
 #[derive(Debug, Serialize)]

@@ -13,6 +13,7 @@ use ultraep_replay::{Evaluated, Evaluator, quotient};
 use super::{PerRank, write_json};
 use crate::error::{CliError, note};
 use crate::input::{GroupArgs, HardwareArgs, PolicyArgs, policy_list, read_loads};
+use crate::options;
 use crate::output::Output;
 use crate::picture;
 use crate::table::{Cell, Column, Table};
@@ -26,8 +27,7 @@ pub(crate) struct Args {
     loads: PathBuf,
     #[command(flatten)]
     group: GroupArgs,
-    /// Which policy plans
-    #[arg(long, default_value_t, value_name = "NAME")]
+    #[arg(long, default_value_t, value_name = "NAME", help = options::POLICY)]
     policy: PolicyKind,
     #[command(flatten)]
     params: PolicyArgs,

@@ -7,6 +7,7 @@ use ultraep_import::{
 };
 
 use crate::error::CliError;
+use crate::options;
 
 /// Which recording.
 #[derive(Clone, Debug, clap::Args)]
@@ -17,9 +18,8 @@ pub(crate) struct RecordingArgs {
     /// Leave out the engine's profiling run at the beginning of a vLLM log
     #[arg(long)]
     drop_dummy_run: bool,
-    /// Experts of a layer [default: as recorded, else the highest that occurs plus one]
-    #[arg(long, value_name = "E", value_parser = clap::value_parser!(u16).range(1..=4096))]
-    experts: Option<u16>,
+    #[arg(long, value_name = "E", value_parser = options::experts(), help = options::RECORDED_EXPERTS)]
+    experts: Option<usize>,
 }
 
 /// How microbatches are made where single tokens are recorded.
@@ -83,7 +83,7 @@ impl RecordingArgs {
     pub(crate) fn describe(&self) -> Result<(RecordingInfo, usize), CliError> {
         let info = self.open(&OpenOptions::default())?.info().clone();
         let experts = match (self.experts, info.experts) {
-            (Some(asked), _) => usize::from(asked),
+            (Some(asked), _) => asked,
             (None, Some(recorded)) => recorded,
             (None, None) => self.survey()?.1.experts,
         };

@@ -14,6 +14,7 @@ use ultraep_import::{
 use super::recordings::{RecordingArgs, SourceArgs};
 use super::write_json;
 use crate::error::{CliError, note};
+use crate::options;
 use crate::output::Output;
 use crate::table::{Cell, Column, Table};
 
@@ -46,7 +47,7 @@ pub(crate) struct HeadArgs {
     /// Pieces to show
     #[arg(short = 'n', long, default_value_t = 10, value_name = "COUNT")]
     count: usize,
-    /// A line of JSON for each piece, with all its counts or choices
+    /// JSON, a line for each piece with all its counts or choices
     #[arg(long)]
     json: bool,
 }
@@ -58,15 +59,15 @@ pub(crate) struct ConvertArgs {
     recording: RecordingArgs,
     #[command(flatten)]
     sources: SourceArgs,
-    /// The file to write, which must not exist; with --to v1 the folder and the name of the recording in it
+    /// File to write, which must not exist; with --to v1 the folder and the name of the recording in it
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
     /// Format to write: our own, parquet with all that a trace of ours holds, or UltraEP v1's, which has no sources; the last
     /// two are written from traces of ours
     #[arg(long, value_enum, default_value = "uet")]
     to: Target,
-    /// Ranks in the EP group [default: as recorded]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = options::ranks(),
+          help = format!("{} [default: as recorded]", options::RANKS))]
     ranks: Option<usize>,
 }
 

@@ -14,6 +14,7 @@ use ultraep_view::{Settings, ViewError, Viewer};
 
 use super::recordings::SourceArgs;
 use crate::error::{CliError, note};
+use crate::options;
 use crate::output::Output;
 
 /// How loads are brought to a group, and planned where no plan was recorded.
@@ -22,37 +23,36 @@ pub(crate) struct ViewSettings {
     /// Leave out the engine's profiling run at the beginning of a vLLM log
     #[arg(long)]
     drop_dummy_run: bool,
-    /// Experts of a layer [default: as recorded, else the highest that occurs plus one]
-    #[arg(long, value_name = "E", value_parser = clap::value_parser!(u16).range(1..=4096))]
-    experts: Option<u16>,
+    #[arg(long, value_name = "E", value_parser = options::experts(), help = options::RECORDED_EXPERTS)]
+    experts: Option<usize>,
     #[command(flatten)]
     sources: SourceArgs,
-    /// Ranks in the EP group [default: as recorded, else 8]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = options::ranks(),
+          help = format!("{} [default: as recorded, else 8]", options::RANKS))]
     ranks: Option<usize>,
-    /// Policy for loads that were recorded without a plan [default: ultraep]
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME",
+          help = format!("{}, for loads that were recorded without a plan [default: ultraep]", options::POLICY))]
     policy: Option<PolicyKind>,
-    /// Slots for replicas on each rank [default: as recorded, else 2]
-    #[arg(long, value_name = "R")]
+    #[arg(long, value_name = "R", value_parser = options::slots(),
+          help = format!("{} [default: as recorded, else 2]", options::SLOTS))]
     slots: Option<usize>,
     /// Ranks in a domain; replicas stay in their master's domain [default: as recorded]
-    #[arg(long, value_name = "G")]
+    #[arg(long, value_name = "G", value_parser = options::ranks())]
     domain: Option<usize>,
-    /// Tolerated imbalance (largest rank load over the mean) [default: as the run had it, else 1.01]
-    #[arg(long, value_name = "RATIO")]
+    #[arg(long, value_name = "RATIO", value_parser = options::imbalance,
+          help = format!("{} [default: as the run had it, else 1.01]", options::BETA))]
     beta: Option<Ratio>,
-    /// Least tokens worth a replica [default: as the run had it, else 1024]
-    #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "TOKENS", value_parser = options::tokens(),
+          help = format!("{} [default: as the run had it, else 1024]", options::MIN_QUOTA))]
     min_quota: Option<u32>,
     /// Hardware to predict times for: a file, or one that comes with the program [default: gb200-nvl72]
     #[arg(long, value_name = "NAME|FILE")]
     hardware: Option<String>,
-    /// Hidden size of the model, for predicted times [default: as the run had it, else 4096]
-    #[arg(long, value_name = "SIZE", value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
+    #[arg(long, value_name = "SIZE", value_parser = options::width::<u32>(),
+          help = format!("{}, for predicted times [default: as the run had it, else 4096]", options::HIDDEN))]
     hidden: Option<u32>,
-    /// Width of an expert, for predicted times [default: as the run had it, else 1536]
-    #[arg(long, value_name = "SIZE", value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
+    #[arg(long, value_name = "SIZE", value_parser = options::width::<u32>(),
+          help = format!("{}, for predicted times [default: as the run had it, else 1536]", options::EXPERT_WIDTH))]
     expert_width: Option<u32>,
 }
 
@@ -63,8 +63,7 @@ pub(crate) struct ViewArgs {
     /// Run folders, traces, or recordings of other systems (a folder is one recording)
     #[arg(required = true, value_name = "RUN|TRACE")]
     paths: Vec<PathBuf>,
-    /// Port of the page; 0 takes any that is free
-    #[arg(long, default_value_t = 8674)]
+    #[arg(long, default_value_t = 8674, value_name = "PORT", help = options::PORT)]
     port: u16,
     /// Address or name to answer on; any other than 127.0.0.1 lets other machines read the recordings
     #[arg(long, default_value = "127.0.0.1", value_name = "HOST")]
@@ -85,7 +84,7 @@ pub(crate) struct ReportArgs {
     /// A run folder, a trace, or a recording of another system
     #[arg(value_name = "RUN|TRACE")]
     path: PathBuf,
-    /// The HTML file to write, which must not exist
+    /// File to write, in HTML; it must not exist
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
     #[command(flatten)]
@@ -102,7 +101,7 @@ impl ViewSettings {
         let grouping = self.sources.grouping(0, 0);
         Settings {
             ranks: self.ranks,
-            experts: self.experts.map(usize::from),
+            experts: self.experts,
             microbatch_tokens: grouping.microbatch_tokens,
             rule: grouping.rule,
             scale: grouping.scale,

@@ -14,6 +14,7 @@ use ultraep_plan::{MAX_STRIPES, Problem, Ratio, Topology, TransferMode, Transfer
 
 use crate::error::CliError;
 use crate::input::{GroupArgs, PolicyArgs};
+use crate::options;
 use crate::output::Output;
 
 pub(crate) const SYNC_HELP: &str =
@@ -83,35 +84,29 @@ impl Mode {
 /// The group and its loads.
 #[derive(Clone, Debug, clap::Args)]
 pub(crate) struct LoadArgs {
-    /// Ranks in the group [default: 64 with --model, 4 measured]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = options::ranks(),
+          help = format!("{} [default: 64 with --model, 4 measured]", options::RANKS))]
     ranks: Option<usize>,
-    /// Logical experts [default: 2 a rank]
-    #[arg(long, value_name = "E")]
+    #[arg(long, value_name = "E", value_parser = options::experts(),
+          help = format!("{} [default: 2 a rank]", options::EXPERTS))]
     experts: Option<usize>,
-    /// Slots for replicas on each rank
-    #[arg(long, default_value_t = 2, value_name = "R")]
+    #[arg(long, default_value_t = 2, value_name = "R", value_parser = options::slots(), help = options::SLOTS)]
     slots: usize,
-    /// Ranks in a domain [default: all ranks]
-    #[arg(long, value_name = "G")]
+    #[arg(long, value_name = "G", value_parser = options::ranks(), help = options::DOMAIN)]
     domain: Option<usize>,
-    /// Imbalances before balancing [default: 1.5,2,4,6,8 with --model, 1.5,2,3 measured]
-    #[arg(long, value_name = "RATIO,...", value_delimiter = ',')]
+    #[arg(long, value_name = "RATIO,...", value_delimiter = ',', value_parser = options::imbalance,
+          help = format!("{} [default: 1.5,2,4,6,8 with --model, 1.5,2,3 measured]", options::RATIO))]
     ratio: Vec<Ratio>,
-    /// Which load is generated
-    #[arg(long, default_value_t = Workload::HotRankZipf, value_name = "NAME")]
+    #[arg(long, default_value_t = Workload::HotRankZipf, value_name = "NAME", help = options::WORKLOAD)]
     workload: Workload,
-    /// Tokens of each source rank
-    #[arg(long, default_value_t = 4096, value_name = "TOKENS")]
+    #[arg(long, default_value_t = 4096, value_name = "TOKENS", value_parser = options::tokens(), help = options::TOKENS)]
     tokens: u32,
-    /// Experts that a token chooses [default: 8 with --model, 2 measured]
-    #[arg(long, value_name = "K")]
+    #[arg(long, value_name = "K", value_parser = options::top_k::<u32>(),
+          help = format!("{} [default: 8 with --model, 2 measured]", options::TOP_K))]
     top_k: Option<u32>,
-    /// Equal seeds give equal loads on every machine
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value_t = 1, value_name = "SEED", help = options::SEED)]
     seed: u64,
-    /// Which policy plans
-    #[arg(long, default_value_t, value_name = "NAME")]
+    #[arg(long, default_value_t, value_name = "NAME", help = options::POLICY)]
     policy: PolicyKind,
     #[command(flatten)]
     params: PolicyArgs,
@@ -194,8 +189,8 @@ pub(crate) struct MeasureArgs {
     /// Worker threads of each rank beside its own
     #[arg(long, default_value_t = 0, value_name = "THREADS", value_parser = clap::value_parser!(u64).range(0..=64))]
     workers: u64,
-    /// Measured runs, after 3 that do not count
-    #[arg(long, default_value_t = 15, value_name = "RUNS", value_parser = clap::value_parser!(u64).range(1..=10_000))]
+    #[arg(long, default_value_t = 15, value_name = "RUNS", value_parser = options::iterations::<u64>(),
+          help = format!("{}, after 3 that do not count", options::ITERATIONS))]
     iterations: u64,
 }
 
@@ -220,8 +215,8 @@ pub(crate) struct Args {
     #[arg(long, default_value_t = TransferParams::default().max_stripes, value_name = "STRIPES",
           value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_STRIPES)))]
     max_stripes: u32,
-    /// Bytes of one expert's weights [default: 37748736 with --model, 1, 4, 16 and 64 MiB measured]
-    #[arg(long, value_name = "BYTES,...", value_delimiter = ',', value_parser = clap::value_parser!(u64).range(1..))]
+    /// Bytes of one expert, its weights [default: 37748736 with --model, 1, 4, 16 and 64 MiB measured]
+    #[arg(long, value_name = "BYTES,...", value_delimiter = ',', value_parser = options::bytes::<u64>())]
     expert_bytes: Vec<u64>,
     /// Elements of the weights that are measured
     #[arg(long = "weight-format", default_value_t, value_name = "FORMAT")]
@@ -235,9 +230,8 @@ pub(crate) struct Args {
     /// A sync that reads and writes at least so many bytes stores past the caches
     #[arg(long, default_value_t = EngineSpec::STREAMING_FROM_BYTES, value_name = "BYTES")]
     streaming_from_bytes: u64,
-    /// What one rank's link carries in each direction in the model, bytes a second
     #[arg(long, default_value_t = 900_000_000_000, value_name = "RATE",
-          value_parser = clap::value_parser!(u64).range(1..))]
+          value_parser = options::bytes::<u64>(), help = options::LINK_BYTES)]
     link_bytes_per_s: u64,
     /// Latency of a hop in the model, nanoseconds
     #[arg(long, default_value_t = TransferModel::default().hop_ns, value_name = "NS")]
@@ -254,8 +248,8 @@ pub(crate) struct Args {
 pub(crate) struct ReduceArgs {
     #[command(flatten)]
     load: LoadArgs,
-    /// Bytes of one expert's gradients, which are f32 [default: 1, 4, 16 and 64 MiB]
-    #[arg(long, value_name = "BYTES,...", value_delimiter = ',', value_parser = clap::value_parser!(u64).range(1..))]
+    /// Bytes of one expert, its gradients, which are f32 [default: 1, 4, 16 and 64 MiB]
+    #[arg(long, value_name = "BYTES,...", value_delimiter = ',', value_parser = options::bytes::<u64>())]
     expert_bytes: Vec<u64>,
     /// Bytes of a tile, what a worker adds at a time
     #[arg(long, default_value_t = TileSizes::GRADIENTS.tile_bytes, value_name = "BYTES")]

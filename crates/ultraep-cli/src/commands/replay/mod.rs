@@ -14,9 +14,11 @@ use ultraep_replay::{ExpertShape, Hardware, Outcomes, Scenario, replay};
 
 use self::report::Replay;
 use super::recordings::{RecordingArgs, SourceArgs, grouping_error};
+use super::train::cores;
 use super::write_json;
 use crate::error::{CliError, note};
 use crate::input::policy_list;
+use crate::options;
 use crate::output::Output;
 use crate::timing::now_ns;
 
@@ -28,45 +30,39 @@ pub(crate) struct Args {
     recording: RecordingArgs,
     #[command(flatten)]
     sources: SourceArgs,
-    /// Ranks in the EP group [default: as recorded, else those of 8,16,32,64 that the experts cover]
-    #[arg(long, value_delimiter = ',', value_name = "N")]
+    #[arg(long, value_delimiter = ',', value_name = "N,...", value_parser = options::ranks(),
+          help = format!("{} [default: as recorded, else those of 8,16,32,64 that the experts cover]", options::RANKS))]
     ranks: Vec<usize>,
-    /// Slots for replicas on each rank
-    #[arg(long, value_delimiter = ',', default_value = "1,2", value_name = "R")]
+    #[arg(long, value_delimiter = ',', default_value = "1,2", value_name = "R,...", value_parser = options::slots(),
+          help = options::SLOTS)]
     slots: Vec<usize>,
-    /// Ranks in a domain; replicas stay in their master's domain [default: all ranks]
-    #[arg(long, value_delimiter = ',', value_name = "G")]
+    #[arg(long, value_delimiter = ',', value_name = "G,...", value_parser = options::ranks(), help = options::DOMAIN)]
     domain: Vec<usize>,
-    /// Policies to replay
-    #[arg(long, value_name = "NAME", value_delimiter = ',', default_value = DEFAULT_POLICIES)]
+    #[arg(long, value_name = "NAME,...", value_delimiter = ',', default_value = DEFAULT_POLICIES, help = options::POLICIES)]
     policies: Vec<PolicyKind>,
-    /// Tolerated imbalance (largest rank load over the mean), as 1.01 or 101/100
-    #[arg(long, default_value = "1.01", value_name = "RATIO")]
+    #[arg(long, default_value = "1.01", value_name = "RATIO", value_parser = options::imbalance, help = options::BETA)]
     beta: Ratio,
-    /// Least tokens worth a replica
-    #[arg(long, value_delimiter = ',', default_value = "1024", value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_delimiter = ',', default_value = "1024", value_name = "TOKENS,...", value_parser = options::tokens(),
+          help = options::MIN_QUOTA)]
     min_quota: Vec<u32>,
-    /// Microbatches whose loads historical policies plan from
-    #[arg(long, default_value_t = 1, value_name = "MICROBATCHES", value_parser = clap::value_parser!(u32).range(1..=1000))]
-    window: u32,
-    /// Microbatches between two placements of historical policies
-    #[arg(long, default_value_t = 1, value_name = "MICROBATCHES", value_parser = clap::value_parser!(u32).range(1..=1000))]
-    interval: u32,
+    #[arg(long, default_value_t = 1, value_name = "MICROBATCHES", value_parser = options::history(), help = options::WINDOW)]
+    window: usize,
+    #[arg(long, default_value_t = 1, value_name = "MICROBATCHES", value_parser = options::history(), help = options::INTERVAL)]
+    interval: usize,
     /// Hardware to predict times for: a file, or one that comes with the program
     #[arg(long, value_name = "NAME|FILE", help = format!("Hardware to predict times for: a file or one of {} [default: 900 GB/s links, 800 TFLOPS]", Hardware::built_in_names().join(", ")))]
     hardware: Option<String>,
-    /// Hidden size of the model, for predicted times
-    #[arg(long, default_value_t = 4096, value_name = "SIZE", value_parser = clap::value_parser!(u32).range(1..=1 << 20), requires = "hardware")]
+    #[arg(long, default_value_t = 4096, value_name = "SIZE", value_parser = options::width::<u32>(), requires = "hardware",
+          help = format!("{}, for predicted times", options::HIDDEN))]
     hidden: u32,
-    /// Width of an expert, for predicted times
-    #[arg(long, default_value_t = 1536, value_name = "SIZE", value_parser = clap::value_parser!(u32).range(1..=1 << 20), requires = "hardware")]
+    #[arg(long, default_value_t = 1536, value_name = "SIZE", value_parser = options::width::<u32>(), requires = "hardware",
+          help = format!("{}, for predicted times", options::EXPERT_WIDTH))]
     expert_width: u32,
     /// Plan this microbatch alone, with all that follows from each plan
     #[arg(long, value_name = "STEP/MICROBATCH/LAYER")]
     only: Option<Place>,
-    /// Threads that plan [default: all cores]
-    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u16).range(1..=1024))]
-    threads: Option<u16>,
+    #[arg(long, value_name = "N", value_parser = options::threads(), help = options::THREADS)]
+    threads: Option<usize>,
     /// JSON (schema ultraep.replay/1) instead of tables
     #[arg(long)]
     json: bool,
@@ -200,7 +196,7 @@ impl Args {
     }
 
     fn params(&self, min_quota: u32, hardware: HardwareModel) -> PolicyParams {
-        let history = HistoryParams { window: self.window as usize, interval: self.interval as usize };
+        let history = HistoryParams { window: self.window, interval: self.interval };
         let mut params = PolicyParams { beta: self.beta, min_quota, hardware, ..PolicyParams::default() };
         params.eplb.history = history;
         params.lplb.history = history;
@@ -220,8 +216,7 @@ impl Args {
         let mut recording = self.recording.open(&options)?;
         let mut microbatches =
             Microbatches::new(&mut *recording, self.sources.grouping(ranks, experts)).map_err(grouping_error)?;
-        let threads = self.threads.map(usize::from);
-        let threads = threads.or_else(|| std::thread::available_parallelism().ok().map(usize::from)).unwrap_or(1);
+        let threads = self.threads.unwrap_or_else(cores);
         let mut microbatches_read = 0_u64;
         let outcomes = replay(scenarios, threads, now_ns, |microbatch| {
             if microbatches_read.is_multiple_of(SHOW_EVERY) {

@@ -78,7 +78,7 @@ fn find(args: &Args, place: Place, ranks: usize, experts: usize) -> Result<(Vec<
     let grouping = args.sources.grouping(ranks, experts);
     let mut microbatches = Microbatches::new(&mut *recording, grouping).map_err(grouping_error)?;
     let (mut one, mut history) = (Microbatch::default(), VecDeque::new());
-    let kept = (args.window as usize).max(args.interval as usize);
+    let kept = args.window.max(args.interval);
     while microbatches.next(&mut one).map_err(grouping_error)? {
         if one.layer != place.layer {
             continue;

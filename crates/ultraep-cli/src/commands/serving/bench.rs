@@ -18,6 +18,7 @@ use ultraep_serve::plot::{Line, ttft_plot};
 use super::{GroupArgs, MixArg, ms, parse_lengths, progress, serve_error};
 use crate::commands::{train, write_json};
 use crate::error::CliError;
+use crate::options;
 use crate::output::Output;
 use crate::table::{Cell, Column, Table};
 
@@ -27,32 +28,27 @@ use crate::table::{Cell, Column, Table};
 pub(crate) struct Args {
     #[command(flatten)]
     group: GroupArgs,
-    /// Ranks of the EP group
-    #[arg(long, default_value_t = 16, help_heading = "Ranks")]
+    #[arg(long, default_value_t = 16, value_name = "N", help_heading = "Ranks", value_parser = options::ranks(), help = options::RANKS)]
     ranks: usize,
-    /// Policies to compare
-    #[arg(long, value_delimiter = ',', default_values_t = COMPARED, value_name = "NAMES", help_heading = "Balancing")]
+    #[arg(long, value_delimiter = ',', default_values_t = COMPARED, value_name = "NAME,...", help_heading = "Balancing", help = options::POLICIES)]
     policies: Vec<PolicyKind>,
-    /// Where prompts are cut from: mixed (all domains in turn), stem (source code), or files and folders of yours
-    #[arg(long, default_value = "mixed", value_name = "stem|mixed|PATH", help_heading = "Load")]
+    #[arg(long, default_value = "mixed", value_name = "stem|mixed|PATH", help_heading = "Load", help = options::MIX)]
     mix: MixArg,
-    /// Distinct prompts; their routing is recorded once
-    #[arg(long, default_value_t = 96, value_name = "N", help_heading = "Load", value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    #[arg(long, default_value_t = 96, value_name = "N", help_heading = "Load", help = format!("{}; their routing is recorded once", options::PROMPTS), value_parser = clap::value_parser!(u32).range(1..=100_000))]
     prompts: u32,
-    /// Lengths of prompts: many near the least, few near the most, half of all tokens in the long ones
-    #[arg(long, default_value = "128..16384", value_parser = parse_lengths, value_name = "LEAST..MOST", help_heading = "Load")]
+    #[arg(long, default_value = "128..16384", value_parser = parse_lengths, value_name = "LEAST..MOST", help_heading = "Load", help = options::PROMPT_TOKENS)]
     prompt_tokens: Lengths,
     /// Requests that arrive at every rate
     #[arg(long, default_value_t = 600, value_name = "N", help_heading = "Load", value_parser = clap::value_parser!(u32).range(10..=1_000_000))]
     requests: u32,
     /// Rates of the curves, in percent of the ideal's capacity
-    #[arg(long, value_delimiter = ',', default_values_t = RATES, value_name = "PERCENT", help_heading = "Load")]
+    #[arg(long, value_delimiter = ',', default_values_t = RATES, value_name = "PERCENT,...", help_heading = "Load")]
     rates: Vec<u32>,
-    /// p95 of TTFT at which throughputs are compared [default: twice the ideal's with little load]
+    /// Time to first token that is good enough: throughputs are compared where its p95 is so long [default: twice the
+    /// ideal's with little load]
     #[arg(long, value_name = "MS", help_heading = "Load")]
     ttft_limit_ms: Option<u64>,
-    /// Names prompts and arrivals
-    #[arg(long, default_value_t = 1, help_heading = "Load")]
+    #[arg(long, default_value_t = 1, value_name = "SEED", help_heading = "Load", help = options::SEED)]
     seed: u64,
     /// Costs of work from a result of this command, instead of measuring them: the same result again
     #[arg(long, value_name = "FILE", help_heading = "Costs")]
@@ -60,13 +56,12 @@ pub(crate) struct Args {
     /// Also run this many batches on the real engine: counts must be equal, times are compared
     #[arg(long, default_value_t = 0, value_name = "BATCHES", help_heading = "Costs")]
     spot_check: usize,
-    /// Write the plot of TTFT against requests per second
-    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    #[arg(long, value_name = "FILE", help_heading = "Output", help = options::SVG)]
     svg: Option<PathBuf>,
-    /// Write the whole result, costs included, as JSON
+    /// File to write, the whole result with its costs as JSON
     #[arg(long, value_name = "FILE", help_heading = "Output")]
     output: Option<PathBuf>,
-    /// The whole result as JSON on stdout
+    /// JSON (the whole result, as --output writes it) instead of tables
     #[arg(long, help_heading = "Output")]
     json: bool,
 }

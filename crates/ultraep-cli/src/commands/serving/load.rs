@@ -14,6 +14,7 @@ use ultraep_serve::plot::{Line, ttft_plot};
 use super::{MixArg, ms_cell, parse_lengths, progress, serve_error};
 use crate::commands::write_json;
 use crate::error::CliError;
+use crate::options;
 use crate::output::Output;
 use crate::table::{Cell, Column, Table};
 
@@ -24,40 +25,34 @@ pub(crate) struct Args {
     /// The server, such as http://127.0.0.1:8000
     #[arg(long, value_name = "URL")]
     url: String,
-    /// Key to show
-    #[arg(long, value_name = "KEY")]
+    #[arg(long, value_name = "KEY", help = options::API_KEY)]
     api_key: Option<String>,
     /// Requests per second: one rate after another
-    #[arg(long, value_delimiter = ',', required = true, value_parser = parse_rate, value_name = "RATES")]
+    #[arg(long, value_delimiter = ',', required = true, value_parser = parse_rate, value_name = "RATE,...")]
     rps: Vec<u64>,
     /// Seconds of arrivals at every rate
     #[arg(long, default_value_t = 30, value_name = "S", value_parser = clap::value_parser!(u64).range(1..=86_400))]
     seconds: u64,
-    /// Where prompts are cut from: mixed (all domains in turn), stem (source code), or files and folders of yours
-    #[arg(long, default_value = "mixed", value_name = "stem|mixed|PATH")]
+    #[arg(long, default_value = "mixed", value_name = "stem|mixed|PATH", help = options::MIX)]
     mix: MixArg,
-    /// Distinct prompts
-    #[arg(long, default_value_t = 96, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    #[arg(long, default_value_t = 96, value_name = "N", help = options::PROMPTS, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     prompts: u32,
-    /// Lengths of prompts: many near the least, few near the most
-    #[arg(long, default_value = "128..16384", value_parser = parse_lengths, value_name = "LEAST..MOST")]
+    #[arg(long, default_value = "128..16384", value_parser = parse_lengths, value_name = "LEAST..MOST", help = options::PROMPT_TOKENS)]
     prompt_tokens: Lengths,
-    /// Tokens that each request asks for
-    #[arg(long, default_value_t = 1, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
+    /// Tokens that a request asks for
+    #[arg(long, default_value_t = 1, value_name = "TOKENS", value_parser = options::tokens())]
     max_tokens: u32,
-    /// Time to the first token that is good enough
+    /// Time to first token that is good enough
     #[arg(long, default_value_t = 10_000, value_name = "MS")]
     ttft_limit_ms: u64,
     /// After so long a request is given up
     #[arg(long, default_value_t = 120_000, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..))]
     timeout_ms: u64,
-    /// Names prompts and arrivals
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value_t = 1, value_name = "SEED", help = options::SEED)]
     seed: u64,
-    /// Write the plot of TTFT against requests per second
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", help = options::SVG)]
     svg: Option<PathBuf>,
-    /// The result as JSON on stdout
+    /// JSON (schema ultraep.loadtest/1) instead of a table
     #[arg(long)]
     json: bool,
 }

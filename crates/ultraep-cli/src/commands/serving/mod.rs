@@ -23,6 +23,7 @@ pub(crate) use load::{Args as LoadTestArgs, run as loadtest};
 pub(crate) use server::{Args as ServeArgs, run as serve};
 
 use crate::error::{CliError, note};
+use crate::options;
 use crate::table::Cell;
 
 /// The model and the group that serves it: the same for the server and the benchmark.
@@ -31,18 +32,14 @@ struct GroupArgs {
     /// A run folder of `ultraep train`, or one of its checkpoints; any number of ranks may have written it
     #[arg(long, value_name = "RUN|DIR")]
     checkpoint: PathBuf,
-    /// Slots for replicas on each rank
-    #[arg(long, default_value_t = 2, help_heading = "Balancing")]
+    #[arg(long, default_value_t = 2, value_name = "R", help_heading = "Balancing", value_parser = options::slots(), help = options::SLOTS)]
     slots: usize,
-    /// Tolerated imbalance
-    #[arg(long, default_value_t = Ratio::BETA, value_name = "RATIO", help_heading = "Balancing")]
+    #[arg(long, default_value = "1.01", value_name = "RATIO", help_heading = "Balancing", value_parser = options::imbalance, help = options::BETA)]
     beta: Ratio,
-    /// Least quota of a replica, in tokens
-    #[arg(long, default_value_t = 16, value_name = "TOKENS", help_heading = "Balancing")]
+    #[arg(long, default_value_t = 16, value_name = "TOKENS", help_heading = "Balancing", value_parser = options::tokens(), help = options::MIN_QUOTA)]
     min_quota: u32,
-    /// Batches between two rebalancings of eplb and lplb
-    #[arg(long, default_value_t = 50, value_name = "BATCHES", help_heading = "Balancing", value_parser = clap::value_parser!(u32).range(1..=16_384))]
-    eplb_interval: u32,
+    #[arg(long, default_value_t = 50, value_name = "BATCHES", help_heading = "Balancing", value_parser = options::eplb_interval(), help = options::EPLB_INTERVAL)]
+    eplb_interval: usize,
     /// Chunk budget: most tokens of a batch over all ranks; each runs at most its even share
     #[arg(long, default_value_t = 2048, value_name = "TOKENS", help_heading = "Batches")]
     chunk: u32,
@@ -50,17 +47,16 @@ struct GroupArgs {
     /// do not hold up the others; 0 counts tokens alone [default: by the model's sizes]
     #[arg(long, value_name = "TOKENS", help_heading = "Batches")]
     context_per_token: Option<u32>,
-    /// Most sequences on a rank at a time [default: 64, or as many as a rank's share of the chunk budget]
-    #[arg(long, value_name = "N", help_heading = "Batches")]
+    /// Sequences on each rank, most at a time [default: 64, or as many as a rank's share of the chunk budget]
+    #[arg(long, value_name = "N", help_heading = "Batches", value_parser = options::sequences())]
     sequences: Option<usize>,
-    /// Bandwidth of a rank's link in the virtual clock, Gbit/s each way
-    #[arg(long, default_value_t = Link::DEFAULT_GBPS, value_name = "GBPS", help_heading = "Ranks")]
+    #[arg(long, default_value_t = Link::DEFAULT_GBPS, value_name = "GBPS", help_heading = "Ranks", value_parser = options::link_gbps, help = options::LINK_GBPS)]
     link_gbps: f64,
 }
 
 impl GroupArgs {
     fn params(&self) -> PolicyParams {
-        let interval = self.eplb_interval as usize;
+        let interval = self.eplb_interval;
         let history = HistoryParams { window: interval, interval };
         let mut params = PolicyParams { beta: self.beta, min_quota: self.min_quota, ..PolicyParams::default() };
         params.eplb = EplbParams { history, ..params.eplb };

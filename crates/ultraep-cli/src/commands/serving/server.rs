@@ -16,6 +16,7 @@ use ultraep_serve::{Engine, EngineConfig, Observer, Recorder, ServedModel};
 use super::{GroupArgs, serve_error};
 use crate::commands::train;
 use crate::error::{CliError, note};
+use crate::options;
 use crate::output::Output;
 
 /// Arguments of `ultraep serve`.
@@ -24,20 +25,16 @@ use crate::output::Output;
 pub(crate) struct Args {
     #[command(flatten)]
     group: GroupArgs,
-    /// Ranks of the EP group, threads of this process
-    #[arg(long, default_value_t = 8, help_heading = "Ranks")]
+    #[arg(long, default_value_t = 8, value_name = "N", help_heading = "Ranks", value_parser = options::ranks(), help = format!("{}, threads of this process", options::RANKS))]
     ranks: usize,
-    /// Seconds after which a rank that waits for another gives up and names it
-    #[arg(long, default_value_t = 60, value_name = "S", help_heading = "Ranks", value_parser = clap::value_parser!(u64).range(1..=3600))]
+    #[arg(long, default_value_t = 60, value_name = "S", help_heading = "Ranks", value_parser = options::seconds(), help = options::TIMEOUT)]
     timeout_s: u64,
-    /// Policy that balances batches with prompt tokens
-    #[arg(long, default_value_t = PolicyKind::Ultraep, value_name = "NAME", help_heading = "Balancing")]
+    #[arg(long, default_value_t = PolicyKind::Ultraep, value_name = "NAME", help_heading = "Balancing", value_parser = options::running_policy, help = format!("{}, for batches with prompt tokens", options::POLICY))]
     policy: PolicyKind,
     /// Policy of batches that only decode: they are bound by memory and gain little
-    #[arg(long, default_value_t = PolicyKind::None, value_name = "NAME", help_heading = "Balancing")]
+    #[arg(long, default_value_t = PolicyKind::None, value_name = "NAME", help_heading = "Balancing", value_parser = options::running_policy)]
     decode_policy: PolicyKind,
-    /// Check every plan and compare its digest between ranks
-    #[arg(long, help_heading = "Balancing")]
+    #[arg(long, help_heading = "Balancing", help = options::CHECKED)]
     checked: bool,
     /// Longest prompt with its new tokens
     #[arg(long, default_value_t = 32_768, value_name = "TOKENS", help_heading = "Limits", value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
@@ -51,8 +48,8 @@ pub(crate) struct Args {
     /// Seconds after which a request that has not started gets 429
     #[arg(long, default_value_t = 60, value_name = "S", help_heading = "Limits", value_parser = clap::value_parser!(u64).range(1..=86_400))]
     queue_timeout_s: u64,
-    /// Most tokens that a request may ask for
-    #[arg(long, default_value_t = 256, value_name = "TOKENS", help_heading = "Limits")]
+    /// Tokens that a request asks for, at most
+    #[arg(long, default_value_t = 256, value_name = "TOKENS", help_heading = "Limits", value_parser = options::tokens())]
     max_tokens: u32,
     /// Seconds after which a request is cancelled
     #[arg(long, default_value_t = 120, value_name = "S", help_heading = "Limits", value_parser = clap::value_parser!(u64).range(1..=86_400))]
@@ -60,20 +57,17 @@ pub(crate) struct Args {
     /// Most connections at a time
     #[arg(long, default_value_t = 4096, value_name = "N", help_heading = "Limits", value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
     connections: u32,
-    /// Address to answer on; any other than 127.0.0.1 lets other machines ask
-    #[arg(long, default_value = "127.0.0.1", value_name = "ADDRESS", help_heading = "Server")]
+    /// Address or name to answer on; any other than 127.0.0.1 lets other machines ask
+    #[arg(long, default_value = "127.0.0.1", value_name = "HOST", help_heading = "Server")]
     host: IpAddr,
-    /// Port; 0 takes any that is free
-    #[arg(long, default_value_t = 8000, help_heading = "Server")]
+    #[arg(long, default_value_t = 8000, value_name = "PORT", help_heading = "Server", help = options::PORT)]
     port: u16,
-    /// Key that clients must show as `Authorization: Bearer KEY`
-    #[arg(long, value_name = "KEY", help_heading = "Server")]
+    #[arg(long, value_name = "KEY", help_heading = "Server", help = options::API_KEY)]
     api_key: Option<String>,
-    /// Record loads and plans in a run folder made here, for `ultraep view` and `ultraep replay`
-    #[arg(long, value_name = "FOLDER", help_heading = "Output")]
+    #[arg(long, value_name = "FOLDER", help_heading = "Output", help = format!("{}; with it loads and plans are recorded, for `ultraep view` and `ultraep replay`", options::RUNS))]
     runs: Option<PathBuf>,
-    /// With --runs: record every so many batches
-    #[arg(long, default_value_t = 1, value_name = "BATCHES", help_heading = "Output", value_parser = clap::value_parser!(u64).range(1..))]
+    /// Record loads, of every Nth batch with --runs; 0 records none
+    #[arg(long, default_value_t = 1, value_name = "N", help_heading = "Output")]
     profile_every: u64,
 }
 
@@ -113,7 +107,12 @@ pub(crate) fn run(args: &Args, out: &mut Output<'_>) -> Result<(), CliError> {
     let mut group = args.group.group(&limits, policies, Duration::from_secs(args.timeout_s))?;
     group.checked = args.checked;
     let stop = train::stop_flag()?;
-    let recorder = args.runs.as_ref().map(|runs| recorder(args, runs, &model, &group)).transpose()?;
+    let recorder = args
+        .runs
+        .as_ref()
+        .filter(|_| args.profile_every > 0)
+        .map(|runs| recorder(args, runs, &model, &group))
+        .transpose()?;
     if let Some(recorder) = &recorder {
         note(format!("run folder: {}", recorder.folder().display()));
     }

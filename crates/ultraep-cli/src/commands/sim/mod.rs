@@ -12,7 +12,6 @@ mod sweep;
 mod timeline;
 mod training;
 
-use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 use self::files::{PLANS, machine, plan, systems};
@@ -20,7 +19,9 @@ use self::plan_file::{Case, Experiment, Metric, Plan};
 use self::record::{CaseRecord, Record, load_words, rows};
 use self::training::{Ready, figures, in_parallel, prepare, relate, step};
 use super::write_json;
+use crate::commands::train::cores;
 use crate::error::{CliError, note};
+use crate::options;
 use crate::output::Output;
 use ultraep_sim::{Fidelity, StepReport, System, recovery_ps};
 
@@ -50,12 +51,11 @@ pub(crate) struct Args {
     /// closed-form or events, instead of what the plan says
     #[arg(long, value_name = "FIDELITY", value_parser = fidelity)]
     fidelity: Option<Fidelity>,
-    /// Another seed than the plan's
+    /// Seed: another than the plan's
     #[arg(long, value_name = "SEED")]
     seed: Option<u32>,
-    /// Threads; the result does not depend on them [default: all cores]
-    #[arg(long, value_name = "N")]
-    threads: Option<NonZeroUsize>,
+    #[arg(long, value_name = "N", value_parser = options::threads(), help = options::THREADS)]
+    threads: Option<usize>,
 }
 
 pub(crate) fn run(args: &Args, out: &mut Output<'_>) -> Result<(), CliError> {
@@ -66,7 +66,7 @@ pub(crate) fn run(args: &Args, out: &mut Output<'_>) -> Result<(), CliError> {
     let mut plan = plan(name)?;
     plan.fidelity = args.fidelity.unwrap_or(plan.fidelity);
     plan.seed = args.seed.unwrap_or(plan.seed);
-    let threads = args.threads.or_else(|| std::thread::available_parallelism().ok()).map_or(1, NonZeroUsize::get);
+    let threads = args.threads.unwrap_or_else(cores);
     if plan.experiment == Experiment::Calibration {
         return calibration::run(&plan, out);
     }

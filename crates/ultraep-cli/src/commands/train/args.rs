@@ -7,8 +7,11 @@ use clap::CommandFactory;
 use clap::parser::ValueSource;
 use ultraep_baselines::PolicyKind;
 use ultraep_fabric::FabricKind;
+use ultraep_plan::Ratio;
 use ultraep_runtime::Link;
 use ultraep_train::{RouterChoice, TrainConfig};
+
+use crate::options;
 
 /// Arguments of `ultraep train`.
 #[derive(Debug, clap::Args)]
@@ -19,40 +22,30 @@ pub(crate) struct Args {
     #[arg(long, value_name = "PATH", num_args = 1.., help_heading = "Text")]
     pub(super) text: Vec<PathBuf>,
 
-    /// Ranks of the EP group
-    #[arg(long, default_value_t = 16, help_heading = "Ranks")]
+    #[arg(long, default_value_t = 16, value_name = "N", help_heading = "Ranks", value_parser = options::ranks(), help = options::RANKS)]
     ranks: usize,
     /// Ranks as threads of one process, or as processes over shared memory
     #[arg(long, default_value_t = FabricKind::Threads, value_name = "KIND", help_heading = "Ranks")]
     pub(super) fabric: FabricKind,
-    /// Ranks in a domain; replicas stay inside [default: all ranks]
-    #[arg(long, value_name = "RANKS", help_heading = "Ranks")]
+    #[arg(long, value_name = "G", help_heading = "Ranks", value_parser = options::ranks(), help = options::DOMAIN)]
     domain: Option<usize>,
-    /// Bandwidth of a rank's link in the virtual clock, Gbit/s each way. The default is what one core copies between two
-    /// ranks' memory: the machine's memory is the fabric here
-    #[arg(long, default_value_t = Link::DEFAULT_GBPS, value_name = "GBPS", help_heading = "Ranks")]
+    #[arg(long, default_value_t = Link::DEFAULT_GBPS, value_name = "GBPS", help_heading = "Ranks", value_parser = options::link_gbps, help = format!("{}. The default is what one core copies between two ranks' memory: the machine's memory is the fabric here", options::LINK_GBPS))]
     link_gbps: f64,
-    /// Seconds after which a rank that waits for another gives up and names it
-    #[arg(long, default_value_t = 60, value_name = "S", help_heading = "Ranks")]
+    #[arg(long, default_value_t = 60, value_name = "S", help_heading = "Ranks", value_parser = options::seconds(), help = options::TIMEOUT)]
     timeout_s: u64,
 
-    /// Policy that balances the training
-    #[arg(long, default_value_t = PolicyKind::Ultraep, value_name = "NAME", help_heading = "Balancing")]
+    #[arg(long, default_value_t = PolicyKind::Ultraep, value_name = "NAME", help_heading = "Balancing", value_parser = options::running_policy, help = format!("{}, in the training itself", options::POLICY))]
     policy: PolicyKind,
-    /// Slots for replicas on each rank
-    #[arg(long, default_value_t = 2, help_heading = "Balancing")]
+    #[arg(long, default_value_t = 2, value_name = "R", help_heading = "Balancing", value_parser = options::slots(), help = options::SLOTS)]
     slots: usize,
-    /// Tolerated imbalance
-    #[arg(long, default_value = "1.01", help_heading = "Balancing")]
-    beta: String,
-    /// Least quota of a replica, in tokens
-    #[arg(long, default_value_t = 16, value_name = "TOKENS", help_heading = "Balancing")]
+    #[arg(long, default_value = "1.01", value_name = "RATIO", help_heading = "Balancing", value_parser = options::imbalance, help = options::BETA)]
+    beta: Ratio,
+    #[arg(long, default_value_t = 16, value_name = "TOKENS", help_heading = "Balancing", value_parser = options::tokens(), help = options::MIN_QUOTA)]
     min_quota: u32,
-    /// Steps between two rebalancings of eplb and lplb
-    #[arg(long, default_value_t = 3, value_name = "STEPS", help_heading = "Balancing")]
+    #[arg(long, default_value_t = 3, value_name = "BATCHES", help_heading = "Balancing", value_parser = options::eplb_interval(), help = format!("{}; a step trains one", options::EPLB_INTERVAL))]
     eplb_interval: usize,
     /// Policies to compare on the way, from the same weights on the same batches
-    #[arg(long, value_delimiter = ',', default_values_t = COMPARED, value_name = "NAMES", help_heading = "Balancing")]
+    #[arg(long, value_delimiter = ',', default_values_t = COMPARED, value_name = "NAME,...", help_heading = "Balancing")]
     compare: Vec<PolicyKind>,
     /// Steps between two comparisons; 0 for none
     #[arg(long, default_value_t = 8, value_name = "STEPS", help_heading = "Balancing")]
@@ -60,27 +53,23 @@ pub(crate) struct Args {
     /// Do not train a second time without balancing to compare the loss curves
     #[arg(long, help_heading = "Balancing")]
     no_reference: bool,
-    /// Check every plan and compare its digest between ranks
-    #[arg(long, help_heading = "Balancing")]
+    #[arg(long, help_heading = "Balancing", help = options::CHECKED)]
     checked: bool,
 
-    /// Width of the model
-    #[arg(long, default_value_t = 256, help_heading = "Model")]
+    #[arg(long, default_value_t = 256, value_name = "SIZE", help_heading = "Model", value_parser = options::width::<usize>(), help = options::HIDDEN)]
     hidden: usize,
     /// Attention heads
-    #[arg(long, default_value_t = 4, help_heading = "Model")]
+    #[arg(long, default_value_t = 4, value_name = "N", help_heading = "Model")]
     heads: usize,
     /// Layers, each with an MoE layer
-    #[arg(long, default_value_t = 2, help_heading = "Model")]
+    #[arg(long, default_value_t = 2, value_name = "N", help_heading = "Model")]
     layers: usize,
-    /// Logical experts of a layer
-    #[arg(long, default_value_t = 64, help_heading = "Model")]
+    #[arg(long, default_value_t = 64, value_name = "E", help_heading = "Model", value_parser = options::experts(), help = options::EXPERTS)]
     experts: usize,
-    /// Experts a token chooses
-    #[arg(long, default_value_t = 4, help_heading = "Model")]
+    #[arg(long, default_value_t = 4, value_name = "K", help_heading = "Model", value_parser = options::top_k::<usize>(), help = options::TOP_K)]
     top_k: usize,
     /// Inner width of an expert
-    #[arg(long, default_value_t = 256, help_heading = "Model")]
+    #[arg(long, default_value_t = 256, value_name = "SIZE", value_parser = options::width::<usize>(), help_heading = "Model")]
     intermediate: usize,
     /// Router: softmax (GShard's auxiliary loss) or bias (DeepSeek's bias update)
     #[arg(long, default_value = "softmax", value_parser = parse_router, value_name = "KIND", help_heading = "Model")]
@@ -93,13 +82,13 @@ pub(crate) struct Args {
     bias_rate: f32,
 
     /// Optimizer steps
-    #[arg(long, default_value_t = 48, help_heading = "Training")]
+    #[arg(long, default_value_t = 48, value_name = "STEPS", help_heading = "Training")]
     steps: u64,
     /// Microbatches of a step
-    #[arg(long, default_value_t = 1, help_heading = "Training")]
+    #[arg(long, default_value_t = 1, value_name = "N", help_heading = "Training")]
     microbatches: u32,
-    /// Sequences of a microbatch on each rank
-    #[arg(long, default_value_t = 8, help_heading = "Training")]
+    /// Sequences on each rank, in every microbatch
+    #[arg(long, default_value_t = 8, value_name = "N", help_heading = "Training", value_parser = options::sequences())]
     sequences: usize,
     /// Tokens of a sequence
     #[arg(long, default_value_t = 64, value_name = "TOKENS", help_heading = "Training")]
@@ -116,26 +105,24 @@ pub(crate) struct Args {
     /// Largest norm of the gradient
     #[arg(long, default_value_t = 1.0, value_name = "NORM", help_heading = "Training")]
     clip: f32,
-    /// Seed of model and batches
-    #[arg(long, default_value_t = 1, help_heading = "Training")]
+    #[arg(long, default_value_t = 1, value_name = "SEED", help_heading = "Training", help = options::SEED)]
     seed: u64,
     /// Compute experts' forward again in backward instead of keeping it
     #[arg(long, help_heading = "Training")]
     recompute: bool,
 
-    /// Folder that run folders are made in
-    #[arg(long, default_value = "runs", value_name = "FOLDER", help_heading = "Output")]
+    #[arg(long, default_value = "runs", value_name = "FOLDER", help_heading = "Output", help = options::RUNS)]
     pub(super) runs: PathBuf,
     /// Steps between two checkpoints; 0 for one at the end
     #[arg(long, default_value_t = 0, value_name = "STEPS", help_heading = "Output")]
     save_every: u64,
-    /// Steps from one whose loads are recorded to the next; 1 records all, 0 none
-    #[arg(long, default_value_t = 1, value_name = "STEPS", help_heading = "Output")]
+    /// Record loads, of every Nth step; 0 records none
+    #[arg(long, default_value_t = 1, value_name = "N", help_heading = "Output")]
     profile_every: u64,
     /// Go on with a run or a checkpoint; sizes, seed and text must be the same
     #[arg(long, value_name = "RUN", help_heading = "Output")]
     pub(super) resume: Option<PathBuf>,
-    /// The final table as JSON on stdout
+    /// JSON (schema ultraep.train/1) instead of tables
     #[arg(long, help_heading = "Output")]
     pub(super) json: bool,
 }
@@ -171,7 +158,7 @@ impl Args {
             slots: self.slots,
             policy: self.policy.name().into(),
             min_quota: self.min_quota,
-            beta: self.beta.clone(),
+            beta: self.beta.to_string(),
             eplb_interval_steps: self.eplb_interval,
             hidden: self.hidden,
             heads: self.heads,
