@@ -44,8 +44,10 @@
 //! | event      | `Doorbell::event`            | `ring`: the signal word                                   | `sleep_unless` |
 //! | failure    | `Cause::word`, and bit 0 of each futex word | `Cause::set`: the reporter's record; `mark_failed`: that the group has failed | `Cause::get`; every waiter |
 //! | borrow     | `Borrow::state` of a region  | the end of a guard, hold or epoch: the content            | the start of the next |
-//! | tile       | a chunk's flag in a window of slots | `publish`: a tile's bytes                          | `is_ready`: a relay |
-//! | reach      | count of a window's `Reach`es | `Reach::drop`: what this rank's workers did there        | `Close`, on the same rank |
+//! | credit     | `Credit::epoch` of a rank and window | `give`: the owner's use of its slots, lowered flags | `covers`: peers' workers |
+//! | admitted   | a stream's word in a `Job`   | `is_ready`: credits that one worker has seen              | `is_ready`: the others of the rank |
+//! | tile       | a chunk's flag in a window of slots | `publish`: a tile's bytes                          | `has_come`: a relay, and the owner |
+//! | reach      | count of a window's `Reach`es | `Reach::drop`: what this rank's workers did there        | `claim`, on the same rank |
 //! | status     | `Status::word`               | `start`, `go`: that a rank is there or gone               | `gone`: the supervisor or the watch, who meets a gone rank |
 //!
 //! Two places need a sequentially consistent fence at both ends, as each side writes one word and reads the other's (store

@@ -4,7 +4,7 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use ultraep_fabric::stream::{
-    EngineSpec, ExpertLayout, GradReduce, Masters, Slots, TileEngine, TileSizes, WeightFormat, WeightSync,
+    EngineSpec, ExpertLayout, GradReduce, Masters, SlotSet, Slots, TileSizes, WeightFormat, WeightSync,
 };
 use ultraep_fabric::{Fabric, FabricError, GroupSpec, Operation, Region, RemoteSpan, Span, run_threads};
 use ultraep_plan::{
@@ -114,9 +114,9 @@ fn a_running_tile_engine_allocates_nothing() {
         let fabric = &mut *fabric;
         let region = Region::zeroed(layout.bytes());
         let masters = Masters::packed(&layout, 1, &region, layout.bytes()).expect("it fits");
-        let part = fabric.window(weights).expect("host memory");
-        let mut engine =
-            TileEngine::new(EngineSpec { background: 1, tasks: 16, ..EngineSpec::default() }).expect("a thread");
+        let engine = EngineSpec { background: 1, tasks: 16, ..EngineSpec::default() };
+        let mut slots = SlotSet::new(fabric, slots.clone(), engine)?;
+        let mut grad_slots = SlotSet::new(fabric, grad_slots.clone(), engine)?;
         let mut before = 0;
         for round in 0..40 {
             if round == 10 {
@@ -125,17 +125,12 @@ fn a_running_tile_engine_allocates_nothing() {
                 before = TOTAL.load(Ordering::Relaxed);
                 fabric.run(Operation::Barrier)?;
             }
-            slots.lower_flags(&part, &topology, &planned, fabric.rank()).expect("closed");
-            fabric.run(Operation::Open { window: weights })?;
-            let sync = WeightSync { slots: &slots, topology: &topology, plan: &planned, masters: &masters };
-            engine.start_sync(fabric, &sync, 1)?;
-            engine.wait(fabric)?;
-            fabric.run(Operation::Close { window: weights })?;
-            fabric.run(Operation::Open { window: grads })?;
-            let (slots, transfers) = (&grad_slots, &transfers);
-            engine.start_reduce(fabric, &GradReduce { slots, topology: &topology, transfers, masters: &masters }, 1)?;
-            engine.wait(fabric)?;
-            fabric.run(Operation::Close { window: grads })?;
+            slots.sync(fabric, &WeightSync { topology: &topology, plan: &planned, masters: &masters }, 1, 0)?;
+            slots.join(fabric)?;
+            slots.drain(fabric)?;
+            let reduce = GradReduce { topology: &topology, transfers: &transfers, masters: &masters };
+            grad_slots.reduce(fabric, &reduce, 1, 0)?;
+            grad_slots.join(fabric)?;
         }
         fabric.run(Operation::Barrier)?;
         let after = TOTAL.load(Ordering::Relaxed);

@@ -106,15 +106,18 @@ impl FaultyEndpoint {
 }
 
 impl Direct for FaultyEndpoint {
-    fn reach(&mut self, window: WindowId) -> Result<Reach, FabricError> {
+    fn claim(&mut self, window: WindowId) -> Result<Reach, FabricError> {
+        let rank = self.inner.rank();
+        self.inner.direct().ok_or(FabricError::NoDirectAccess { rank })?.claim(window)
+    }
+
+    fn check(&mut self) -> Result<(), FabricError> {
         let (kind, number, rank) = (OperationKind::Stream, self.submitted, self.inner.rank());
         self.strike(Moment::Before(number), kind)?;
         self.note(kind);
         self.submitted += 1;
-        let direct = self.inner.direct().ok_or(FabricError::NoDirectAccess { rank })?;
-        let reach = direct.reach(window)?;
-        self.strike(Moment::InFlight(number), kind)?;
-        Ok(reach)
+        self.inner.direct().ok_or(FabricError::NoDirectAccess { rank })?.check()?;
+        self.strike(Moment::InFlight(number), kind)
     }
 
     fn wait_until(&mut self, peer: Rank, ready: &dyn Fn() -> bool) -> Result<(), FabricError> {

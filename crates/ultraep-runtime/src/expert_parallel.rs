@@ -16,7 +16,7 @@ use ultraep_fabric::{Operation, Region, Span, WindowId};
 use ultraep_plan::{Cursor, RouteTable};
 
 use crate::config::window;
-use crate::exchange::{Exchange, LocalExpert, Sizes};
+use crate::exchange::{Exchange, Sizes};
 use crate::manager::{Manager, expect_size};
 use crate::ring::Ring;
 use crate::sync::Direction;
@@ -247,11 +247,12 @@ impl ExpertParallel {
         self.grouped_out.resize(saved.exchange.grouped_rows * d, 0.0);
         {
             let masters = self.manager.masters(layer).weights.read::<f32>()?;
-            let slots = self.manager.slots().0.read::<f32>()?;
+            let (places, slots) = (self.manager.places(), self.manager.slot_weights()?);
             for local in &saved.exchange.local {
                 let rows = local.group.first_row..local.group.first_row + local.group.padded_rows();
+                let (in_slot, range) = places.of(local.physical);
                 shape.forward(
-                    self.weights_of(local, &masters, &slots),
+                    if in_slot { &slots[range] } else { &masters[range] },
                     &saved.input[rows.start * d..rows.end * d],
                     &mut saved.fc1[rows.start * fc1_width..rows.end * fc1_width],
                     &mut self.grouped_out[rows.start * d..rows.end * d],
@@ -363,21 +364,6 @@ impl ExpertParallel {
         self.all_to_all(send, &exchange.recv_bytes, window::SOURCE_ROWS, &exchange.send_bytes, exchange.busiest_rows)
     }
 
-    /// Where in masters or slots an expert on this rank has its weights or gradients: `(in a slot, elements)`.
-    fn location(&self, local: &LocalExpert) -> (bool, std::ops::Range<usize>) {
-        let config = self.manager.config();
-        let len = config.shape.weight_len();
-        match self.manager.slot_elements(local.physical) {
-            Some(range) => (true, range),
-            None => (false, local.physical * len..(local.physical + 1) * len),
-        }
-    }
-
-    fn weights_of<'w>(&self, local: &LocalExpert, masters: &'w [f32], slots: &'w [f32]) -> &'w [f32] {
-        let (in_slot, range) = self.location(local);
-        if in_slot { &slots[range] } else { &masters[range] }
-    }
-
     /// Gradients of a forward: `dx` (`[tokens, d]`) and `d_gates` (`[tokens, top_k]`) are overwritten, weight gradients
     /// are added to the masters' by the time of [`ExpertParallel::finish_backward`]. `x` is the forward's input. Inputs of a
     /// wrong size are refused before anything is exchanged, and the forward's plan stays.
@@ -444,15 +430,15 @@ impl ExpertParallel {
         {
             let masters = self.manager.masters(layer).clone();
             let (master_weights, mut master_grads) = (masters.weights.read::<f32>()?, masters.grads.write::<f32>()?);
-            let (slot_weights, slot_grads) = self.manager.slots();
-            let (slot_weights, mut slot_grads) = (slot_weights.read::<f32>()?, slot_grads.write::<f32>()?);
+            let places = self.manager.places();
+            let (slot_weights, slot_grads) = self.manager.slot_weights_and_grads()?;
             for local in &saved.exchange.local {
                 let rows = local.group.first_row..local.group.first_row + local.group.padded_rows();
                 if rows.is_empty() {
                     continue;
                 }
-                let weights = self.weights_of(local, &master_weights, &slot_weights);
-                let (in_slot, range) = self.location(local);
+                let (in_slot, range) = places.of(local.physical);
+                let weights = if in_slot { &slot_weights[range.clone()] } else { &master_weights[range.clone()] };
                 let input = &saved.input[rows.start * d..rows.end * d];
                 let fc1 = &mut saved.fc1[rows.start * fc1_width..rows.end * fc1_width];
                 if saved.recompute == Recompute::Experts {
@@ -487,6 +473,7 @@ impl ExpertParallel {
 
     /// Waits for the last grad reduce: after this the masters' gradients are complete. On all ranks at the same place.
     pub fn finish_backward(&mut self) -> Result<(), RuntimeError> {
-        self.manager.join_reduce(&mut self.endpoint)
+        self.manager.join_reduce(&mut self.endpoint)?;
+        self.manager.drain(&mut self.endpoint)
     }
 }

@@ -12,7 +12,7 @@ use ultraep_plan::{
 use crate::clock::Deadline;
 use crate::observed::Observed;
 use crate::ring::Ring;
-use crate::sync::{Carrier, Direction, PlannedTransfers, Syncing};
+use crate::sync::{Carrier, Direction, Places, PlannedTransfers, Syncing};
 use crate::{Endpoint, Part, RuntimeConfig, RuntimeError, VirtualLayer};
 
 /// One layer's masters on this rank, registered where they are: `[M, weight_len]` `f32` each, in order of expert.
@@ -158,9 +158,19 @@ impl Manager {
         &self.masters[layer]
     }
 
-    /// Memory of the slots: weights, then gradients.
-    pub(crate) fn slots(&self) -> (&Region, &Region) {
-        self.carrier.slots()
+    /// Weights in the slots, between two weight syncs.
+    pub(crate) fn slot_weights(&self) -> Result<&[f32], RuntimeError> {
+        self.carrier.slot_weights()
+    }
+
+    /// Weights and gradients in the slots, between two weight syncs and two grad reduces.
+    pub(crate) fn slot_weights_and_grads(&mut self) -> Result<(&[f32], &mut [f32]), RuntimeError> {
+        self.carrier.slot_weights_and_grads()
+    }
+
+    /// Waits until this rank has moved all that it has started: its masters may be written again.
+    pub fn drain(&mut self, endpoint: &mut Endpoint) -> Result<(), RuntimeError> {
+        self.carrier.drain(endpoint)
     }
 
     pub(crate) fn kept(&self, place: usize) -> &Kept {
@@ -353,9 +363,9 @@ impl Manager {
         self.carrier.take_synced_ns()
     }
 
-    /// Elements of a physical expert's slot on this rank; `None` for a master.
-    pub(crate) fn slot_elements(&self, physical: usize) -> Option<std::ops::Range<usize>> {
-        self.carrier.slot_elements(physical)
+    /// Where this rank's physical experts are.
+    pub(crate) fn places(&self) -> Places {
+        self.carrier.places()
     }
 
     /// Starts the grad reduce of a kept plan; it runs beside the computation until [`Manager::join_reduce`].

@@ -1,18 +1,16 @@
 //! Grad reduce: replicas' gradients into masters, beside the computation.
 
-use ultraep_fabric::Operation;
 use ultraep_fabric::stream::GradReduce;
 
 use crate::clock::Deadline;
-use crate::config::window;
 use crate::sync::{Carrier, PlannedTransfers};
 use crate::{Endpoint, Part, RuntimeError};
 
 /// A grad reduce under way.
 #[derive(Debug)]
 pub(crate) struct Reducing {
-    /// When the bytes are through the stated link.
-    deadline: Deadline,
+    /// What the bytes take through the stated link, once the last rank at this one's transfers has started.
+    transfer_ns: u64,
 }
 
 impl Carrier {
@@ -32,29 +30,29 @@ impl Carrier {
         }
         self.join_reduce(endpoint)?;
         endpoint.clock.pause();
+        let Some(slots) = &mut self.grad_slots else { return Ok(()) };
+        let work = GradReduce { topology: &self.config.topology, transfers, masters: &self.grads[layer] };
         let now = endpoint.clock.now_ns();
-        let start_ns = endpoint.aside(Operation::Open { window: window::SLOT_GRADS }, now)?.stamp;
-        let (slots, topology, masters) = (&self.grad_slots, &self.config.topology, &self.grads[layer]);
-        let work = GradReduce { slots, topology, transfers, masters };
         // On a fabric without direct access it is done here, by this thread.
         endpoint.clock.enter(Part::GradReduce);
-        let started = self.reduce_engine.start_reduce(endpoint.fabric(), &work, self.config.transfer.reduce_workers);
+        let started = slots.reduce(endpoint.fabric(), &work, self.config.transfer.reduce_workers, now);
         endpoint.clock.pause();
         started?;
         let moved = planned.busiest_copies * self.config.shape.weight_bytes() as u64;
-        self.reducing = Some(Reducing { deadline: Deadline(start_ns + endpoint.link().transfer_ns(moved)) });
+        self.reducing = Some(Reducing { transfer_ns: endpoint.link().transfer_ns(moved) });
         Ok(())
     }
 
     /// Waits for the grad reduce that is under way, if any: before the slots' gradients are written again. What this thread still
     /// has to add itself is work of the rank's core; in virtual time it also waits for the bytes.
     pub(crate) fn join_reduce(&mut self, endpoint: &mut Endpoint) -> Result<(), RuntimeError> {
-        let Some(Reducing { deadline }) = self.reducing.take() else { return Ok(()) };
+        let (Some(Reducing { transfer_ns }), Some(slots)) = (self.reducing.take(), &mut self.grad_slots) else {
+            return Ok(());
+        };
         endpoint.clock.enter(Part::GradReduce);
-        let added = self.reduce_engine.wait(endpoint.fabric());
+        let added = slots.join(endpoint.fabric());
         endpoint.clock.pause();
-        added?;
-        endpoint.aside(Operation::Close { window: window::SLOT_GRADS }, 0)?;
+        let deadline = Deadline(added? + transfer_ns);
         endpoint.join(deadline, Part::GradReduce);
         Ok(())
     }

@@ -1,11 +1,10 @@
 //! Weight sync: from a plan to the bytes in the slots, and what it costs.
 
-use ultraep_fabric::stream::{EngineSpec, LayoutError, Masters, Slots, TileEngine, WeightSync};
-use ultraep_fabric::{Operation, Region};
+use ultraep_fabric::Region;
+use ultraep_fabric::stream::{EngineSpec, LayoutError, Masters, SlotSet, Slots, WeightSync};
 use ultraep_plan::{Plan, Rank, Topology, TransferClock, TransferPlan, TransferPlanner, Transfers};
 
 use crate::clock::Deadline;
-use crate::config::window;
 use crate::reduce::Reducing;
 use crate::{Endpoint, LayerMasters, RuntimeConfig, RuntimeError};
 
@@ -86,19 +85,36 @@ pub(crate) struct Syncing {
     open: bool,
 }
 
+/// Where the weights and gradients of one rank's physical experts are: a master's among the masters, a replica's in a slot.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Places {
+    masters: usize,
+    /// Elements of an expert.
+    len: usize,
+    /// Elements from slot to slot.
+    slot_len: usize,
+}
+
+impl Places {
+    /// Whether a physical expert is in a slot, and its elements there or among the masters.
+    pub(crate) fn of(&self, physical: usize) -> (bool, std::ops::Range<usize>) {
+        match physical.checked_sub(self.masters) {
+            Some(slot) => (true, slot * self.slot_len..slot * self.slot_len + self.len),
+            None => (false, physical * self.len..(physical + 1) * self.len),
+        }
+    }
+}
+
 /// Moves expert state of one rank: slots, registered masters, the tile engine and the planner of transfers.
 pub(crate) struct Carrier {
     pub(super) config: RuntimeConfig,
-    pub(super) rank: Rank,
-    weight_slots: Slots,
-    pub(super) grad_slots: Slots,
-    slot_weights: Region,
-    slot_grads: Region,
+    rank: Rank,
+    /// Apart, as a grad reduce may be under way when the next layer's weights are restored.
+    weight_slots: SlotSet,
+    /// Nothing in a runtime that only infers.
+    pub(super) grad_slots: Option<SlotSet>,
     weights: Vec<Masters>,
     pub(super) grads: Vec<Masters>,
-    /// An engine each, as a grad reduce may be under way when the next layer's weights are restored.
-    sync_engine: TileEngine,
-    pub(super) reduce_engine: TileEngine,
     pub(crate) transfers: SyncPlanner,
     pub(super) reducing: Option<Reducing>,
     synced_ns: u64,
@@ -122,26 +138,21 @@ impl Carrier {
         let grads = if config.trains() { of(|layer| &layer.grads)? } else { Vec::new() };
         let transfer = &config.transfer;
         let replicas = topology.ranks() * config.slot_capacity();
-        let engine = |background| {
+        let mut set = |slots: Slots, background| -> Result<SlotSet, RuntimeError> {
             let tasks = replicas * transfer.params.max_stripes.max(1) as usize;
-            TileEngine::new(EngineSpec { background, tasks, streaming_from_bytes: transfer.streaming_from_bytes })
+            let engine = EngineSpec { background, tasks, streaming_from_bytes: transfer.streaming_from_bytes };
+            let mut set = SlotSet::new(endpoint.fabric(), slots, engine)?;
+            touch(&mut set, topology.slots(rank))?;
+            Ok(set)
         };
-        let mut window = |id| endpoint.fabric().window(id).ok_or(RuntimeError::NotHostMemory);
-        let (slot_weights, slot_grads) = (window(window::SLOT_WEIGHTS)?, window(window::SLOT_GRADS)?);
-        touch(&slot_weights, &weight_slots, topology.slots(rank))?;
-        if config.trains() {
-            touch(&slot_grads, &grad_slots, topology.slots(rank))?;
-        }
+        let weight_slots = set(weight_slots, transfer.sync_workers)?;
+        let grad_slots = config.trains().then(|| set(grad_slots, transfer.reduce_workers)).transpose()?;
         Ok(Self {
             rank,
-            slot_weights,
-            slot_grads,
             weight_slots,
             grad_slots,
             weights,
             grads,
-            sync_engine: engine(transfer.sync_workers)?,
-            reduce_engine: engine(if config.trains() { transfer.reduce_workers } else { 0 })?,
             transfers: SyncPlanner::new(config)?,
             reducing: None,
             synced_ns: 0,
@@ -149,16 +160,24 @@ impl Carrier {
         })
     }
 
-    /// Memory of the slots: weights, then gradients.
-    pub(crate) fn slots(&self) -> (&Region, &Region) {
-        (&self.slot_weights, &self.slot_grads)
+    /// Weights in the slots, between two weight syncs.
+    pub(crate) fn slot_weights(&self) -> Result<&[f32], RuntimeError> {
+        Ok(self.weight_slots.read()?)
     }
 
-    /// Elements of a physical expert's slot, of weights and gradients alike; `None` for a master.
-    pub(crate) fn slot_elements(&self, physical: usize) -> Option<std::ops::Range<usize>> {
-        let slot = physical.checked_sub(self.config.topology.masters(self.rank).len())?;
-        let bytes = self.weight_slots.range(slot);
-        Some(bytes.start / size_of::<f32>()..bytes.end / size_of::<f32>())
+    /// Weights and gradients in the slots, between two weight syncs and two grad reduces.
+    pub(crate) fn slot_weights_and_grads(&mut self) -> Result<(&[f32], &mut [f32]), RuntimeError> {
+        let grads = self.grad_slots.as_mut().map_or(Ok(&mut [][..]), SlotSet::write)?;
+        Ok((self.weight_slots.read()?, grads))
+    }
+
+    /// Where this rank's physical experts are.
+    pub(crate) fn places(&self) -> Places {
+        Places {
+            masters: self.config.topology.masters(self.rank).len(),
+            len: self.config.shape.weight_len(),
+            slot_len: self.weight_slots.slots().layout().slot_bytes() / size_of::<f32>(),
+        }
     }
 
     /// Starts the weight sync of a plan: home ranks and relays write into the replicas' slots. In virtual time it runs beside
@@ -178,22 +197,25 @@ impl Carrier {
         self.synced_ns += sync_ns;
         let deadline = endpoint.clock.beside(sync_ns);
         let topology = &self.config.topology;
-        self.weight_slots.lower_flags(&self.slot_weights, topology, &planned.plan, self.rank)?;
-        endpoint.aside(Operation::Open { window: window::SLOT_WEIGHTS }, 0)?;
-        let (slots, masters) = (&self.weight_slots, &self.weights[layer]);
-        let work = WeightSync { slots, topology, plan: &planned.plan, masters };
-        self.sync_engine.start_sync(endpoint.fabric(), &work, self.config.transfer.sync_workers)?;
+        let work = WeightSync { topology, plan: &planned.plan, masters: &self.weights[layer] };
+        self.weight_slots.sync(endpoint.fabric(), &work, self.config.transfer.sync_workers, 0)?;
         Ok(Syncing { deadline, open: true })
     }
 
-    /// Waits until every slot of the group has its weights.
+    /// Waits until this rank's slots have their weights.
     pub(crate) fn finish_sync(&mut self, endpoint: &mut Endpoint, syncing: Syncing) -> Result<Deadline, RuntimeError> {
         if syncing.open {
             endpoint.clock.pause();
-            self.sync_engine.wait(endpoint.fabric())?;
-            endpoint.aside(Operation::Close { window: window::SLOT_WEIGHTS }, 0)?;
+            self.weight_slots.join(endpoint.fabric())?;
         }
         Ok(syncing.deadline)
+    }
+
+    /// Waits until this rank has moved all that it has started: its masters may be written again.
+    pub(crate) fn drain(&mut self, endpoint: &mut Endpoint) -> Result<(), RuntimeError> {
+        self.weight_slots.drain(endpoint.fabric())?;
+        self.grad_slots.as_mut().map_or(Ok(()), |set| set.drain(endpoint.fabric()))?;
+        Ok(())
     }
 
     /// Virtual time that weight syncs took since the last call, from start to end, hidden or not.
@@ -204,10 +226,10 @@ impl Carrier {
 
 /// Touches the pages of the first `count` slots, so that no sync meets a page for the first time. (Places beyond the
 /// topology's slots, which only some baselines use, take memory when they are used.)
-fn touch(part: &Region, slots: &Slots, count: usize) -> Result<(), RuntimeError> {
+fn touch(set: &mut SlotSet, count: usize) -> Result<(), RuntimeError> {
     const PAGE_BYTES: usize = 4096;
-    let Some(last) = count.min(slots.slots()).checked_sub(1) else { return Ok(()) };
-    let mut bytes = part.write::<u8>()?;
-    bytes[..slots.range(last).end].chunks_mut(PAGE_BYTES).for_each(|page| page[0] = 0);
+    let Some(last) = count.min(set.slots().slots()).checked_sub(1) else { return Ok(()) };
+    let end = set.slots().range(last).end;
+    set.write::<u8>()?[..end].chunks_mut(PAGE_BYTES).for_each(|page| page[0] = 0);
     Ok(())
 }

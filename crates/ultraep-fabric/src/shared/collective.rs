@@ -132,11 +132,6 @@ impl Endpoint {
                 if self.windows[index].phase != Phase::Open {
                     return Err(self.operands.access(kind, "window")(AccessError::Closed));
                 }
-                // SYNC POINT reach: acquires what this rank's workers did in the window; pairs with `Reach::drop`.
-                if self.windows[index].reaches.load(Ordering::Acquire) != 0 {
-                    let (rank, in_flight) = (self.rank, OperationKind::Stream);
-                    return Err(FabricError::InFlight { operation: kind, rank, in_flight });
-                }
                 self.windows[index].phase = Phase::Closing;
                 Ok((Body::Close(index), index as u64))
             }

@@ -1,7 +1,8 @@
-//! Direct access to open windows, for the tile engine.
+//! Direct access to claimed windows, for the tile engine.
 
 use super::endpoint::{Endpoint, Phase};
 use super::segment::Segment;
+use crate::backend::{Hold, Use};
 use crate::operation::OperationKind;
 use crate::stream::{Direct, Reach};
 use crate::sync::Ordering;
@@ -13,15 +14,27 @@ use ultraep_plan::Rank;
 const NAP: Duration = Duration::from_millis(100);
 
 impl Direct for Endpoint {
-    fn reach(&mut self, window: WindowId) -> Result<Reach, FabricError> {
+    fn claim(&mut self, window: WindowId) -> Result<Reach, FabricError> {
         let kind = OperationKind::Stream;
         self.check_group(kind)?;
         self.operands.window(kind, window)?;
         let index = window.index();
-        if self.windows[index].phase != Phase::Open {
-            return Err(self.operands.access(kind, "window")(AccessError::Closed));
+        // SYNC POINT reach: acquires what this rank's workers did under an earlier claim; pairs with `Reach::drop`.
+        let reaches = self.windows[index].reaches.load(Ordering::Acquire);
+        match self.windows[index].phase {
+            Phase::Claimed if reaches == 0 => {}
+            Phase::Closed => {
+                let hold = Hold::take(&self.windows[index].region, Use::Open);
+                self.windows[index].open = Some(hold.map_err(self.operands.access(kind, "window"))?);
+            }
+            _ => return Err(self.operands.access(kind, "window")(AccessError::Open)),
         }
+        self.windows[index].phase = Phase::Claimed;
         Ok(Reach::new(&self.segment, window, self.rank, &self.windows[index].reaches))
+    }
+
+    fn check(&mut self) -> Result<(), FabricError> {
+        self.check_group(OperationKind::Stream)
     }
 
     fn wait_until(&mut self, peer: Rank, ready: &dyn Fn() -> bool) -> Result<(), FabricError> {

@@ -40,12 +40,14 @@ pub(super) enum Phase {
     Opening,
     Open,
     Closing,
+    /// Given to the tile engine for good: neither guards nor puts and gets are allowed any more.
+    Claimed,
 }
 
 pub(super) struct Window {
     pub(super) region: Region,
     pub(super) phase: Phase,
-    /// Keeps guards out from `Open` to `Close`.
+    /// Keeps guards out from `Open` to `Close`, or for good once claimed.
     pub(super) open: Option<Hold>,
     /// Rights of this rank to touch it that live.
     pub(super) reaches: Arc<AtomicU32>,

@@ -7,6 +7,7 @@
 //! | signals   | N x `SIGNALS` words   | signal words                                                 |
 //! | sizes     | N x 3N words          | all-to-all: bytes to each rank, from each, where those land  |
 //! | records   | N x `RECORD_WORDS`    | details of a failure that the rank reports                   |
+//! | credits w | N x one line          | window w: the epoch up to which the rank lets peers into its slots |
 //! | staging   | N x 2 x `STAGING_BYTES` | chunks of all-gather and all-reduce, two in turn           |
 //! | reduced   | N x 2 x share         | sums of the rank's share of a chunk, two in turn             |
 //! | window w  | N x bytes             | the ranks' parts, each on a page of its own                  |
@@ -14,6 +15,7 @@
 //! References between ranks are (section, rank, offset); addresses never cross.
 
 use super::segment::{Control, Header, RECORD_WORDS};
+use crate::stream::Credit;
 use crate::{FabricError, GroupSpec, SIGNALS};
 use core::mem::size_of;
 
@@ -45,6 +47,8 @@ pub(crate) struct Layout {
     pub(crate) records: Section,
     pub(crate) staging: [Section; 2],
     pub(crate) reduced: [Section; 2],
+    /// One for each window.
+    pub(crate) credits: Vec<Section>,
     pub(crate) windows: Vec<Section>,
     pub(crate) total_bytes: usize,
     /// Equal for equal tables.
@@ -99,10 +103,14 @@ impl Layout {
             records: table.per_rank(RECORD_WORDS * word, LINE_BYTES)?,
             staging: [table.per_rank(STAGING_BYTES, PAGE_BYTES)?, table.per_rank(STAGING_BYTES, PAGE_BYTES)?],
             reduced: [table.per_rank(share, LINE_BYTES)?, table.per_rank(share, LINE_BYTES)?],
+            credits: Vec::new(),
             windows: Vec::new(),
             total_bytes: 0,
             digest: 0,
         };
+        for _ in &spec.windows {
+            layout.credits.push(table.per_rank(size_of::<Credit>(), LINE_BYTES)?);
+        }
         for window in &spec.windows {
             layout.windows.push(table.per_rank(window.bytes, PAGE_BYTES)?);
         }

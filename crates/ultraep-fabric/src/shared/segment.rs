@@ -7,6 +7,7 @@ use super::permits::Permits;
 use super::status::Status;
 use super::turnstile::Turnstile;
 use crate::backend::{FAILURE_WORDS, Identity};
+use crate::stream::Credit;
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
 use crate::{FabricError, GroupSpec, SIGNALS, WindowId, pages};
 use core::mem::size_of;
@@ -205,6 +206,13 @@ impl Segment {
     /// The reduced share of `rank` for phases of this parity.
     pub(crate) fn reduced(&self, rank: Rank, parity: usize) -> NonNull<u8> {
         self.at(&self.layout.reduced[parity], rank)
+    }
+
+    /// The credit of `rank` for a window that exists.
+    pub(crate) fn credit(&self, window: WindowId, rank: Rank) -> Option<&Credit> {
+        let section = self.layout.credits.get(window.index())?;
+        // SAFETY: aligned and large enough by the table; all fields are atomics.
+        Some(unsafe { self.at(section, rank).cast::<Credit>().as_ref() })
     }
 
     /// The part of `rank` of a window that exists, and its bytes.

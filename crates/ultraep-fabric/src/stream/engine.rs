@@ -1,10 +1,10 @@
 //! The persistent engine of one rank: its worker threads, and work handed to them.
 
-use super::job::{GradReduce, Job, Moved, WeightSync};
-use super::portable::Portable;
+use super::job::{Job, Moved};
+use super::schedule::Tile;
 use super::worker::{Step, Worker};
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
-use crate::{AccessError, Fabric, FabricError, OperationKind};
+use crate::{Fabric, FabricError, OperationKind};
 use core::time::Duration;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread::{self, JoinHandle};
@@ -35,19 +35,18 @@ impl Default for EngineSpec {
     }
 }
 
-/// Moves tiles with threads that are created once. One piece of work at a time: `start`, something else, `wait`.
-///
-/// On a fabric without [`Fabric::direct`] access the same is done by put and get, at once and without relays.
+/// Moves tiles with threads that are created once. One piece of work at a time: `prepare`, `go`, something else, `help`, `drain`.
 ///
 /// Worker threads need no core permit: they stand for the copy engines of an accelerator. With no background threads all work
-/// is done in [`TileEngine::wait`], under the rank's own permit.
-pub struct TileEngine {
+/// is done in [`TileEngine::help`], under the rank's own permit.
+pub(crate) struct TileEngine {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
     own: Worker,
     spec: EngineSpec,
     in_flight: bool,
-    portable: Portable,
+    /// Background workers that may be at the work in hand.
+    helpers: usize,
 }
 
 struct Shared {
@@ -73,6 +72,8 @@ struct State {
     open: bool,
     /// How many may.
     helpers: usize,
+    /// The tile that the rank's own worker had in hand when it went.
+    left: Option<Tile>,
     /// Workers at it.
     active: usize,
     /// Workers whose threads run.
@@ -95,7 +96,7 @@ impl TileEngine {
     ///
     /// # Errors
     /// [`FabricError::Os`] when a thread cannot be started.
-    pub fn new(spec: EngineSpec) -> Result<Self, FabricError> {
+    pub(crate) fn new(spec: EngineSpec) -> Result<Self, FabricError> {
         let shared = Arc::new(Shared {
             job: RwLock::new(Job::with_capacity(spec.tasks)),
             next: AtomicU64::new(0),
@@ -105,8 +106,8 @@ impl TileEngine {
             blocked_on: AtomicU32::new(0),
             abort: AtomicU32::new(0),
         });
-        let (threads, own, portable) = (Vec::new(), Worker::default(), Portable::default());
-        let mut engine = Self { shared, threads, own, spec, in_flight: false, portable };
+        let (threads, own) = (Vec::new(), Worker::default());
+        let mut engine = Self { shared, threads, own, spec, in_flight: false, helpers: 0 };
         for index in 0..spec.background {
             let shared = Arc::clone(&engine.shared);
             let thread = thread::Builder::new().name(format!("tiles {index}"));
@@ -121,120 +122,104 @@ impl TileEngine {
     }
 
     /// What it was started with.
-    #[must_use]
-    pub fn spec(&self) -> EngineSpec {
+    pub(crate) fn spec(&self) -> EngineSpec {
         self.spec
     }
 
-    /// Hands a weight sync to at most `workers` background workers, and says what it moves. Complete on this rank after
-    /// [`TileEngine::wait`], everywhere once the window is closed.
+    /// Takes this work in hand and says what it moves on this rank; workers begin with [`TileEngine::go`]. On an error nothing is in
+    /// hand.
     ///
     /// # Errors
-    /// [`FabricError::InFlight`] when work is in flight; [`FabricError::Access`] when the
-    /// window is not open or the masters are in use; [`FabricError::OutOfRange`] when the plan does not fit the slots; the group's
-    /// failure. Nothing is moved then.
-    pub fn start_sync(
+    /// [`FabricError::InFlight`] when work is in hand; what `build` returns.
+    pub(crate) fn prepare(
         &mut self,
-        fabric: &mut dyn Fabric,
-        sync: &WeightSync<'_>,
-        workers: usize,
+        rank: Rank,
+        build: impl FnOnce(&mut Job) -> Result<Moved, FabricError>,
     ) -> Result<Moved, FabricError> {
-        if fabric.direct().is_none() {
-            return self.portable.sync(fabric, sync);
-        }
-        let streaming_from = self.spec.streaming_from_bytes;
-        self.start(fabric, sync.slots.window(), workers, |job, reach| job.sync(sync, reach, streaming_from))
-    }
-
-    /// Hands a grad reduce to at most `workers` background workers, and says what it moves. Replicas' gradients of a rank are 0
-    /// once the window is closed.
-    ///
-    /// # Errors
-    /// As for [`TileEngine::start_sync`].
-    pub fn start_reduce(
-        &mut self,
-        fabric: &mut dyn Fabric,
-        reduce: &GradReduce<'_>,
-        workers: usize,
-    ) -> Result<Moved, FabricError> {
-        reduce.slots.layout().check_gradients().map_err(|_| not_f32(fabric.rank(), reduce.slots))?;
-        if fabric.direct().is_none() {
-            return self.portable.reduce(fabric, reduce);
-        }
-        self.start(fabric, reduce.slots.window(), workers, |job, reach| job.reduce(reduce, reach))
-    }
-
-    fn start(
-        &mut self,
-        fabric: &mut dyn Fabric,
-        window: crate::WindowId,
-        helpers: usize,
-        build: impl FnOnce(&mut Job, super::Reach) -> Result<Moved, FabricError>,
-    ) -> Result<Moved, FabricError> {
-        let (rank, operation) = (fabric.rank(), OperationKind::Stream);
         if self.in_flight {
+            let operation = OperationKind::Stream;
             return Err(FabricError::InFlight { operation, rank, in_flight: operation });
         }
-        let reach = fabric.direct().ok_or(FabricError::NoDirectAccess { rank })?.reach(window)?;
-        let shared = &*self.shared;
-        let mut job = shared.job.write().unwrap_or_else(PoisonError::into_inner);
-        let moved = match build(&mut job, reach) {
-            Ok(moved) => moved,
-            Err(error) => {
-                job.clear();
-                return Err(error);
-            }
-        };
-        let tiles = job.schedule.tiles();
+        let mut job = self.shared.job.write().unwrap_or_else(PoisonError::into_inner);
+        let built = build(&mut job);
+        if built.is_err() {
+            job.clear();
+        }
         drop(job);
+        self.in_flight = built.is_ok();
+        built
+    }
+
+    /// Lets at most `workers` background workers begin.
+    pub(crate) fn go(&mut self, workers: usize) {
+        let shared = &*self.shared;
+        let tiles = shared.job().schedule.tiles();
         // Relaxed: workers see these after they have taken the state's lock below.
         shared.next.store(0, Ordering::Relaxed);
         shared.abort.store(0, Ordering::Relaxed);
         shared.blocked_on.store(0, Ordering::Relaxed);
         self.own = Worker::default();
-        self.in_flight = true;
-        if tiles > 0 && helpers > 0 {
+        self.helpers = if tiles > 0 { workers.min(self.spec.background) } else { 0 };
+        if self.helpers > 0 {
             let mut state = shared.state();
-            (state.work, state.open, state.helpers) = (state.work + 1, true, helpers);
+            (state.work, state.open, state.helpers, state.left) = (state.work + 1, true, self.helpers, None);
             drop(state);
             shared.wake.notify_all();
         }
-        Ok(moved)
     }
 
-    /// Whether nothing is left to do of the work in flight.
-    #[must_use]
-    pub fn is_done(&self) -> bool {
-        let tiles = self.shared.job().schedule.tiles();
-        self.shared.next.load(Ordering::Relaxed) >= tiles && self.shared.state().active == 0
+    /// Plants a bug: see [`Job`].
+    #[cfg(test)]
+    pub(super) fn ignore_credits(&mut self) {
+        self.shared.job.write().unwrap_or_else(PoisonError::into_inner).ignores_credits = true;
     }
 
-    /// Works with the others until all of this rank's tiles are moved. Does nothing when no work is in flight.
+    /// Whether the work in hand changes masters.
+    pub(crate) fn adds_to_masters(&self) -> bool {
+        self.in_flight && self.shared.job().adds_to_masters()
+    }
+
+    /// Works as the rank's own worker until no tile is left to take; or, if there are background workers, until its tile has to wait
+    /// and `enough` holds: they do the rest. Does nothing when no work is in hand.
     ///
     /// # Errors
-    /// The group's failure; [`FabricError::Timeout`], which names the rank whose tiles did not come. The work is over then, and
-    /// the memory given back.
-    pub fn wait(&mut self, fabric: &mut dyn Fabric) -> Result<(), FabricError> {
+    /// The group's failure; [`FabricError::Timeout`], which names the rank that was waited for. The work is over then, and the
+    /// memory given back.
+    pub(crate) fn help(&mut self, fabric: &mut dyn Fabric, enough: &dyn Fn() -> bool) -> Result<(), FabricError> {
         if !self.in_flight {
             return Ok(());
         }
-        let result = self.help(fabric).and_then(|()| self.drain(fabric));
-        self.end();
+        let result = self.work_along(fabric, enough);
+        if result.is_err() {
+            self.end();
+        }
         result
     }
 
-    /// Works as the rank's own worker until no tile is left to take.
-    fn help(&mut self, fabric: &mut dyn Fabric) -> Result<(), FabricError> {
-        let job = self.shared.job();
+    fn work_along(&mut self, fabric: &mut dyn Fabric, enough: &dyn Fn() -> bool) -> Result<(), FabricError> {
+        let shared = Arc::clone(&self.shared);
+        let job = shared.job();
+        let others = self.helpers > 0;
+        if others && let Some(tile) = shared.state().left.take() {
+            self.own.take_back(tile);
+        }
         loop {
-            match self.own.step(&job.schedule, &self.shared.next, &mut &*job) {
+            match self.own.step(&job.schedule, &shared.next, &mut &*job) {
                 Step::Moved => {}
                 Step::Done => break,
+                Step::Blocked(tile) if others && enough() => {
+                    self.own = Worker::default();
+                    let mut state = shared.state();
+                    (state.left, state.work) = (Some(tile), state.work + 1);
+                    drop(state);
+                    shared.wake.notify_all();
+                    break;
+                }
                 Step::Blocked(tile) => {
                     let rank = fabric.rank();
                     let peer = job.awaited(&tile).unwrap_or(rank);
                     let direct = fabric.direct().ok_or(FabricError::NoDirectAccess { rank })?;
-                    direct.wait_until(peer, &|| job.is_ready(&tile))?;
+                    direct.wait_until(peer, &|| job.is_ready(&tile) || (others && enough()))?;
                 }
             }
         }
@@ -242,8 +227,22 @@ impl TileEngine {
         Ok(())
     }
 
-    /// Waits for the background workers that are at it; those that have not woken up yet need not.
-    fn drain(&self, fabric: &mut dyn Fabric) -> Result<(), FabricError> {
+    /// Waits until all tiles of the work in hand are moved; after [`TileEngine::help`] has found none to take. Does nothing when no
+    /// work is in hand.
+    ///
+    /// # Errors
+    /// As for [`TileEngine::help`].
+    pub(crate) fn drain(&mut self, fabric: &mut dyn Fabric) -> Result<(), FabricError> {
+        if !self.in_flight {
+            return Ok(());
+        }
+        let result = self.wait_for_workers(fabric);
+        self.end();
+        result
+    }
+
+    /// Background workers that have not woken up yet need not.
+    fn wait_for_workers(&self, fabric: &mut dyn Fabric) -> Result<(), FabricError> {
         let shared = &*self.shared;
         shared.state().open = false;
         let rank = fabric.rank();
@@ -258,10 +257,22 @@ impl TileEngine {
         }
     }
 
+    /// Gives the memory of the work in hand back if all its tiles are moved.
+    pub(crate) fn end_if_done(&mut self) {
+        let left = |state: &State| state.active > 0 || state.left.is_some();
+        let tiles = self.shared.job().schedule.tiles();
+        if self.in_flight && self.shared.next.load(Ordering::Relaxed) >= tiles && !left(&self.shared.state()) {
+            self.end();
+        }
+    }
+
     /// Ends the work in flight, whatever is left of it, and gives its memory back.
     fn end(&mut self) {
         let shared = &*self.shared;
-        shared.state().open = false;
+        {
+            let mut state = shared.state();
+            (state.open, state.left) = (false, None);
+        }
         // Relaxed: a hint to look, nothing is read because of it.
         shared.abort.store(1, Ordering::Relaxed);
         // Waits for the workers that are still at it: they hold the job.
@@ -280,13 +291,6 @@ impl Drop for TileEngine {
             let _ = thread.join();
         }
     }
-}
-
-/// Gradients that cannot be added.
-fn not_f32(rank: Rank, slots: &super::Slots) -> FabricError {
-    let source = AccessError::Ragged { bytes: slots.layout().bytes(), size: size_of::<f32>() };
-    let subject = "gradients that are not all f32";
-    FabricError::Access { operation: OperationKind::Stream, rank, subject, source }
 }
 
 /// A worker thread's life.
@@ -326,7 +330,10 @@ fn work(shared: &Shared, job: &Job) {
     let (mut worker, mut tries) = (Worker::default(), 0);
     loop {
         match worker.step(&job.schedule, &shared.next, &mut &*job) {
-            Step::Done => return,
+            Step::Done => match shared.state().left.take() {
+                Some(tile) => worker.take_back(tile),
+                None => return,
+            },
             Step::Moved if tries == 0 => {}
             Step::Moved => {
                 tries = 0;

@@ -11,6 +11,7 @@ use crate::sync::{AtomicU32, Ordering};
 use crate::{AccessError, FabricError, OperationKind, Region};
 use core::ops::Range;
 use core::ptr::NonNull;
+use std::sync::Arc;
 use ultraep_plan::{Rank, Topology, Transfer, TransferPlan, Transfers};
 
 /// Bytes of a sum that are added to from all replicas before the next: they stay in the first-level cache.
@@ -19,8 +20,6 @@ const SUM_BYTES: usize = 4096;
 /// Weight sync of one plan, on one rank.
 #[derive(Clone, Copy, Debug)]
 pub struct WeightSync<'a> {
-    /// Where replicas go. Its window is open, and its flags were lowered ([`Slots::lower_flags`]) before it was opened.
-    pub slots: &'a Slots,
     /// The group.
     pub topology: &'a Topology,
     /// Who sends what to whom, the same on every rank.
@@ -32,8 +31,6 @@ pub struct WeightSync<'a> {
 /// Grad reduce of one plan, on one rank: `master += replica`, replica by replica in the plan's order, then the replica is 0.
 #[derive(Clone, Copy, Debug)]
 pub struct GradReduce<'a> {
-    /// Where replicas' gradients are. Its window is open.
-    pub slots: &'a Slots,
     /// The group.
     pub topology: &'a Topology,
     /// Which replicas there are, the same on every rank.
@@ -59,19 +56,20 @@ enum Source {
     Packed(NonNull<u8>),
 }
 
-#[derive(Clone)]
 struct Stream {
     source: Source,
     targets: Range<usize>,
     /// Flags of the chunks to wait for, and who sends them.
     waits: Option<(NonNull<AtomicU32>, Rank)>,
+    /// Not 0 once all targets' credits were seen.
+    admitted: AtomicU32,
 }
 
 #[derive(Clone, Copy)]
 struct Target {
     place: NonNull<u8>,
-    /// Flags to raise, if someone waits for them.
-    flags: Option<NonNull<AtomicU32>>,
+    /// Flags to raise.
+    flags: NonNull<AtomicU32>,
     rank: Rank,
 }
 
@@ -99,12 +97,15 @@ pub(crate) struct Job {
     streams: Vec<Stream>,
     targets: Vec<Target>,
     shards: Vec<ShardView>,
-    /// For each task of the plan whether another one waits for what it brings.
-    feeds: Vec<bool>,
     kind: Kind,
     vectors: Vectors,
     holds: Vec<Hold>,
-    reach: Option<Reach>,
+    reach: Option<Arc<Reach>>,
+    /// Which piece of work in the window this is: what credits must cover.
+    epoch: u64,
+    /// A bug on purpose, which tests must find: credits are not waited for.
+    #[cfg(test)]
+    pub(super) ignores_credits: bool,
 }
 
 // SAFETY: the addresses are those of window parts that `reach` allows to touch, and of regions that `holds` hold; workers use
@@ -121,11 +122,13 @@ impl Job {
             streams: Vec::with_capacity(tasks),
             targets: Vec::with_capacity(tasks),
             shards: Vec::with_capacity(8),
-            feeds: Vec::with_capacity(tasks),
             kind: Kind::Reduce,
             vectors: Vectors::detect(),
             holds: Vec::with_capacity(8),
             reach: None,
+            epoch: 0,
+            #[cfg(test)]
+            ignores_credits: false,
         }
     }
 
@@ -139,32 +142,52 @@ impl Job {
         self.reach = None;
     }
 
-    pub(crate) fn reach(&self) -> Option<&Reach> {
-        self.reach.as_ref()
+    /// Whether it is a grad reduce.
+    pub(crate) fn adds_to_masters(&self) -> bool {
+        self.kind == Kind::Reduce
     }
 
-    /// Who sends what a blocked tile waits for.
+    pub(crate) fn reach(&self) -> Option<&Reach> {
+        self.reach.as_deref()
+    }
+
+    /// Whom a blocked tile waits for: who sends its chunk, or who has not yet let this rank in.
     pub(crate) fn awaited(&self, tile: &Tile) -> Option<Rank> {
-        self.streams[tile.stream].waits.map(|(_, rank)| rank)
+        let stream = &self.streams[tile.stream];
+        let feeder = stream.waits.filter(|&(flags, _)| !self.has_come(flags, tile.chunk));
+        let closed = || self.targets[stream.targets.clone()].iter().find(|target| !self.lets_in(target));
+        feeder.map(|(_, rank)| rank).or_else(|| closed().map(|target| target.rank))
+    }
+
+    fn lets_in(&self, target: &Target) -> bool {
+        #[cfg(test)]
+        if self.ignores_credits {
+            return true;
+        }
+        let credit = self.reach.as_ref().and_then(|reach| reach.credit(target.rank));
+        credit.is_some_and(|credit| credit.covers(self.epoch))
+    }
+
+    fn has_come(&self, flags: NonNull<AtomicU32>, chunk: usize) -> bool {
+        // SYNC POINT tile: acquires the bytes that the sender's workers released in `publish`, each with one count.
+        flag(flags, chunk).load(Ordering::Acquire) as usize >= self.schedule.geometry().tiles(chunk)
     }
 
     /// Makes the job this weight sync; on an error the job must be cleared.
     pub(crate) fn sync(
         &mut self,
+        slots: &Slots,
         sync: &WeightSync<'_>,
-        reach: Reach,
+        reach: &Arc<Reach>,
+        epoch: u64,
         streaming_from: u64,
     ) -> Result<Moved, FabricError> {
-        let WeightSync { slots, topology, plan, masters } = *sync;
+        let WeightSync { topology, plan, masters } = *sync;
         let (rank, stripes) = (reach.rank(), plan.stripes().max(1));
         let units = plan.tasks().len() as u64 / u64::from(stripes);
         let moved = 2 * units * slots.layout().bytes() as u64;
         let stores = if moved >= streaming_from { Stores::Streaming } else { Stores::Cached };
         self.begin(Kind::Copy(stores), slots, stripes as usize, masters, rank)?;
-        self.feeds.clear();
-        self.feeds.resize(plan.tasks().len(), false);
-        let feeders = (0..plan.tasks().len()).filter_map(|task| plan.feeder(task));
-        feeders.for_each(|feeder| self.feeds[feeder] = true);
         let mut task = plan.tasks().partition_point(|task| task.transfer.from < rank);
         let mut result = Moved::default();
         for stream in plan.streams(rank) {
@@ -175,28 +198,33 @@ impl Job {
                     let slot = slot_of(slots, topology, rank, physical)?;
                     let place = reach.place(rank, slots.range(slot).start, slots.layout().bytes())?;
                     let feeder = plan.feeder(task).map_or(rank, |feeder| plan.tasks()[feeder].transfer.from);
-                    (Source::Packed(place), Some((flags_of(&reach, slots, rank, slot)?, feeder)))
+                    (Source::Packed(place), Some((flags_of(reach, slots, rank, slot)?, feeder)))
                 }
             };
             let start = self.targets.len();
             for each in stream {
-                let feeds = self.feeds[task];
-                self.target(&reach, slots, topology, &each.transfer, feeds)?;
+                self.target(reach, slots, topology, &each.transfer)?;
                 task += 1;
             }
             self.schedule.push(first.stripe.index as usize);
             let bytes = self.schedule.stripe_bytes(first.stripe.index as usize);
             result.read_bytes += bytes;
             result.written_bytes += bytes * stream.len() as u64;
-            self.streams.push(Stream { source, targets: start..self.targets.len(), waits });
+            self.push(source, start, waits);
         }
-        self.reach = Some(reach);
+        (self.reach, self.epoch) = (Some(Arc::clone(reach)), epoch);
         Ok(result)
     }
 
     /// Makes the job this grad reduce; on an error the job must be cleared.
-    pub(crate) fn reduce(&mut self, reduce: &GradReduce<'_>, reach: Reach) -> Result<Moved, FabricError> {
-        let GradReduce { slots, topology, transfers, masters } = *reduce;
+    pub(crate) fn reduce(
+        &mut self,
+        slots: &Slots,
+        reduce: &GradReduce<'_>,
+        reach: &Arc<Reach>,
+        epoch: u64,
+    ) -> Result<Moved, FabricError> {
+        let GradReduce { topology, transfers, masters } = *reduce;
         let rank = reach.rank();
         let refused = |subject, source| FabricError::Access { operation: OperationKind::Stream, rank, subject, source };
         self.begin(Kind::Reduce, slots, 1, masters, rank)?;
@@ -215,15 +243,21 @@ impl Job {
             }
             let source = self.master(&of_expert[0], topology, masters, rank)?;
             let start = self.targets.len();
-            of_expert.iter().try_for_each(|transfer| self.target(&reach, slots, topology, transfer, false))?;
+            of_expert.iter().try_for_each(|transfer| self.target(reach, slots, topology, transfer))?;
             self.schedule.push(0);
             let bytes = slots.layout().bytes() as u64 * (1 + of_expert.len() as u64);
             result.read_bytes += bytes;
             result.written_bytes += bytes;
-            self.streams.push(Stream { source, targets: start..self.targets.len(), waits: None });
+            self.push(source, start, None);
         }
-        self.reach = Some(reach);
+        (self.reach, self.epoch) = (Some(Arc::clone(reach)), epoch);
         Ok(result)
+    }
+
+    /// A stream to the targets from the `first` on.
+    fn push(&mut self, source: Source, first: usize, waits: Option<(NonNull<AtomicU32>, Rank)>) {
+        let targets = first..self.targets.len();
+        self.streams.push(Stream { source, targets, waits, admitted: AtomicU32::new(0) });
     }
 
     fn begin(
@@ -295,12 +329,11 @@ impl Job {
         slots: &Slots,
         topology: &Topology,
         transfer: &Transfer,
-        feeds: bool,
     ) -> Result<(), FabricError> {
         let rank = transfer.to;
         let slot = slot_of(slots, topology, rank, transfer.physical)?;
         let place = reach.place(rank, slots.range(slot).start, slots.layout().bytes())?;
-        let flags = feeds.then(|| flags_of(reach, slots, rank, slot)).transpose()?;
+        let flags = flags_of(reach, slots, rank, slot)?;
         self.targets.push(Target { place, flags, rank });
         Ok(())
     }
@@ -368,18 +401,29 @@ impl Job {
         }
     }
 
-    /// Whether the chunk of a tile is there.
+    /// Whether the chunk of a tile is there and its targets let this rank in.
     pub(crate) fn is_ready(&self, tile: &Tile) -> bool {
-        let Some((flags, _)) = self.streams[tile.stream].waits else { return true };
-        // SYNC POINT tile: acquires the bytes that the sender's workers released in `publish`, each with one count.
-        flag(flags, tile.chunk).load(Ordering::Acquire) as usize >= self.schedule.geometry().tiles(tile.chunk)
+        let stream = &self.streams[tile.stream];
+        if stream.waits.is_some_and(|(flags, _)| !self.has_come(flags, tile.chunk)) {
+            return false;
+        }
+        // SYNC POINT admitted: acquires what the targets' credits released, as seen by the worker that stored this.
+        if stream.admitted.load(Ordering::Acquire) != 0 {
+            return true;
+        }
+        let all = self.targets[stream.targets.clone()].iter().all(|target| self.lets_in(target));
+        if all {
+            // SYNC POINT admitted: releases the credits that this worker acquired in `covers`.
+            stream.admitted.store(1, Ordering::Release);
+        }
+        all
     }
 }
 
 /// The flag of a chunk.
-fn flag<'a>(flags: NonNull<AtomicU32>, chunk: usize) -> &'a AtomicU32 {
+pub(crate) fn flag<'a>(flags: NonNull<AtomicU32>, chunk: usize) -> &'a AtomicU32 {
     // SAFETY: `flags_of` has checked the flags of all chunks; aligned, as they start on a line of the window's part; atomics
-    // take any bytes, and the job's reach keeps them mapped.
+    // take any bytes, and the caller's reach keeps them mapped.
     unsafe { flags.add(chunk).as_ref() }
 }
 
@@ -390,7 +434,7 @@ fn hold(region: &Region, kind: Kind) -> Result<Hold, AccessError> {
     }
 }
 
-fn slot_of(
+pub(crate) fn slot_of(
     slots: &Slots,
     topology: &Topology,
     rank: Rank,
@@ -403,7 +447,12 @@ fn slot_of(
     slots.slot(topology, rank, physical).ok_or(out_of_range)
 }
 
-fn flags_of(reach: &Reach, slots: &Slots, rank: Rank, slot: usize) -> Result<NonNull<AtomicU32>, FabricError> {
+pub(crate) fn flags_of(
+    reach: &Reach,
+    slots: &Slots,
+    rank: Rank,
+    slot: usize,
+) -> Result<NonNull<AtomicU32>, FabricError> {
     let bytes = slots.geometry().chunks() * size_of::<AtomicU32>();
     Ok(reach.place(rank, slots.flags(slot), bytes)?.cast())
 }
@@ -437,16 +486,12 @@ impl Hands for &Job {
 
     fn publish(&mut self, tile: &Tile) {
         let targets = &self.targets[self.streams[tile.stream].targets.clone()];
-        if targets.iter().all(|target| target.flags.is_none()) {
-            return;
-        }
         self.fence();
         let tiles = self.schedule.geometry().tiles(tile.chunk);
         for target in targets {
-            let Some(flags) = target.flags else { continue };
-            // SYNC POINT tile: releases the tile's bytes to the relay, which acquires in `is_ready`. Counts of several workers
-            // are one release sequence.
-            let before = flag(flags, tile.chunk).fetch_add(1, Ordering::Release);
+            // SYNC POINT tile: releases the tile's bytes to the slot's rank, whose relay acquires them in `has_come` and whose owner
+            // in `SlotSet::join`. Counts of several workers are one release sequence.
+            let before = flag(target.flags, tile.chunk).fetch_add(1, Ordering::Release);
             if before as usize + 1 == tiles
                 && let Some(reach) = &self.reach
             {

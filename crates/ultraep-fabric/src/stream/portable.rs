@@ -60,8 +60,13 @@ fn ends(
 }
 
 impl Portable {
-    pub(crate) fn sync(&self, fabric: &mut dyn Fabric, sync: &WeightSync<'_>) -> Result<Moved, FabricError> {
-        let WeightSync { slots, topology, plan, masters } = *sync;
+    pub(crate) fn sync(
+        &self,
+        fabric: &mut dyn Fabric,
+        slots: &Slots,
+        sync: &WeightSync<'_>,
+    ) -> Result<Moved, FabricError> {
+        let WeightSync { topology, plan, masters } = *sync;
         let (rank, mut moved) = (fabric.rank(), Moved::default());
         for task in plan.tasks().iter().filter(|task| task.stripe.index == 0) {
             let transfer = &task.transfer;
@@ -77,8 +82,13 @@ impl Portable {
         Ok(moved)
     }
 
-    pub(crate) fn reduce(&mut self, fabric: &mut dyn Fabric, reduce: &GradReduce<'_>) -> Result<Moved, FabricError> {
-        let GradReduce { slots, topology, transfers, masters } = *reduce;
+    pub(crate) fn reduce(
+        &mut self,
+        fabric: &mut dyn Fabric,
+        slots: &Slots,
+        reduce: &GradReduce<'_>,
+    ) -> Result<Moved, FabricError> {
+        let GradReduce { topology, transfers, masters } = *reduce;
         let (rank, bytes, mut moved) = (fabric.rank(), slots.layout().bytes(), Moved::default());
         let arrived = &*self.arrived.get_or_insert_with(|| Region::zeroed(bytes));
         let zeros = &*self.zeros.get_or_insert_with(|| Region::zeroed(bytes));

@@ -5,13 +5,14 @@
 //! | slot 0, 1, ...     | `slots * layout.slot_bytes()`  |
 //! | flags of slot 0, 1, ... | `slots * chunks * 4`      |
 //!
-//! A flag counts the tiles of its chunk that have arrived in this epoch. Only slots whose rank relays have flags in use.
+//! A flag counts the tiles of its chunk that have been moved for the piece of work in hand: written by a weight sync, or added and
+//! zeroed by a grad reduce.
 
 use super::layout::{ExpertLayout, SHARD_ALIGN};
 use super::schedule::Geometry;
-use crate::{AccessError, Region, WindowId};
+use crate::WindowId;
 use core::ops::Range;
-use ultraep_plan::{PhysicalIndex, Rank, Topology, TransferModel, TransferModelError, TransferPlan};
+use ultraep_plan::{PhysicalIndex, Rank, Topology, TransferModel, TransferModelError};
 
 /// How experts are cut for transfer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -113,31 +114,5 @@ impl Slots {
         let after_slots = self.slots * self.layout.slot_bytes();
         debug_assert!(after_slots.is_multiple_of(SHARD_ALIGN));
         after_slots + slot * self.geometry.chunks() * size_of::<u32>()
-    }
-
-    /// Lowers the flags that a weight sync of `plan` raises on this rank. On every rank, before the window is opened:
-    /// `part` is the rank's own part of it.
-    ///
-    /// # Errors
-    /// [`AccessError`] when the part is in use.
-    pub fn lower_flags(
-        &self,
-        part: &Region,
-        topology: &Topology,
-        plan: &TransferPlan,
-        rank: Rank,
-    ) -> Result<(), AccessError> {
-        if plan.relayed_experts() == 0 {
-            return Ok(());
-        }
-        let mut words = part.write::<u32>()?;
-        for task in plan.received_by(rank) {
-            let Some(slot) = self.slot(topology, rank, task.transfer.physical) else { continue };
-            let first = self.flags(slot) / size_of::<u32>();
-            if let Some(flags) = words.get_mut(first..first + self.geometry.chunks()) {
-                flags.fill(0);
-            }
-        }
-        Ok(())
     }
 }

@@ -39,6 +39,11 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
+    /// Takes on the tile that another worker had in hand; this one has none.
+    pub(crate) fn take_back(&mut self, tile: Tile) {
+        self.in_hand = Some(tile);
+    }
+
     /// Does one tile, if its chunk is there.
     pub(crate) fn step(&mut self, schedule: &Schedule, next: &AtomicU64, hands: &mut impl Hands) -> Step {
         let Some(tile) = self.in_hand.or_else(|| take(schedule, next)) else { return Step::Done };

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use crate::common::{Batch, TOKENS, TOP_K, batch, config, group, runtime};
 use proptest::prelude::*;
+use ultraep_fabric::stream::Direct;
 use ultraep_fabric::{Capabilities, Completion, Fabric, FabricError, Operation, Region, Ticket, WindowId, run_threads};
 use ultraep_plan::{ProblemError, Rank};
 use ultraep_runtime::{Pass, Recompute, Routing, RuntimeConfig, RuntimeError, VirtualLayer};
@@ -66,6 +67,10 @@ impl Fabric for Tampered {
             (self.edit)(&mut table.write::<u32>().expect("gathered and not yet read"));
         }
         Ok(completion)
+    }
+
+    fn direct(&mut self) -> Option<&mut dyn Direct> {
+        self.inner.direct()
     }
 
     fn leave(self: Box<Self>) -> Result<(), FabricError> {

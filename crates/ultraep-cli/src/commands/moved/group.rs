@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use indicatif::ProgressBar;
-use ultraep_fabric::stream::{EngineSpec, GradReduce, Masters, Moved, Slots, TileEngine, WeightSync};
-use ultraep_fabric::{AccessError, Fabric, FabricError, GroupSpec, Operation, Region, run_threads};
+use ultraep_fabric::stream::{EngineSpec, GradReduce, Masters, Moved, SlotSet, Slots, WeightSync};
+use ultraep_fabric::{AccessError, Fabric, FabricError, GroupSpec, Region, run_threads};
 use ultraep_plan::{Rank, Topology, Transfer, TransferPlan, Transfers};
 
 use super::limit::{Gate, Loop, Share, Stream, timed};
@@ -57,8 +57,6 @@ enum RankError {
     Access(#[from] AccessError),
     #[error(transparent)]
     Layout(#[from] ultraep_fabric::stream::LayoutError),
-    #[error("this fabric's windows are not host memory")]
-    NotHostMemory,
     #[error("expert {0}: a replica differs from its master")]
     Differs(ultraep_plan::Expert),
     #[error("another rank gave up")]
@@ -214,10 +212,9 @@ impl Case<'_> {
         let region = Region::zeroed(own.len() * layout.slot_bytes());
         region.write::<u8>()?.iter_mut().enumerate().for_each(|(at, byte)| *byte = pattern(own.start, layout, at));
         let masters = Masters::packed(layout, own.len(), &region, layout.slot_bytes())?;
-        let part = fabric.window(self.slots.window()).ok_or(RankError::NotHostMemory)?;
-        part.write::<u8>()?.fill(0);
+        let mut set = SlotSet::new(fabric, self.slots.clone(), self.engine)?;
+        set.write::<u8>()?.fill(0);
         let share = Share::new(self.streams(rank))?;
-        let mut engine = TileEngine::new(self.engine)?;
         let loops = vec![Vec::with_capacity(self.iterations); self.loops().len()];
         let mut times = vec![Times { loops, moved: Moved::default() }; self.plans()];
         for iteration in 0..WARM_UP + self.iterations {
@@ -225,7 +222,7 @@ impl Case<'_> {
             for (plan, times) in times.iter_mut().enumerate() {
                 // One of the other, so that both find the caches full of the other's memory.
                 for (&how, of_loop) in self.loops().iter().zip(&mut times.loops) {
-                    let (time, moved) = self.once(fabric, gates.ranks, &mut engine, plan, &masters, &part)?;
+                    let (time, moved) = self.once(fabric, gates.ranks, &mut set, plan, &masters)?;
                     let limit = timed(gates.all, &share, plan, how).ok_or(RankError::GivenUp)?;
                     times.moved = moved;
                     of_loop.extend(counts.then_some((limit, time)));
@@ -236,38 +233,29 @@ impl Case<'_> {
             }
         }
         if let Work::Sync(_) = self.work {
-            self.check(&part.read::<u8>()?, fabric)?;
+            self.check(set.read::<u8>()?, fabric)?;
         }
         Ok(times)
     }
 
-    /// One sync or reduce: from when all ranks are ready until the last has closed its window.
+    /// One sync or reduce: from when all ranks are ready until the last has all that it receives.
     fn once(
         &self,
         fabric: &mut dyn Fabric,
         gate: &Gate,
-        engine: &mut TileEngine,
+        set: &mut SlotSet,
         plan: usize,
         masters: &Masters,
-        part: &Region,
     ) -> Result<(Duration, Moved), RankError> {
-        let Self { topology, transfers, slots, .. } = *self;
-        let (rank, window, workers) = (fabric.rank(), slots.window(), self.engine.background);
+        let Self { topology, transfers, .. } = *self;
+        let workers = self.engine.background;
         let start = gate.pass().ok_or(RankError::GivenUp)?;
         let moved = match self.work {
-            Work::Sync(plans) => {
-                let plan = &plans[plan];
-                slots.lower_flags(part, topology, plan, rank)?;
-                fabric.run(Operation::Open { window })?;
-                engine.start_sync(fabric, &WeightSync { slots, topology, plan, masters }, workers)?
-            }
-            Work::Reduce => {
-                fabric.run(Operation::Open { window })?;
-                engine.start_reduce(fabric, &GradReduce { slots, topology, transfers, masters }, workers)?
-            }
+            Work::Sync(plans) => set.sync(fabric, &WeightSync { topology, plan: &plans[plan], masters }, workers, 0)?,
+            Work::Reduce => set.reduce(fabric, &GradReduce { topology, transfers, masters }, workers, 0)?,
         };
-        engine.wait(fabric)?;
-        fabric.run(Operation::Close { window })?;
+        set.join(fabric)?;
+        set.drain(fabric)?;
         Ok((gate.pass().ok_or(RankError::GivenUp)? - start, moved))
     }
 
