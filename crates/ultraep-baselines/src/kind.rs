@@ -2,13 +2,16 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use ultraep_plan::{
-    Greedy, GreedyParams, HardwareModel, Plan, Policy, Rank, Ratio, Topology, Ultraep, UltraepParams, UltraepV1,
-    UltraepV1Params, Unbalanced,
+    Expert, Greedy, GreedyParams, HardwareModel, Lookback, Plan, Policy, PolicyFactory, PolicyRefused, Rank, Ratio,
+    TokenChoice, Topology, Ultraep, UltraepParams, UltraepV1, UltraepV1Params, Unbalanced,
 };
 
 use crate::draft::total_slots;
+use crate::history::HistoryParams;
+use crate::ideal::balanced_choice;
 use crate::{Eplb, EplbExact, EplbParams, Llep, LlepParams, Lplb, LplbParams, MastersOnly, MoonEp};
 
 /// Every policy of the project.
@@ -233,4 +236,49 @@ pub fn physical_per_rank(kind: PolicyKind, topology: &Topology) -> usize {
         _ => topology.slots(rank),
     };
     ranks().map(|rank| masters(rank) + foreign(rank)).max().unwrap_or(0)
+}
+
+/// A policy of the project with its parameters, as a runtime takes it.
+#[derive(Clone, Copy, Debug)]
+pub struct Recipe {
+    /// Which policy.
+    pub kind: PolicyKind,
+    /// Parameters of all; it takes what concerns it.
+    pub params: PolicyParams,
+}
+
+impl Recipe {
+    /// One for each of `kinds`, in their order.
+    pub fn all(kinds: &[PolicyKind], params: PolicyParams) -> Vec<Arc<dyn PolicyFactory>> {
+        kinds.iter().map(|&kind| Arc::new(Self { kind, params }) as _).collect()
+    }
+}
+
+impl PolicyFactory for Recipe {
+    fn name(&self) -> &'static str {
+        self.kind.name()
+    }
+
+    fn build(&self, topology: &Topology) -> Result<Box<dyn Policy>, PolicyRefused> {
+        let refused = |error: BuildError| PolicyRefused { policy: self.kind.name(), reason: error.to_string() };
+        build(self.kind, topology, &self.params).map_err(refused)
+    }
+
+    fn physical_per_rank(&self, topology: &Topology) -> usize {
+        physical_per_rank(self.kind, topology)
+    }
+
+    fn history(&self) -> Option<Lookback> {
+        let HistoryParams { window, interval } = match self.kind {
+            PolicyKind::Eplb => self.params.eplb.history,
+            PolicyKind::Lplb => self.params.lplb.history,
+            _ => return None,
+        };
+        Some(Lookback { window, interval })
+    }
+
+    fn forced_choice(&self, topology: &Topology, choice: TokenChoice) -> Option<Expert> {
+        let TokenChoice { rank, token, k, top_k } = choice;
+        self.kind.forces_routing().then(|| balanced_choice(rank.index(), token, k, topology, top_k))
+    }
 }

@@ -26,7 +26,7 @@ pub use eplb::{Eplb, EplbParams};
 pub use eplb_exact::EplbExact;
 pub use heuristic::{LOAD_UNIT, load_a_copy};
 pub use history::{History, HistoryParams};
-pub use kind::{BuildError, ParsePolicyError, PolicyKind, PolicyParams, build, physical_per_rank, plan_for};
+pub use kind::{BuildError, ParsePolicyError, PolicyKind, PolicyParams, Recipe, build, physical_per_rank, plan_for};
 pub use llep::{Llep, LlepParams};
 pub use lplb::{Lplb, LplbLinks, LplbParams};
 pub use masters::MastersOnly;

@@ -2,13 +2,13 @@
 
 use std::time::Duration;
 
-use ultraep_baselines::{PolicyKind, PolicyParams};
+use ultraep_baselines::{PolicyKind, PolicyParams, Recipe};
 use ultraep_device::ExpertShape;
 use ultraep_fabric::stream::TileSizes;
 use ultraep_fabric::{Fabric, GroupSpec, OperationKind, Region};
 use ultraep_plan::{Rank, Topology, TopologyError, TopologySpec, TransferMode, TransferParams};
 use ultraep_runtime::{
-    Endpoint, ExpertParallel, LayerMasters, Link, Pass, PolicyChoice, Recompute, Routing, RuntimeConfig, RuntimeError,
+    Endpoint, ExpertParallel, LayerMasters, Link, Pass, Recompute, Routing, RuntimeConfig, RuntimeError,
     TransferConfig, VirtualClock, VirtualLayer,
 };
 use xxhash_rust::xxh64::{Xxh64, xxh64};
@@ -65,10 +65,7 @@ impl Scenario {
             shape: SHAPE,
             tokens_per_rank: TOKENS,
             top_k: TOP_K,
-            policies: PolicyChoice {
-                kinds: vec![PolicyKind::Ultraep],
-                params: PolicyParams { min_quota: 1, ..PolicyParams::default() },
-            },
+            policies: Recipe::all(&[PolicyKind::Ultraep], PolicyParams { min_quota: 1, ..PolicyParams::default() }),
             link: Link::default(),
             // Relays wherever an expert has two replicas, several chunks, and no threads but the ranks'.
             transfer: TransferConfig {

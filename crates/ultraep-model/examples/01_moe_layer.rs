@@ -3,14 +3,13 @@
 //! Run with `cargo run -p ultraep-model --example 01_moe_layer`.
 
 use candle_core::{Device, Tensor, Var};
-use ultraep_baselines::{PolicyKind, PolicyParams};
+use ultraep_baselines::{PolicyKind, PolicyParams, Recipe};
 use ultraep_device::ExpertShape;
 use ultraep_fabric::{Fabric, GroupSpec, Region, run_threads};
 use ultraep_model::{MoeLayer, Router, RouterKind, SharedExperts};
 use ultraep_plan::{Topology, TopologySpec};
 use ultraep_runtime::{
-    Endpoint, ExpertParallel, LayerMasters, Link, Pass, PolicyChoice, Recompute, RuntimeConfig, RuntimeError,
-    TransferConfig,
+    Endpoint, ExpertParallel, LayerMasters, Link, Pass, Recompute, RuntimeConfig, RuntimeError, TransferConfig,
 };
 
 const TOKENS: usize = 64;
@@ -28,10 +27,7 @@ pub(crate) fn main() {
         shape: SHAPE,
         tokens_per_rank: TOKENS,
         top_k: 2,
-        policies: PolicyChoice {
-            kinds: vec![PolicyKind::Ultraep],
-            params: PolicyParams { min_quota: 1, ..PolicyParams::default() },
-        },
+        policies: Recipe::all(&[PolicyKind::Ultraep], PolicyParams { min_quota: 1, ..PolicyParams::default() }),
         link: Link::default(),
         transfer: TransferConfig::default(),
         checked: true,

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use candle_core::{Error, Result};
-use ultraep_baselines::{PolicyKind, PolicyParams};
+use ultraep_baselines::{PolicyKind, PolicyParams, Recipe};
 use ultraep_device::attention::Rotary;
 use ultraep_fabric::{Fabric, GroupSpec, Region, run_threads};
 use ultraep_model::{
@@ -13,9 +13,7 @@ use ultraep_model::{
     VOCABULARY, Wanted,
 };
 use ultraep_plan::{Topology, TopologySpec};
-use ultraep_runtime::{
-    Endpoint, ExpertParallel, LayerMasters, Link, Pass, PolicyChoice, Recompute, RuntimeConfig, TransferConfig,
-};
+use ultraep_runtime::{Endpoint, ExpertParallel, LayerMasters, Link, Pass, Recompute, RuntimeConfig, TransferConfig};
 
 const SEED: u64 = 11;
 const SEQUENCES: usize = 3;
@@ -44,7 +42,7 @@ fn runtime(ranks: usize, policy: PolicyKind, max_microbatches: usize) -> Runtime
         shape: config.expert_shape(),
         tokens_per_rank: SEQUENCES * TOKENS,
         top_k: config.top_k,
-        policies: PolicyChoice { kinds: vec![policy], params: PolicyParams { min_quota: 1, ..Default::default() } },
+        policies: Recipe::all(&[policy], PolicyParams { min_quota: 1, ..Default::default() }),
         link: Link::default(),
         transfer: TransferConfig::default(),
         checked: true,

@@ -3,14 +3,12 @@
 use std::time::Duration;
 
 use candle_core::{D, DType, Device, Error, Result, Tensor, Var};
-use ultraep_baselines::{PolicyKind, PolicyParams};
+use ultraep_baselines::{PolicyKind, PolicyParams, Recipe};
 use ultraep_device::ExpertShape;
 use ultraep_fabric::{Fabric, GroupSpec, Region, run_threads};
 use ultraep_model::{ExpertParameters, MoeLayer, Router, RouterKind, SharedExperts};
 use ultraep_plan::{Topology, TopologySpec};
-use ultraep_runtime::{
-    Endpoint, ExpertParallel, LayerMasters, Link, Pass, PolicyChoice, Recompute, RuntimeConfig, TransferConfig,
-};
+use ultraep_runtime::{Endpoint, ExpertParallel, LayerMasters, Link, Pass, Recompute, RuntimeConfig, TransferConfig};
 
 const RANKS: usize = 2;
 const EXPERTS: usize = 5;
@@ -28,10 +26,7 @@ fn config() -> RuntimeConfig {
         shape: SHAPE,
         tokens_per_rank: TOKENS,
         top_k: TOP_K,
-        policies: PolicyChoice {
-            kinds: vec![PolicyKind::Ultraep],
-            params: PolicyParams { min_quota: 1, ..PolicyParams::default() },
-        },
+        policies: Recipe::all(&[PolicyKind::Ultraep], PolicyParams { min_quota: 1, ..PolicyParams::default() }),
         link: Link::default(),
         transfer: TransferConfig::default(),
         checked: true,

@@ -41,7 +41,7 @@ pub use digest::{digest_counts, digest_plan, digest_problem};
 pub use ids::{Domain, Expert, PhysicalIndex, Rank};
 pub use plan::{DomainOutcome, Instance, Plan, SplitRule, StopReason};
 pub use policies::{Greedy, GreedyParams, Ultraep, UltraepParams, UltraepV1, UltraepV1Params, Unbalanced, V1Path};
-pub use policy::{PlanRules, Policy, SlotRule, SolveError};
+pub use policy::{Lookback, PlanRules, Policy, PolicyFactory, PolicyRefused, SlotRule, SolveError, TokenChoice};
 pub use problem::{Problem, ProblemError};
 pub use ratio::{ParseRatioError, Ratio};
 pub use split::{SplitError, SplitWorkspace, split_all, split_source};

@@ -1,6 +1,9 @@
 //! What a policy is: anything that turns a problem into a plan, and says which rules its plans keep.
 
-use crate::{Plan, Problem, ProblemError, Topology};
+use alloc::boxed::Box;
+use alloc::string::String;
+
+use crate::{Expert, Plan, Problem, ProblemError, Rank, Topology};
 
 /// How many instances a rank may hold under a policy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,4 +93,67 @@ pub trait Policy: Send {
 
     /// Plans for `problem` into `plan`, whose memory is reused.
     fn solve(&mut self, problem: &Problem<'_>, plan: &mut Plan) -> Result<(), SolveError>;
+}
+
+/// Makes policies: what a runtime is given to plan with. One instance of a policy serves one layer.
+pub trait PolicyFactory: core::fmt::Debug + Send + Sync {
+    /// Name of its policies.
+    fn name(&self) -> &'static str;
+
+    /// The policy of one layer of a group.
+    ///
+    /// # Errors
+    /// [`PolicyRefused`] when the policy cannot serve such a group.
+    fn build(&self, topology: &Topology) -> Result<Box<dyn Policy>, PolicyRefused>;
+
+    /// Physical experts that a rank needs room for: the largest over all ranks. Every physical index of its plans is below it. By
+    /// default masters and slots.
+    fn physical_per_rank(&self, topology: &Topology) -> usize {
+        let ranks = (0..topology.ranks()).map(Rank::new);
+        ranks.map(|rank| topology.physical_experts(rank)).max().unwrap_or(0)
+    }
+
+    /// For a policy that plans from earlier microbatches ([`Policy::observe`]): how many it looks back at, and after how many it
+    /// places anew. `None`, the default, for those that plan from the exact counts.
+    fn history(&self) -> Option<Lookback> {
+        None
+    }
+
+    /// The expert that a token takes in place of the router's choice, for bounds that force routing. `None`, the default, leaves
+    /// routing alone.
+    fn forced_choice(&self, _topology: &Topology, _choice: TokenChoice) -> Option<Expert> {
+        None
+    }
+}
+
+/// How far back a historical policy looks, in microbatches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Lookback {
+    /// Microbatches whose loads it plans from.
+    pub window: usize,
+    /// Microbatches from one placement to the next.
+    pub interval: usize,
+}
+
+/// One choice of one token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TokenChoice {
+    /// Its source.
+    pub rank: Rank,
+    /// The token, from 0 on its rank.
+    pub token: usize,
+    /// Which of its choices.
+    pub k: usize,
+    /// How many it has.
+    pub top_k: usize,
+}
+
+/// Why a factory made no policy.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("policy {policy}: {reason}")]
+pub struct PolicyRefused {
+    /// Name of the policy.
+    pub policy: &'static str,
+    /// Why.
+    pub reason: String,
 }

@@ -1,12 +1,12 @@
 //! What a runtime is built from, and the sizes that follow.
 
 use std::fmt;
+use std::sync::Arc;
 
-use ultraep_baselines::{PolicyKind, PolicyParams, physical_per_rank};
 use ultraep_device::ExpertShape;
 use ultraep_fabric::stream::{Element, EngineSpec, ExpertLayout, LayoutError, Shard, Slots, TileSizes};
 use ultraep_fabric::{WindowId, WindowSpec};
-use ultraep_plan::{Rank, Topology, TransferParams};
+use ultraep_plan::{PolicyFactory, Rank, Topology, TransferParams};
 
 /// Bandwidth of a rank's link to the scale-up fabric, one direction.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -45,15 +45,6 @@ impl fmt::Display for Link {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} Gbit/s", self.gbps)
     }
-}
-
-/// The policies a runtime can plan with, and their parameters.
-#[derive(Clone, Debug)]
-pub struct PolicyChoice {
-    /// The first is active at start; others can be switched to between microbatches.
-    pub kinds: Vec<PolicyKind>,
-    /// Their parameters.
-    pub params: PolicyParams,
 }
 
 /// How expert state is moved.
@@ -107,8 +98,8 @@ pub struct RuntimeConfig {
     pub tokens_per_rank: usize,
     /// Experts a token chooses.
     pub top_k: usize,
-    /// Policies.
-    pub policies: PolicyChoice,
+    /// Policies to plan with. The first is active at start; others can be switched to between microbatches.
+    pub policies: Vec<Arc<dyn PolicyFactory>>,
     /// Bandwidth that the virtual clock charges.
     pub link: Link,
     /// How weights and gradients are moved.
@@ -155,8 +146,7 @@ impl RuntimeConfig {
     /// Places for physical experts on each rank, over all policies: masters, then slots, or more where a baseline's rules
     /// ask for it.
     pub(crate) fn physical_per_rank(&self) -> usize {
-        let kinds = self.policies.kinds.iter();
-        kinds.map(|&kind| physical_per_rank(kind, &self.topology)).max().unwrap_or(0)
+        self.policies.iter().map(|policy| policy.physical_per_rank(&self.topology)).max().unwrap_or(0)
     }
 
     /// Places for replicas on each rank. Ranks with fewer masters have the more slots, so that all windows are equal.

@@ -1,9 +1,10 @@
 //! Errors of the runtime.
 
-use ultraep_baselines::BuildError;
 use ultraep_fabric::stream::LayoutError;
 use ultraep_fabric::{AccessError, FabricError};
-use ultraep_plan::{AssignError, PlanViolation, ProblemError, SolveError, SplitError, TransferModelError};
+use ultraep_plan::{
+    AssignError, PlanViolation, PolicyRefused, ProblemError, SolveError, SplitError, TransferModelError,
+};
 
 use crate::VirtualLayer;
 
@@ -25,7 +26,7 @@ pub enum RuntimeError {
     TransferModel(#[from] TransferModelError),
     /// A policy could not be built.
     #[error(transparent)]
-    Build(#[from] BuildError),
+    Build(#[from] PolicyRefused),
     /// A policy refused the problem.
     #[error("{at}: {source}")]
     Solve {

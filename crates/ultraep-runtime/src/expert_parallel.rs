@@ -10,10 +10,9 @@
 //! its choices. Weight gradients are sums over rows, so their rounding follows the plan; for one plan they are the same on
 //! every run.
 
-use ultraep_baselines::ideal::balanced_choice;
 use ultraep_device::{ExpertWorkspace, expert::Backward, math};
 use ultraep_fabric::{Operation, Region, Span, WindowId};
-use ultraep_plan::{Cursor, RouteTable};
+use ultraep_plan::{Cursor, RouteTable, TokenChoice};
 
 use crate::config::window;
 use crate::exchange::{Exchange, Sizes};
@@ -185,7 +184,12 @@ impl ExpertParallel {
     fn plan(&mut self, at: VirtualLayer) -> Result<(usize, usize), RuntimeError> {
         let place = self.manager.plan(&mut self.endpoint, at, &self.counts)?;
         if let Some(records) = &mut self.records {
-            records.push(LayerRecord::new(at, self.manager.policy(), self.manager.kept(place), self.manager.config()));
+            records.push(LayerRecord::new(
+                at,
+                self.manager.policy().name(),
+                self.manager.kept(place),
+                self.manager.config(),
+            ));
         }
         Ok((place, self.saved.claim(at)?))
     }
@@ -204,17 +208,15 @@ impl ExpertParallel {
         let config = self.manager.config();
         let (topology, top_k) = (&config.topology, config.top_k);
         self.ids.clear();
-        if self.manager.policy().forces_routing() {
-            let rank = self.manager.rank().index();
-            let forced = (0..experts.len()).map(|i| balanced_choice(rank, i / top_k, i % top_k, topology, top_k));
-            self.ids.extend(forced.map(|expert| expert.index() as i32));
-        } else {
-            if let Some(i) = experts.iter().position(|&e| e as usize >= topology.experts()) {
-                let (token, expert) = (i / top_k, experts[i]);
-                return Err(RuntimeError::Expert { token, expert, experts: topology.experts() });
-            }
-            self.ids.extend(experts.iter().map(|&e| e as i32));
+        if let Some(i) = experts.iter().position(|&e| e as usize >= topology.experts()) {
+            let (token, expert) = (i / top_k, experts[i]);
+            return Err(RuntimeError::Expert { token, expert, experts: topology.experts() });
         }
+        let (rank, policy) = (self.manager.rank(), self.manager.policy());
+        self.ids.extend(experts.iter().enumerate().map(|(i, &chosen)| {
+            let choice = TokenChoice { rank, token: i / top_k, k: i % top_k, top_k };
+            policy.forced_choice(topology, choice).map_or(chosen as i32, |expert| expert.index() as i32)
+        }));
         self.counts.fill(0);
         self.ids.iter().for_each(|&id| self.counts[id as usize] += 1);
         Ok(())

@@ -27,7 +27,7 @@ mod ring;
 mod sync;
 
 pub use clock::{Deadline, PARTS, Part, StepTime, VirtualClock};
-pub use config::{Link, PolicyChoice, RuntimeConfig, TransferConfig};
+pub use config::{Link, RuntimeConfig, TransferConfig};
 pub use endpoint::Endpoint;
 pub use error::RuntimeError;
 pub use expert_parallel::{ExpertParallel, Pass, Recompute, Routing};

@@ -3,10 +3,11 @@
 //! One set of slots (weights and gradients) serves all layers. Masters stay in the memory that the framework registered;
 //! the manager reads their weights (weight sync) and adds to their gradients (grad reduce), and never moves them.
 
-use ultraep_baselines::{PolicyKind, build};
+use std::sync::Arc;
 use ultraep_fabric::{Operation, Region, Span};
 use ultraep_plan::{
-    Plan, Policy, Problem, Rank, SplitWorkspace, check_plan, check_split, digest_plan, digest_problem, split_all,
+    Plan, Policy, PolicyFactory, Problem, Rank, SplitWorkspace, check_plan, check_split, digest_plan, digest_problem,
+    split_all,
 };
 
 use crate::clock::Deadline;
@@ -48,7 +49,7 @@ pub(crate) struct Kept {
 }
 
 struct PolicyState {
-    kind: PolicyKind,
+    factory: Arc<dyn PolicyFactory>,
     layers: Vec<Box<dyn Policy>>,
     /// Digest of each layer's last placement, quotas aside.
     placements: Vec<u64>,
@@ -93,11 +94,11 @@ impl Manager {
             expect_size("bytes of master gradients", layer.grads.bytes(), config.grad_bytes(master_bytes))?;
         }
         let mut policies = Vec::new();
-        for &kind in &config.policies.kinds {
-            let layers = (0..config.layers).map(|_| build(kind, topology, &config.policies.params));
-            let layers = layers.collect::<Result<Vec<_>, _>>()?;
-            policies.push(PolicyState { kind, layers, placements: vec![0; config.layers] });
+        for factory in &config.policies {
+            let layers = (0..config.layers).map(|_| factory.build(topology)).collect::<Result<Vec<_>, _>>()?;
+            policies.push(PolicyState { factory: Arc::clone(factory), layers, placements: vec![0; config.layers] });
         }
+        let historical = || config.policies.iter().filter_map(|policy| policy.history());
         let replicas = topology.ranks() * config.slot_capacity();
         let kept = || Kept {
             plan: Plan::with_capacity(topology, replicas),
@@ -120,7 +121,7 @@ impl Manager {
             digest_recv: Region::zeroed(ranks * size_of::<u64>()),
             split_workspace: SplitWorkspace::new(topology),
             loads: vec![0; config.layers * experts],
-            observed: vec![Observed::new(&config.policies.kinds, &config.policies.params, experts); config.layers],
+            observed: vec![Observed::new(historical(), experts); config.layers],
             expert_loads: vec![0; experts],
             config,
         })
@@ -137,14 +138,14 @@ impl Manager {
     }
 
     /// The policy in force.
-    pub fn policy(&self) -> PolicyKind {
-        self.policies[self.active].kind
+    pub fn policy(&self) -> &dyn PolicyFactory {
+        &*self.policies[self.active].factory
     }
 
-    /// Plans with `kind` from now on; all ranks must switch at the same place.
-    pub fn set_policy(&mut self, kind: PolicyKind) -> Result<(), RuntimeError> {
-        let found = self.policies.iter().position(|p| p.kind == kind);
-        self.active = found.ok_or(RuntimeError::UnknownPolicy(kind.name()))?;
+    /// Plans with the policy of this name from now on; all ranks must switch at the same place.
+    pub fn set_policy(&mut self, name: &'static str) -> Result<(), RuntimeError> {
+        let found = self.policies.iter().position(|policy| policy.factory.name() == name);
+        self.active = found.ok_or(RuntimeError::UnknownPolicy(name))?;
         Ok(())
     }
 
@@ -274,7 +275,7 @@ impl Manager {
         let policy = &mut self.policies[self.active];
         let kept = self.ring.get_mut(place);
         self.carrier.transfers.measure(&mut kept.transfers);
-        kept.historical = policy.kind.is_historical();
+        kept.historical = policy.factory.history().is_some();
         let placement = placement_digest(&kept.plan);
         kept.placement_is_new = policy.placements[at.layer] != placement;
         policy.placements[at.layer] = placement;
@@ -386,7 +387,7 @@ impl Manager {
 
 /// Shows a layer's microbatch to the policies that learn from it.
 fn show(policies: &mut [PolicyState], layer: usize, problem: &Problem<'_>) {
-    for policy in policies.iter_mut().filter(|p| p.kind.is_historical()) {
+    for policy in policies.iter_mut().filter(|policy| policy.factory.history().is_some()) {
         policy.layers[layer].observe(problem);
     }
 }

@@ -2,14 +2,14 @@
 //! split, transfers, weight sync, grad reduce. (The engine's own threads are counted in `ultraep-fabric/tests/no_allocation.rs`;
 //! the experts' GEMM is a library's, which allocates a few bytes a call.)
 
-use ultraep_baselines::{PolicyKind, PolicyParams};
+use ultraep_baselines::{PolicyKind, PolicyParams, Recipe};
 use ultraep_device::ExpertShape;
 use ultraep_fabric::{GroupSpec, Region, run_threads};
 use ultraep_plan::{Topology, TopologySpec, TransferMode, TransferParams};
 
 use crate::manager::{LayerMasters, Manager};
 use crate::sync::Direction;
-use crate::{Endpoint, Link, PolicyChoice, RuntimeConfig, RuntimeError, TransferConfig, VirtualLayer};
+use crate::{Endpoint, Link, RuntimeConfig, RuntimeError, TransferConfig, VirtualLayer};
 
 const RANKS: usize = 4;
 const EXPERTS: usize = 8;
@@ -26,7 +26,7 @@ fn config(kind: PolicyKind, mode: TransferMode) -> RuntimeConfig {
         shape: ExpertShape { hidden: 64, intermediate: 32 },
         tokens_per_rank: 64,
         top_k: 2,
-        policies: PolicyChoice { kinds: vec![kind], params: PolicyParams { min_quota: 1, ..PolicyParams::default() } },
+        policies: Recipe::all(&[kind], PolicyParams { min_quota: 1, ..PolicyParams::default() }),
         link: Link::default(),
         transfer: TransferConfig { params, ..TransferConfig::default() },
         // The checker takes memory of its own.

@@ -4,7 +4,7 @@
 //! both, all it knows after `n` microbatches follows from those since the last but one multiple of `period`: at most
 //! `2 period` of them, and the first is where it would begin to count again.
 
-use ultraep_baselines::{HistoryParams, PolicyKind, PolicyParams};
+use ultraep_plan::Lookback;
 
 /// Expert loads of a layer's last microbatches.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -16,15 +16,9 @@ pub(crate) struct Observed {
 }
 
 impl Observed {
-    /// Nothing seen. Remembers nothing when no policy is historical.
-    pub(crate) fn new(kinds: &[PolicyKind], params: &PolicyParams, experts: usize) -> Self {
-        let history = |kind: &PolicyKind| match kind {
-            PolicyKind::Eplb => Some(params.eplb.history),
-            PolicyKind::Lplb => Some(params.lplb.history),
-            _ => None,
-        };
-        let lengths =
-            kinds.iter().filter_map(history).flat_map(|HistoryParams { window, interval }| [window, interval]);
+    /// Nothing seen, for the historical ones among the policies. Remembers nothing when there are none.
+    pub(crate) fn new(historical: impl Iterator<Item = Lookback>, experts: usize) -> Self {
+        let lengths = historical.flat_map(|Lookback { window, interval }| [window, interval]);
         let period = lengths.map(|length| length.max(1)).reduce(least_common_multiple).unwrap_or(0);
         Self { period, experts, loads: Vec::new() }
     }
@@ -60,9 +54,7 @@ mod tests {
 
     #[test]
     fn what_is_kept_begins_at_a_whole_period_and_spans_the_last_placement() {
-        let mut params = PolicyParams::default();
-        params.eplb.history = HistoryParams { window: 2, interval: 3 };
-        let mut observed = Observed::new(&[PolicyKind::None, PolicyKind::Eplb], &params, 1);
+        let mut observed = Observed::new([Lookback { window: 2, interval: 3 }].into_iter(), 1);
         for n in 1..100u32 {
             observed.push(&[n - 1]);
             let first = observed.loads()[0];
@@ -70,7 +62,7 @@ mod tests {
             assert_eq!(observed.loads(), (first..n).collect::<Vec<_>>());
             assert!(first == 0 || n > first + 6, "{n}: the placement at {} needs those before it", first + 6);
         }
-        let mut nothing = Observed::new(&[PolicyKind::Ultraep], &params, 1);
+        let mut nothing = Observed::new(std::iter::empty(), 1);
         nothing.push(&[1]);
         assert!(nothing.loads().is_empty());
     }

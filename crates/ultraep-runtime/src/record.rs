@@ -1,6 +1,5 @@
 //! What one MoE layer did in one microbatch, for run folders and reports.
 
-use ultraep_baselines::PolicyKind;
 use ultraep_plan::{DomainOutcome, Instance, Plan};
 
 use crate::VirtualLayer;
@@ -11,7 +10,7 @@ pub struct LayerRecord {
     /// Layer and microbatch.
     pub at: VirtualLayer,
     /// The policy that planned.
-    pub policy: PolicyKind,
+    pub policy: &'static str,
     /// `lambda[r,e]`, `[N, E]`.
     pub counts: Vec<u32>,
     /// First instance of every expert in `instances`, `[E + 1]`.
@@ -33,7 +32,7 @@ pub struct LayerRecord {
 impl LayerRecord {
     pub(crate) fn new(
         at: VirtualLayer,
-        policy: PolicyKind,
+        policy: &'static str,
         kept: &crate::manager::Kept,
         config: &crate::RuntimeConfig,
     ) -> Self {

@@ -5,15 +5,15 @@ mod noise;
 use std::time::Duration;
 
 use noise::noise;
-use ultraep_baselines::{PolicyKind, PolicyParams};
+use ultraep_baselines::{PolicyKind, PolicyParams, Recipe};
 use ultraep_device::{ExpertShape, ExpertWorkspace, expert::Backward};
 use ultraep_fabric::{
     Capabilities, Completion, Fabric, FabricError, GroupSpec, Operation, Region, Ticket, WindowId, run_threads,
 };
 use ultraep_plan::{Rank, Topology, TopologySpec};
 use ultraep_runtime::{
-    Endpoint, ExpertParallel, History, LayerMasters, LayerRecord, Link, Pass, PolicyChoice, Recompute, Routing,
-    RuntimeConfig, RuntimeError, TransferConfig, VirtualLayer,
+    Endpoint, ExpertParallel, History, LayerMasters, LayerRecord, Link, Pass, Recompute, Routing, RuntimeConfig,
+    RuntimeError, TransferConfig, VirtualLayer,
 };
 
 const SHAPE: ExpertShape = ExpertShape { hidden: 16, intermediate: 8 };
@@ -35,7 +35,7 @@ fn case(ranks: usize, experts: usize, slots: usize, kinds: &[PolicyKind]) -> Cas
         shape: SHAPE,
         tokens_per_rank: TOKENS,
         top_k: TOP_K,
-        policies: PolicyChoice { kinds: kinds.to_vec(), params: small_quota() },
+        policies: Recipe::all(kinds, small_quota()),
         link: Link::default(),
         transfer: TransferConfig::default(),
         checked: true,
@@ -244,7 +244,7 @@ fn a_forward_run_again_replays_its_plan_even_after_other_layers() {
         moe.forward(at, case.pass, routing, &x, &mut y)?;
         // Another layer takes the slots, and another policy is in force when the forward runs again.
         moe.forward(VirtualLayer { layer: 1, microbatch: 3 }, case.pass, routing, &x, &mut other)?;
-        moe.manager.set_policy(PolicyKind::None)?;
+        moe.manager.set_policy(PolicyKind::None.name())?;
         let digest = ultraep_plan::digest_plan(moe.manager.plan_of(at)?);
         moe.forward(at, replay, routing, &x, &mut again)?;
         assert!(y == again, "a bit changed");

@@ -3,12 +3,12 @@
 
 use std::collections::HashMap;
 
-use ultraep_baselines::{PolicyKind, PolicyParams};
+use ultraep_baselines::{PolicyKind, PolicyParams, Recipe};
 use ultraep_fabric::{Fabric, GroupSpec, Region};
 use ultraep_model::{Inferred, SequenceCache, SequenceChunk, SharedExperts, Transformer, Wanted};
 use ultraep_plan::{Topology, TopologySpec};
 use ultraep_runtime::{
-    Endpoint, ExpertParallel, LayerMasters, LayerRecord, Link, PolicyChoice, RuntimeConfig, StepTime, TransferConfig,
+    Endpoint, ExpertParallel, LayerMasters, LayerRecord, Link, RuntimeConfig, StepTime, TransferConfig,
 };
 use ultraep_schedule::{Batch, RequestId};
 
@@ -57,7 +57,7 @@ impl GroupConfig {
             shape: config.expert_shape(),
             tokens_per_rank: self.tokens_per_rank,
             top_k: config.top_k,
-            policies: PolicyChoice { kinds: self.policies.clone(), params: self.params },
+            policies: Recipe::all(&self.policies, self.params),
             link: self.link,
             transfer: TransferConfig::default(),
             checked: self.checked,
@@ -133,7 +133,7 @@ impl RankEngine {
         for released in batch.released() {
             self.caches.remove(&released.request);
         }
-        self.experts.lock().manager.set_policy(policy)?;
+        self.experts.lock().manager.set_policy(policy.name())?;
         let own = batch.of_rank(self.rank);
         let mut caches: Vec<_> = own
             .iter()

@@ -3,11 +3,11 @@
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use ultraep_baselines::{EplbParams, HistoryParams, LplbParams, PolicyKind, PolicyParams};
+use ultraep_baselines::{EplbParams, HistoryParams, LplbParams, PolicyKind, PolicyParams, Recipe};
 use ultraep_fabric::GroupSpec;
 use ultraep_model::{ModelConfig, RouterKind};
 use ultraep_plan::{Ratio, Topology, TopologySpec};
-use ultraep_runtime::{Link, PolicyChoice, Recompute, RuntimeConfig, TransferConfig};
+use ultraep_runtime::{Link, Recompute, RuntimeConfig, RuntimeError, TransferConfig};
 
 use crate::TrainError;
 
@@ -190,7 +190,7 @@ impl TrainConfig {
             shape: self.model().expert_shape(),
             tokens_per_rank: self.tokens_per_rank(),
             top_k: self.top_k,
-            policies: PolicyChoice { kinds, params },
+            policies: Recipe::all(&kinds, params),
             link: Link::new(self.link_gbps).ok_or(TrainError::Link(self.link_gbps))?,
             transfer: TransferConfig::default(),
             checked: self.checked,
@@ -222,9 +222,9 @@ impl TrainConfig {
         self.validate_numbers()?;
         self.validate_sizes()?;
         self.group()?;
-        let params = self.runtime()?.policies;
-        for kind in params.kinds {
-            ultraep_baselines::build(kind, &self.topology()?, &params.params)?;
+        let topology = self.topology()?;
+        for policy in self.runtime()?.policies {
+            policy.build(&topology).map_err(RuntimeError::Build)?;
         }
         Ok(())
     }

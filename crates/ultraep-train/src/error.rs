@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use ultraep_baselines::{BuildError, ParsePolicyError};
+use ultraep_baselines::ParsePolicyError;
 use ultraep_fabric::{AccessError, FabricError};
 use ultraep_model::ConfigError;
 use ultraep_plan::{ParseRatioError, TopologyError};
@@ -22,9 +22,6 @@ pub enum TrainError {
     /// No such policy.
     #[error(transparent)]
     Policy(#[from] ParsePolicyError),
-    /// A policy cannot serve this group.
-    #[error(transparent)]
-    Build(#[from] BuildError),
     /// The target imbalance is no ratio.
     #[error("target imbalance {beta:?}: {error}")]
     Beta {

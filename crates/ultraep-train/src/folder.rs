@@ -216,7 +216,7 @@ pub fn fill_record(to: &mut Record, step: u64, microbatch: u32, record: &LayerRe
     to.before.clone_from(&record.counts);
     let plan = to.after.get_or_insert_default();
     plan.policy.clear();
-    plan.policy.push_str(record.policy.name());
+    plan.policy.push_str(record.policy);
     plan.digest = record.digest;
     plan.offsets.clone_from(&record.offsets);
     plan.instances.clone_from(&record.instances);
@@ -232,7 +232,7 @@ impl Observer for RunFolder {
     fn step(&mut self, report: &StepReport<'_>) -> Result<(), TrainError> {
         if report.phase == Phase::Reference {
             self.summary.reference_losses.push((report.step, report.loss));
-            let policy = report.records.first().map_or_else(String::new, |r| r.policy.name().to_string());
+            let policy = report.records.first().map_or_else(String::new, |r| r.policy.to_owned());
             let line = ReferenceMetrics { policy, step: report.step, loss: f64::from(report.loss) };
             return Ok(self.writer.append_metric(&Metric::Reference(line))?);
         }

@@ -236,13 +236,13 @@ impl Worker {
     pub(crate) fn rehearse(&mut self, step: u64, policy: PolicyKind) -> Result<PassResult, TrainError> {
         {
             let mut experts = self.experts.lock();
-            experts.manager.set_policy(policy)?;
+            experts.manager.set_policy(policy.name())?;
             experts.manager.set_history(History::Frozen);
         }
         let mut pass = self.pass(step, false)?;
         let mut experts = self.experts.lock();
         pass.time = experts.endpoint.finish_step()?;
-        experts.manager.set_policy(self.config.policy()?)?;
+        experts.manager.set_policy(self.config.policy()?.name())?;
         experts.manager.set_history(History::Record);
         Ok(pass)
     }

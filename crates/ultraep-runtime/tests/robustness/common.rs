@@ -3,13 +3,12 @@
 use std::time::Duration;
 
 use crate::noise::noise;
-use ultraep_baselines::{PolicyKind, PolicyParams};
+use ultraep_baselines::{PolicyKind, PolicyParams, Recipe};
 use ultraep_device::ExpertShape;
 use ultraep_fabric::{Fabric, GroupSpec, Region};
 use ultraep_plan::{Topology, TopologySpec};
 use ultraep_runtime::{
-    Endpoint, ExpertParallel, LayerMasters, Link, PolicyChoice, RuntimeConfig, RuntimeError, TransferConfig,
-    VirtualLayer,
+    Endpoint, ExpertParallel, LayerMasters, Link, RuntimeConfig, RuntimeError, TransferConfig, VirtualLayer,
 };
 
 pub(crate) const SHAPE: ExpertShape = ExpertShape { hidden: 8, intermediate: 4 };
@@ -26,10 +25,7 @@ pub(crate) fn config(ranks: usize, experts: usize, layers: usize, max_microbatch
         shape: SHAPE,
         tokens_per_rank: TOKENS,
         top_k: TOP_K,
-        policies: PolicyChoice {
-            kinds: vec![PolicyKind::Ultraep],
-            params: PolicyParams { min_quota: 1, ..PolicyParams::default() },
-        },
+        policies: Recipe::all(&[PolicyKind::Ultraep], PolicyParams { min_quota: 1, ..PolicyParams::default() }),
         link: Link::default(),
         transfer: TransferConfig::default(),
         checked: true,

@@ -7,7 +7,7 @@ use crate::common::{Batch, TOKENS, TOP_K, batch, config, group, runtime};
 use proptest::prelude::*;
 use ultraep_fabric::stream::Direct;
 use ultraep_fabric::{Capabilities, Completion, Fabric, FabricError, Operation, Region, Ticket, WindowId, run_threads};
-use ultraep_plan::{ProblemError, Rank};
+use ultraep_plan::{ProblemError, Rank, UltraepParams};
 use ultraep_runtime::{Pass, Recompute, Routing, RuntimeConfig, RuntimeError, VirtualLayer};
 
 const RANKS: usize = 3;
@@ -170,7 +170,8 @@ fn a_flipped_bit_of_the_table_is_always_refused_before_planning() {
 #[test]
 fn a_rank_with_another_parameter_is_named() {
     let mut other = honest();
-    other.policies.params.min_quota = 20;
+    let params = UltraepParams { min_quota: 20, ..UltraepParams::default() };
+    other.policies = vec![Arc::new(params)];
     named_by_digest(&forward(other, untouched())).unwrap_or_else(|why| panic!("{why}"));
 }
 

@@ -44,13 +44,14 @@ mod level;
 mod price;
 mod published;
 
+use alloc::boxed::Box;
 use alloc::vec;
 use alloc::vec::Vec;
 
 use crate::draft::{Emitter, Move, total_slots};
 use crate::{
-    Domain, DomainOutcome, HardwareModel, Plan, PlanRules, Policy, Problem, Ratio, SlotRule, SolveError, SplitRule,
-    StopReason, Topology,
+    Domain, DomainOutcome, HardwareModel, Plan, PlanRules, Policy, PolicyFactory, PolicyRefused, Problem, Ratio,
+    SlotRule, SolveError, SplitRule, StopReason, Topology,
 };
 use construct::{Builder, Order, Small, Style, Waste};
 use field::Field;
@@ -71,6 +72,16 @@ impl Default for UltraepParams {
     /// As in the paper: 1.01 and 1024 tokens.
     fn default() -> Self {
         Self { beta: Ratio::BETA, min_quota: 1024 }
+    }
+}
+
+impl PolicyFactory for UltraepParams {
+    fn name(&self) -> &'static str {
+        "ultraep"
+    }
+
+    fn build(&self, topology: &Topology) -> Result<Box<dyn Policy>, PolicyRefused> {
+        Ok(Box::new(Ultraep::new(topology, *self)))
     }
 }
 
