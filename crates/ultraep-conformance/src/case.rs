@@ -33,6 +33,8 @@ pub struct Case {
 pub enum Need {
     /// A fabric that obeys core permits.
     CorePermits,
+    /// A fabric with sends and receives.
+    PointToPoint,
     /// A launcher whose ranks can be killed.
     OwnProcesses,
     /// A launcher under which time passes while a rank sleeps.
@@ -45,6 +47,7 @@ impl Need {
     pub fn missing(self, nature: Nature, has: Capabilities) -> Option<&'static str> {
         let (met, reason) = match self {
             Self::CorePermits => (has.core_permits, "no core permits"),
+            Self::PointToPoint => (has.point_to_point, "no sends and receives"),
             Self::OwnProcesses => (nature.own_processes, "a rank is not a process that could be killed"),
             Self::RealTime => (nature.real_time, "its time is virtual"),
         };

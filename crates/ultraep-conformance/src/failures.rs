@@ -8,12 +8,12 @@ use ultraep_fabric::{
 use ultraep_plan::Rank;
 
 /// The rank that does wrong in most cases.
-const CULPRIT: Rank = Rank::new(1);
+pub(crate) const CULPRIT: Rank = Rank::new(1);
 const FIRST: Rank = Rank::new(0);
 const WINDOW: WindowId = WindowId::new(0);
 const SIZES: &[usize] = &[2, 5, 16];
 /// What a rank reports that has seen the right error, twice.
-const NAMED: u64 = 1;
+pub(crate) const NAMED: u64 = 1;
 
 /// A case in which `CULPRIT` does wrong and all others must name it.
 const fn case(name: &'static str, main: fn(Box<dyn Fabric>, u64) -> Report) -> Case {
@@ -92,7 +92,7 @@ fn hasty_on_one_core(ranks: usize) -> GroupSpec {
 }
 
 /// The group names the culprit, and so does every other rank.
-fn culprit_named(ending: &Ending) -> Result<(), String> {
+pub(crate) fn culprit_named(ending: &Ending) -> Result<(), String> {
     named(ending, CULPRIT)
 }
 
@@ -119,7 +119,7 @@ fn culprit_named_in_time(ending: &Ending) -> Result<(), String> {
 }
 
 /// Nobody died: every rank, the culprit too, has seen the mismatch, and the group reports it.
-fn all_named(ending: &Ending) -> Result<(), String> {
+pub(crate) fn all_named(ending: &Ending) -> Result<(), String> {
     ensure(ending.failure.is_some(), || "the group did not fail".to_owned())?;
     let rank = ending.reports.iter().position(|report| *report != Some(NAMED));
     ensure(rank.is_none(), || format!("rank {rank:?} did not name it"))

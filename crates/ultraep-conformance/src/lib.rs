@@ -5,8 +5,8 @@
 //! random plans, and ranks that die, hang, leave early or disagree.
 //!
 //! What it must never do: depend on how a group is started, or on anything of a backend that [`Fabric`] does not say. A
-//! case is skipped, aloud and counted, only where it needs core permits that a fabric does not have
-//! ([`Capabilities`](ultraep_fabric::Capabilities)), or where its launcher cannot make it happen: a rank that is killed needs
+//! case is skipped, aloud and counted, only where it needs core permits or sends and receives that a fabric does not have
+//! ([`Capabilities`](ultraep_fabric::Capabilities); one without direct access needs the latter), or where its launcher cannot make it happen: a rank that is killed needs
 //! to be a process, a rank that hangs needs real time.
 //!
 //! # Use
@@ -25,7 +25,7 @@
 //!         Nature { own_processes: false, real_time: true }
 //!     }
 //!     fn capabilities(&self) -> Capabilities {
-//!         Capabilities { direct: true, core_permits: true, stamps: true }
+//!         Capabilities { direct: true, point_to_point: false, core_permits: true, stamps: true }
 //!     }
 //!     fn run(&self, run: &Run) -> Result<Ended, String> {
 //!         Ok(run.in_this_process(|spec, main| run_threads(spec, main)))
@@ -49,6 +49,7 @@ mod failures;
 mod launch;
 mod leftovers;
 mod one_sided;
+mod point_to_point;
 mod recorder;
 mod rules;
 mod runner;
@@ -62,6 +63,7 @@ pub use runner::{Test, main};
 /// Every case, in the order in which they run.
 #[must_use]
 pub fn cases() -> Vec<Case> {
-    let lists = [collectives::CASES, one_sided::CASES, rules::CASES, streams::CASES, failures::CASES];
+    let lists =
+        [collectives::CASES, one_sided::CASES, point_to_point::CASES, rules::CASES, streams::CASES, failures::CASES];
     lists.into_iter().flatten().copied().collect()
 }

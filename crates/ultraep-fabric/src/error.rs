@@ -45,16 +45,16 @@ pub enum FabricError {
         /// Where that one is.
         other_operation: Collective,
     },
-    /// Two ranks of an all-to-all disagree on a block.
-    #[error("all-to-all: rank {from} sends {sent_bytes} bytes to rank {to}, which expects {expected_bytes}")]
+    /// Two ranks disagree on a block of an all-to-all, or on a message.
+    #[error("rank {from} sends {sent_bytes} bytes to rank {to}, which expects {expected_bytes}")]
     SizeMismatch {
         /// The sender.
         from: Rank,
         /// The receiver.
         to: Rank,
-        /// What the sender's `send_bytes` says.
+        /// What the sender says.
         sent_bytes: u64,
-        /// What the receiver's `recv_bytes` says.
+        /// What the receiver says.
         expected_bytes: u64,
     },
     /// A region or window is in a state that does not allow this.
@@ -112,6 +112,14 @@ pub enum FabricError {
     /// This backend's windows cannot be touched by loads and stores.
     #[error("rank {rank}: this fabric gives no direct access to windows")]
     NoDirectAccess {
+        /// The caller.
+        rank: Rank,
+    },
+    /// An operation that this backend does not have.
+    #[error("rank {rank}: this fabric does not offer {operation}")]
+    NotOffered {
+        /// The operation.
+        operation: OperationKind,
         /// The caller.
         rank: Rank,
     },

@@ -9,6 +9,9 @@ use ultraep_plan::Rank;
 pub struct Capabilities {
     /// [`Fabric::direct`] gives loads and stores to peers' windows.
     pub direct: bool,
+    /// [`Operation::Send`] and [`Operation::Recv`]. A fabric that has no direct access should offer them: experts then move as
+    /// messages.
+    pub point_to_point: bool,
     /// `GroupSpec::cores` is obeyed.
     pub core_permits: bool,
     /// Collectives carry the stamps of [`Fabric::submit_stamped`]. Without this every stamp is ignored and every completion's is 0.
@@ -21,8 +24,8 @@ pub struct Capabilities {
 /// may queue, and a host view of memory is [`Region::read`]/[`Region::write`], which a device's memory refuses.
 ///
 /// # What may be in flight
-/// Any number of one-sided operations, and one collective beside them (a second is refused with
-/// [`FabricError::InFlight`]). Collectives complete in the order of submission, the same on each rank. One-sided
+/// Any number of one-sided operations, sends and receives, and one collective beside them (a second is refused with
+/// [`FabricError::InFlight`]; so is a `Close` of a window that a send or receive is using). Collectives complete in the order of submission, the same on each rank. One-sided
 /// operations complete in any order, except that a `Signal` follows all puts that the rank submitted before it. `Open`
 /// allows puts and gets once it is *complete*, `Close` forbids them once it is *submitted*. A region is taken as long as
 /// an operation that uses it is in flight: shared if it only reads it, alone if it writes it.

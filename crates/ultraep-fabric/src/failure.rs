@@ -35,7 +35,7 @@ pub enum Failure {
         /// Where that one is.
         other_operation: Collective,
     },
-    /// Two ranks of an all-to-all disagree on a block.
+    /// Two ranks disagree on a block of an all-to-all, or on a message.
     Sizes {
         /// The sender.
         from: Rank,

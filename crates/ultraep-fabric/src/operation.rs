@@ -44,7 +44,7 @@ pub struct RemoteSpan {
 ///
 /// Collectives (`Barrier`, `Open`, `Close`, `AllGather`, `AllToAll`, `AllReduceSumF32`) are submitted by every rank in the
 /// same order with the same sizes; the fabric compares them and a difference is [`FabricError::Mismatch`](crate::FabricError::Mismatch)
-/// on every rank. The others are one-sided.
+/// on every rank. `Send` and `Recv` are of two ranks; the others are one-sided.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Operation<'a> {
@@ -90,6 +90,27 @@ pub enum Operation<'a> {
         /// The value to reach.
         at_least: u64,
     },
+    /// Sends a local range to a rank that receives it with a [`Operation::Recv`] of this rank and key; the n-th send with a key meets
+    /// the n-th receive. Complete when all of it has left the source. Nothing leaves before the receive is posted (that is the
+    /// credit), so that no data ever waits at the receiver; it then moves while the owners compute. Not ordered with
+    /// anything else. Where [`Capabilities::point_to_point`](crate::Capabilities::point_to_point) says so.
+    Send {
+        /// To whom.
+        to: Rank,
+        /// Which of the messages between the two, by agreement: a position in a plan both have.
+        key: u64,
+        /// The source; it may lie in the own part of an open window.
+        from: Span,
+    },
+    /// Receives what a rank sends with this key. Complete when all of it is there.
+    Recv {
+        /// From whom.
+        from: Rank,
+        /// Which message.
+        key: u64,
+        /// The destination, as long as what is sent; it may lie in the own part of an open window.
+        to: Span,
+    },
     /// `recv` becomes the concatenation of every rank's `send`, in rank order.
     AllGather {
         /// `[send.bytes]`, the same length on each rank.
@@ -128,6 +149,8 @@ impl Operation<'_> {
             Self::Get { .. } => OperationKind::Get,
             Self::Signal { .. } => OperationKind::Signal,
             Self::AwaitSignal { .. } => OperationKind::AwaitSignal,
+            Self::Send { .. } => OperationKind::Send,
+            Self::Recv { .. } => OperationKind::Recv,
             Self::AllGather { .. } => OperationKind::AllGather,
             Self::AllToAll { .. } => OperationKind::AllToAll,
             Self::AllReduceSumF32 { .. } => OperationKind::AllReduceSumF32,
@@ -187,6 +210,8 @@ operation_kinds! {
     CorePermit = 11, "core permit";
     Leave = 12, "leave";
     Join = 13, "joining";
+    Send = 14, "send";
+    Recv = 15, "receive";
     Stream = 20, "tile stream";
 }
 

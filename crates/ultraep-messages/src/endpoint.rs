@@ -144,7 +144,7 @@ impl Fabric for MessageFabric {
     }
 
     fn capabilities(&self) -> Capabilities {
-        Capabilities { direct: false, core_permits: false, stamps: true }
+        Capabilities { direct: false, point_to_point: true, core_permits: false, stamps: true }
     }
 
     fn window(&self, id: WindowId) -> Option<Region> {
@@ -160,6 +160,8 @@ impl Fabric for MessageFabric {
                 Operation::Get { from, to } => machine.get(from, &to, stamp),
                 Operation::Signal { rank, signal, add } => machine.signal(rank, signal, add, stamp),
                 Operation::AwaitSignal { signal, at_least } => machine.await_signal(signal, at_least, stamp),
+                Operation::Send { to, key, from } => machine.send(to, key, &from, stamp),
+                Operation::Recv { from, key, to } => machine.recv(from, key, &to, stamp),
                 collective => machine.collective(collective, stamp),
             }
         })

@@ -59,7 +59,11 @@ kinds! {
     Query = 15,
     /// Number of the question, kind of operation that the sender is blocked in, collectives that it has entered.
     Status = 16,
-    /// Code of the loss, whether the sender was in the middle of something. Nothing else of the sender follows.
+    /// Key, number of the receive, bytes: a receive is posted, and the receiver of this may send.
+    Credit = 18,
+    /// Number of the receive, offset. Payload: a chunk of the message.
+    Tile = 19,
+    /// Whether the sender was in the middle of something. Payload: its loss. Nothing else of the sender follows.
     Goodbye = 17,
 }
 

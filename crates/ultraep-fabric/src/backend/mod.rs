@@ -15,6 +15,7 @@
 //! | `Close`          | the window is open; forbids puts and gets from its submission on                | |
 //! | `Put`, `Get`     | span, each remote span, windows open on this rank                               | local span: [`Use::Read`] / [`Use::Write`], unless it lies in the own part of an open window |
 //! | `Signal`, `AwaitSignal` | rank, number of the word                                                 | |
+//! | `Send`, `Recv`   | rank, span; both ends have one length                                           | span: `Read` / `Write`, unless it lies in the own part of an open window |
 //! | `AllGather`      | [`Operands::all_gather`]                                                        | `recv`: `Write`; `send`: `Read`, unless it is in place |
 //! | `AllToAll`       | [`Operands::all_to_all`]; each block has one size at both ends                  | `send`: `Read`; window: [`Use::Receive`], released when all is there |
 //! | `AllReduceSumF32`| [`Operands::all_reduce`]                                                        | `data`: `Write` |

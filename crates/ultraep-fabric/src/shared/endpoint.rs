@@ -328,7 +328,7 @@ impl Fabric for Endpoint {
     }
 
     fn capabilities(&self) -> Capabilities {
-        Capabilities { direct: true, core_permits: true, stamps: true }
+        Capabilities { direct: true, point_to_point: false, core_permits: true, stamps: true }
     }
 
     fn window(&self, id: WindowId) -> Option<Region> {
@@ -343,6 +343,9 @@ impl Fabric for Endpoint {
             Operation::Get { from, to } => self.get(from, &to, stamp),
             Operation::Signal { rank, signal, add } => self.signal(rank, signal, add, stamp),
             Operation::AwaitSignal { signal, at_least } => self.await_signal(signal, at_least, stamp),
+            Operation::Send { .. } | Operation::Recv { .. } => {
+                Err(FabricError::NotOffered { operation: kind, rank: self.rank })
+            }
             collective => self.submit_collective(collective, stamp),
         }
     }

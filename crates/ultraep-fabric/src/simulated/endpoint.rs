@@ -95,7 +95,9 @@ impl SimulatedEndpoint {
                 self.scheduler.land_puts_to(self.rank, from.rank, from.window);
                 self.inner()?.submit_stamped(operation, stamp)
             }
-            Operation::AwaitSignal { .. } => self.inner()?.submit_stamped(operation, stamp),
+            Operation::AwaitSignal { .. } | Operation::Send { .. } | Operation::Recv { .. } => {
+                self.inner()?.submit_stamped(operation, stamp)
+            }
             collective => {
                 // Entering orders all that this rank did before.
                 self.scheduler.land_all_of(self.rank);
@@ -182,7 +184,7 @@ impl Fabric for SimulatedEndpoint {
     }
 
     fn capabilities(&self) -> Capabilities {
-        Capabilities { direct: self.direct, core_permits: true, stamps: true }
+        Capabilities { direct: self.direct, point_to_point: false, core_permits: true, stamps: true }
     }
 
     fn window(&self, id: WindowId) -> Option<Region> {

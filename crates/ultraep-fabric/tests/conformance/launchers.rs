@@ -31,7 +31,7 @@ impl Launcher for Threads {
     }
 
     fn capabilities(&self) -> Capabilities {
-        Capabilities { direct: true, core_permits: true, stamps: true }
+        Capabilities { direct: true, point_to_point: false, core_permits: true, stamps: true }
     }
 
     fn run(&self, run: &Run) -> Result<Ended, String> {
@@ -52,7 +52,7 @@ impl Launcher for Simulated {
     }
 
     fn capabilities(&self) -> Capabilities {
-        Capabilities { direct: false, core_permits: true, stamps: true }
+        Capabilities { direct: false, point_to_point: false, core_permits: true, stamps: true }
     }
 
     fn run(&self, run: &Run) -> Result<Ended, String> {
@@ -73,7 +73,7 @@ impl Launcher for Processes {
     }
 
     fn capabilities(&self) -> Capabilities {
-        Capabilities { direct: true, core_permits: true, stamps: true }
+        Capabilities { direct: true, point_to_point: false, core_permits: true, stamps: true }
     }
 
     fn run(&self, run: &Run) -> Result<Ended, String> {
@@ -110,7 +110,7 @@ impl Launcher for Attached {
     }
 
     fn capabilities(&self) -> Capabilities {
-        Capabilities { direct: true, core_permits: true, stamps: true }
+        Capabilities { direct: true, point_to_point: false, core_permits: true, stamps: true }
     }
 
     fn run(&self, run: &Run) -> Result<Ended, String> {

@@ -150,6 +150,10 @@ impl Machine {
                 if own.phase != Phase::Open {
                     return Err(self.operands.access(kind, "window")(AccessError::Closed));
                 }
+                let used = own.open.as_ref().and_then(|hold| self.point_to_point.using(hold));
+                if let Some(in_flight) = used {
+                    return Err(FabricError::InFlight { operation: kind, rank: self.rank, in_flight });
+                }
                 own.phase = Phase::Closing;
                 Ok(Prepared::without_data(Body::Close(window.index()), window.index()))
             }

@@ -44,6 +44,7 @@ impl Machine {
             return;
         }
         self.failure = failure;
+        self.found = None;
         self.reported = None;
         self.investigation = None;
         // Gives back what operations hold, except windows that were received into.
@@ -51,6 +52,7 @@ impl Machine {
         self.queue.clear();
         self.putting.clear();
         self.gets.clear();
+        self.point_to_point = super::PointToPoint::default();
         self.lanes.iter_mut().for_each(|lane| *lane = super::Lane::default());
         self.changed = true;
     }
@@ -100,7 +102,8 @@ impl Machine {
             0 => entered,
             _ => self.rank.index() == 0 && self.coordinator.is_awaited(),
         };
-        if unfinished || awaited || self.gets.iter().any(|get| get.target() == rank) {
+        let needed = self.gets.iter().any(|get| get.target() == rank) || self.point_to_point.needs(rank);
+        if unfinished || awaited || needed {
             self.fail(Failure::Lost { rank, loss }, now);
         }
     }

@@ -33,7 +33,7 @@ pub(super) struct Stream {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Owner {
     /// The operation with this number.
-    Put(u64),
+    Operation(u64),
     /// The collective in flight.
     Collective,
 }
@@ -168,7 +168,7 @@ impl Machine {
                     flight.streams -= 1;
                 }
             }
-            Owner::Put(number) => {
+            Owner::Operation(number) => {
                 if let Some(streams) = self.putting.get_mut(&number) {
                     *streams -= 1;
                     if *streams == 0 {

@@ -6,6 +6,7 @@ mod coordinator;
 mod failing;
 mod lanes;
 mod onesided;
+mod point_to_point;
 
 use crate::frame::{Frame, Kind};
 use blame::Investigation;
@@ -15,6 +16,7 @@ use core::time::Duration;
 use failing::Reported;
 use lanes::Lane;
 use onesided::{Get, OneSided};
+use point_to_point::PointToPoint;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Instant;
@@ -78,9 +80,10 @@ pub(crate) struct Machine {
     submitted: u64,
     /// One-sided operations in the order of submission that have not gone out.
     queue: VecDeque<OneSided>,
-    /// Streams of a put that have not left its memory, by number of the operation.
+    /// Streams of a put or send that have not left its memory, by number of the operation.
     putting: HashMap<u64, usize>,
     gets: Vec<Get>,
+    point_to_point: PointToPoint,
     lanes: Vec<Lane>,
     /// Collectives submitted so far.
     sequence: u64,
@@ -91,6 +94,8 @@ pub(crate) struct Machine {
     /// Who has said goodbye or is gone, and how.
     gone: Vec<Option<Loss>>,
     failure: Option<Failure>,
+    /// One that was found where no time is known: the next tick reports it.
+    found: Option<Failure>,
     reported: Option<Reported>,
     investigation: Option<Investigation>,
     /// What the rank's thread is blocked in.
@@ -118,6 +123,7 @@ impl Machine {
             queue: VecDeque::new(),
             putting: HashMap::new(),
             gets: Vec::new(),
+            point_to_point: PointToPoint::default(),
             lanes: (0..spec.ranks).map(|_| Lane::default()).collect(),
             sequence: 0,
             entered: 0,
@@ -125,6 +131,7 @@ impl Machine {
             coordinator: Coordinator::new(spec.ranks),
             gone: vec![None; spec.ranks],
             failure: None,
+            found: None,
             reported: None,
             investigation: None,
             activity: OperationKind::Compute,
@@ -155,9 +162,9 @@ impl Machine {
         }
     }
 
-    /// Whether there is something to send.
+    /// Whether there is something for the progress thread to do.
     pub(crate) fn has_out(&self) -> bool {
-        !self.out.is_empty()
+        !self.out.is_empty() || self.found.is_some()
     }
 
     /// What there is to send now.
@@ -176,6 +183,7 @@ impl Machine {
             return;
         }
         self.dispatch();
+        self.meet();
         self.flow();
         self.enter_when_ready();
         self.complete();
@@ -190,6 +198,9 @@ impl Machine {
 
     /// What the passing of time changes.
     pub(crate) fn tick(&mut self, now: Instant) {
+        if let Some(failure) = self.found.take() {
+            self.fail(failure, now);
+        }
         self.conclude(now);
         self.report_unanswered(now);
     }
@@ -216,6 +227,8 @@ impl Machine {
             Kind::Failed => self.failed(frame.failure()),
             Kind::Query => self.query(from, frame.words[0]),
             Kind::Status => self.status(from, &frame, now),
+            Kind::Credit => self.credit(from, &frame),
+            Kind::Tile => self.tile(from, &frame),
             Kind::Goodbye => self.goodbye_by(from, &frame, now),
         }
         self.advance();
@@ -270,7 +283,8 @@ impl Machine {
         self.check(self.awaited(ticket).kind())?;
         match ticket.id() & ((1 << TICKET_CLASS_BITS) - 1) {
             TICKET_ONE_SIDED => {
-                let (sent, received) = if first == OperationKind::Get.code() { (0, second) } else { (second, 0) };
+                let receives = [OperationKind::Get, OperationKind::Recv].map(OperationKind::code).contains(&first);
+                let (sent, received) = if receives { (0, second) } else { (second, 0) };
                 let done = Completion { stamp: third, bytes_sent: sent, bytes_received: received };
                 Ok((!self.is_pending(ticket.id() >> TICKET_CLASS_BITS)).then_some(done))
             }
@@ -310,9 +324,9 @@ impl Machine {
         self.activity = activity;
     }
 
-    /// The collective in flight, if there is one.
+    /// What keeps this rank from leaving, if anything does: a collective, a send or a receive.
     pub(crate) fn in_flight(&self) -> Option<OperationKind> {
-        self.flight.as_ref().map(Flight::kind)
+        self.flight.as_ref().map(Flight::kind).or_else(|| self.point_to_point.in_flight())
     }
 
     /// Whether everything that was submitted has left: this rank may go.

@@ -15,9 +15,9 @@ const CHUNKS_AHEAD: usize = 8;
 /// A local span that may be used.
 #[derive(Clone)]
 pub(super) struct Local {
-    hold: Arc<Hold>,
-    offset: usize,
-    bytes: usize,
+    pub(super) hold: Arc<Hold>,
+    pub(super) offset: usize,
+    pub(super) bytes: usize,
 }
 
 /// An operation that has not gone out. They go out in order.
@@ -66,7 +66,7 @@ impl OneSided {
 }
 
 impl Machine {
-    fn local(&self, kind: OperationKind, span: &Span, usage: Use) -> Result<Local, FabricError> {
+    pub(super) fn local(&self, kind: OperationKind, span: &Span, usage: Use) -> Result<Local, FabricError> {
         self.operands.span(kind, span)?;
         let refused = self.operands.access(kind, "local span");
         let open = self.windows.iter().find(|window| window.phase == Phase::Open && window.region.same(&span.region));
@@ -108,10 +108,7 @@ impl Machine {
         let kind = OperationKind::Get;
         self.remote(kind, &from, to.bytes)?;
         let target = self.local(kind, to, Use::Write)?;
-        if let Some(loss) = self.gone[from.rank.index()] {
-            self.spread(Failure::Lost { rank: from.rank, loss });
-            self.check(kind)?;
-        }
+        self.expect(from.rank);
         self.submitted += 1;
         let bytes = if from.rank == self.rank { 0 } else { to.bytes as u64 };
         let ticket = self.ticket(TICKET_ONE_SIDED, [kind.code(), bytes, stamp]);
@@ -142,6 +139,7 @@ impl Machine {
     /// Whether a one-sided operation is not complete on this rank.
     pub(super) fn is_pending(&self, number: u64) -> bool {
         self.putting.contains_key(&number)
+            || self.point_to_point.is_pending(number)
             || self.gets.iter().any(|get| get.number == number)
             || self.queue.iter().any(|operation| operation.number() == Some(number))
     }
@@ -193,7 +191,7 @@ impl Machine {
                 from: from.offset,
                 bytes: from.bytes,
                 left: 0,
-                owner: Owner::Put(number),
+                owner: Owner::Operation(number),
             };
             self.lanes[target.rank.index()].push(Item::Stream(stream));
         }

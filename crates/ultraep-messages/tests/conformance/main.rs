@@ -16,7 +16,7 @@ use ultraep_conformance::{Ended, Launcher, Nature, Run};
 use ultraep_fabric::Capabilities;
 use ultraep_messages::MessageFabric;
 
-const CAN: Capabilities = Capabilities { direct: false, core_permits: false, stamps: true };
+const CAN: Capabilities = Capabilities { direct: false, point_to_point: true, core_permits: false, stamps: true };
 const AGAIN: &str = "cargo test -p ultraep-messages --test conformance --";
 
 /// How long ranks may take to start, however busy the machine is.
