@@ -5,8 +5,8 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use ultraep_plan::{
-    Expert, Greedy, GreedyParams, HardwareModel, Lookback, Plan, Policy, PolicyFactory, PolicyRefused, Rank, Ratio,
-    TokenChoice, Topology, Ultraep, UltraepParams, UltraepV1, UltraepV1Params, Unbalanced,
+    Charge, Expert, Greedy, GreedyParams, HardwareModel, Lookback, Plan, Policy, PolicyFactory, PolicyRefused, Rank,
+    Ratio, TokenChoice, Topology, TransferModelError, Ultraep, UltraepParams, UltraepV1, UltraepV1Params, Unbalanced,
 };
 
 use crate::draft::total_slots;
@@ -98,6 +98,23 @@ impl PolicyKind {
         matches!(self, Self::Eplb | Self::Lplb)
     }
 
+    /// Which costs of balancing fall on a forward's critical path under this policy's plan; `is_new` is whether the plan's
+    /// instances are others than the plan's before. Masters only needs none; historical policies place beside other work and
+    /// keep what they placed.
+    pub const fn charge(self, is_new: bool) -> Charge {
+        match self {
+            Self::None | Self::Ideal => Charge::Nothing,
+            Self::Eplb | Self::Lplb if is_new => Charge::Placed,
+            Self::Eplb | Self::Lplb => Charge::Kept,
+            _ => Charge::Planned,
+        }
+    }
+
+    /// Whether [`PolicyParams::min_quota`] makes a difference to it.
+    pub const fn has_min_quota(self) -> bool {
+        matches!(self, Self::Greedy | Self::UltraepV1 | Self::Ultraep | Self::UltraepCost)
+    }
+
     /// Whether the caller has to route by [`crate::ideal`] for the policy to mean anything.
     pub const fn forces_routing(self) -> bool {
         matches!(self, Self::Ideal)
@@ -152,6 +169,9 @@ pub enum BuildError {
         /// Its name.
         policy: &'static str,
     },
+    /// The hardware model has no weight sync.
+    #[error(transparent)]
+    Transfers(#[from] TransferModelError),
 }
 
 /// Parameters of all policies; each takes what concerns it.
@@ -200,7 +220,9 @@ pub fn build(kind: PolicyKind, topology: &Topology, params: &PolicyParams) -> Re
             Box::new(UltraepV1::new(topology, UltraepV1Params { min_tokens: min_quota, ..Default::default() }))
         }
         PolicyKind::Ultraep => Box::new(Ultraep::new(topology, UltraepParams { beta, min_quota })),
-        PolicyKind::UltraepCost => Box::new(Ultraep::cost_aware(topology, UltraepParams { beta, min_quota }, hardware)),
+        PolicyKind::UltraepCost => {
+            Box::new(Ultraep::cost_aware(topology, UltraepParams { beta, min_quota }, hardware)?)
+        }
         PolicyKind::Ideal => Box::new(MastersOnly::new(kind.name(), topology)),
     })
 }

@@ -1,10 +1,33 @@
 //! The force-balanced bound is really balanced, and not everybody knocks at the same door.
 
 use ultraep_baselines::ideal::{balanced_choice, balanced_counts};
+use ultraep_plan::measure::{imbalance_at_speeds, master_loads};
 use ultraep_plan::{Rank, Topology, TopologySpec};
 
 fn group(ranks: usize, experts: usize) -> Topology {
     Topology::new(TopologySpec { ranks, experts, domain_ranks: ranks, slots_per_rank: 0 }).unwrap()
+}
+
+/// No policy can be below it, so it must be below all: where experts do not divide by ranks, and where ranks' speeds differ.
+#[test]
+fn it_is_the_bound_whatever_the_experts_and_the_speeds() {
+    for (ranks, experts) in [(8, 60), (6, 128), (3, 4), (4, 8)] {
+        for speeds in [None, Some([1024, 512, 700, 0, 1024, 300, 1024, 1024])] {
+            let mut topology = group(ranks, experts);
+            if let Some(speeds) = speeds {
+                topology = topology.with_speeds(&speeds[..ranks]).unwrap();
+            }
+            for sums in [vec![4096; ranks], (0..ranks as u32).map(|r| 5000 + 77 * r * r).collect()] {
+                let counts = balanced_counts(&topology, &sums);
+                for (row, &sum) in counts.chunks(experts).zip(&sums) {
+                    assert_eq!(row.iter().sum::<u32>(), sum);
+                }
+                let (num, den) = imbalance_at_speeds(&topology, &master_loads(&topology, &counts));
+                let imbalance = num as f64 / den as f64;
+                assert!(imbalance < 1.002, "{ranks} ranks, {experts} experts, {speeds:?}: {imbalance}");
+            }
+        }
+    }
 }
 
 fn spread(values: impl Iterator<Item = u64>) -> u64 {
@@ -42,9 +65,9 @@ fn choices_are_distinct_even_and_the_same_as_the_counts() {
             }
             let at = format!("{ranks} ranks, {experts} experts, top-{top_k}, {tokens} tokens");
             assert_eq!(counts, balanced_counts(&topology, &vec![(tokens * top_k) as u32; ranks]), "{at}");
-            assert!(spread(expert_loads(&counts, &topology).into_iter()) <= 1, "{at}: experts");
+            assert_eq!(spread(rank_loads(&counts, &topology).into_iter()), 0, "{at}: ranks");
             if experts % ranks == 0 {
-                assert_eq!(spread(rank_loads(&counts, &topology).into_iter()), 0, "{at}: ranks");
+                assert!(spread(expert_loads(&counts, &topology).into_iter()) <= 1, "{at}: experts");
             }
         }
     }
@@ -71,9 +94,9 @@ fn ragged_sources_keep_their_row_sums_and_balance() {
         for (row, &sum) in counts.chunks(experts).zip(&sums) {
             assert_eq!(row.iter().sum::<u32>(), sum);
         }
-        assert!(spread(expert_loads(&counts, &topology).into_iter()) <= 1);
+        assert!(spread(rank_loads(&counts, &topology).into_iter()) <= 1);
         if experts % ranks == 0 {
-            assert!(spread(rank_loads(&counts, &topology).into_iter()) <= 1);
+            assert!(spread(expert_loads(&counts, &topology).into_iter()) <= 1);
         }
     }
 }

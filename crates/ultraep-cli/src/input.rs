@@ -5,6 +5,7 @@ use std::path::Path;
 use ultraep_baselines::{PolicyKind, PolicyParams};
 use ultraep_load::{LoadMatrix, LoadParams, Workload, generate, read_file};
 use ultraep_plan::{HardwareModel, Ratio, Topology, TopologySpec};
+use ultraep_replay::LeastQuota;
 
 use crate::error::CliError;
 use crate::options;
@@ -12,8 +13,8 @@ use crate::options;
 /// The group beside what the loads say.
 #[derive(Clone, Debug, clap::Args)]
 pub(crate) struct GroupArgs {
-    #[arg(long, value_name = "R", value_parser = options::slots(), help = options::SLOTS)]
-    pub(crate) slots: usize,
+    #[arg(long, value_name = "R", value_parser = options::slots(), help = options::SLOTS, required_unless_present = "rank_slots")]
+    slots: Option<usize>,
     #[arg(long, value_name = "G", value_parser = options::ranks(), help = options::DOMAIN)]
     pub(crate) domain: Option<usize>,
     /// Slots of every rank, where ranks differ; replaces --slots
@@ -27,12 +28,12 @@ pub(crate) struct GroupArgs {
 impl GroupArgs {
     /// A group with the same slots on every rank, one domain, all ranks at full speed.
     pub(crate) fn uniform(slots: usize, domain: Option<usize>) -> Self {
-        Self { slots, domain, rank_slots: Vec::new(), rank_speeds: Vec::new() }
+        Self { slots: Some(slots), domain, rank_slots: Vec::new(), rank_speeds: Vec::new() }
     }
 
     pub(crate) fn topology(&self, ranks: usize, experts: usize) -> Result<Topology, CliError> {
         let domain_ranks = self.domain.unwrap_or(ranks);
-        let spec = TopologySpec { ranks, experts, domain_ranks, slots_per_rank: self.slots };
+        let spec = TopologySpec { ranks, experts, domain_ranks, slots_per_rank: self.slots.unwrap_or(0) };
         let mut topology = Topology::new(spec).map_err(CliError::input)?;
         if !self.rank_slots.is_empty() {
             topology = topology.with_slots(&self.rank_slots).map_err(CliError::input)?;
@@ -49,13 +50,20 @@ impl GroupArgs {
 pub(crate) struct PolicyArgs {
     #[arg(long, default_value = "1.01", value_name = "RATIO", value_parser = options::imbalance, help = options::BETA)]
     pub(crate) beta: Ratio,
-    #[arg(long, default_value_t = 1024, value_name = "TOKENS", value_parser = options::tokens(), help = options::MIN_QUOTA)]
-    pub(crate) min_quota: u32,
+    #[arg(long, default_value_t, value_name = "TOKENS", value_parser = options::least_quota, help = options::LEAST_QUOTA)]
+    pub(crate) min_quota: LeastQuota,
 }
 
 impl PolicyArgs {
+    /// The parameters but for the least quota, which a scenario has beside them.
     pub(crate) fn params(&self) -> PolicyParams {
-        PolicyParams { beta: self.beta, min_quota: self.min_quota, ..PolicyParams::default() }
+        PolicyParams { beta: self.beta, ..PolicyParams::default() }
+    }
+
+    /// All parameters, for this load.
+    pub(crate) fn params_for(&self, load: &LoadMatrix) -> PolicyParams {
+        let min_quota = self.min_quota.tokens(load.ranks(), load.total().into());
+        PolicyParams { min_quota, ..self.params() }
     }
 }
 
@@ -83,12 +91,12 @@ pub(crate) struct HardwareArgs {
     #[arg(long, default_value_t = HardwareModel::default().tile_rows, value_name = "ROWS",
           value_parser = clap::value_parser!(u32).range(1..))]
     tile_rows: u32,
-    /// Fixed time of one copy, picoseconds
+    /// Time of a hop of a copy, beside its bytes, picoseconds
     #[arg(long, default_value_t = HardwareModel::default().replica_ps, value_name = "PS")]
     replica_ps: u64,
-    /// Time to plan, picoseconds
-    #[arg(long, default_value_t = HardwareModel::default().plan_ps, value_name = "PS")]
-    plan_ps: u64,
+    /// Time to plan, picoseconds [default: what this project's planner takes on a host core, by the size of the group]
+    #[arg(long, value_name = "PS")]
+    plan_ps: Option<u64>,
     /// Time to reroute, picoseconds
     #[arg(long, default_value_t = HardwareModel::default().reroute_ps, value_name = "PS")]
     reroute_ps: u64,

@@ -13,6 +13,7 @@ mod input;
 mod options;
 mod output;
 mod picture;
+mod svg;
 mod table;
 mod timing;
 

@@ -352,7 +352,10 @@ fn bad_input_is_one_clear_line() {
         (more(&["--beta", "one"]), "invalid value 'one' for '--beta <RATIO>'"),
         (more(&["--beta", "0"]), "invalid value '0' for '--beta <RATIO>'"),
         (more(&["--beta", "NaN"]), "invalid value 'NaN' for '--beta <RATIO>'"),
-        (more(&["--min-quota", "0"]), "invalid value '0' for '--min-quota <TOKENS>': allowed are 1 to 2147483647"),
+        (
+            more(&["--min-quota", "0"]),
+            "invalid value '0' for '--min-quota <TOKENS>': allowed are auto and 1 to 2147483647",
+        ),
         (more(&["--min-quota", "-1"]), "'-1'"),
         (more(&["--domain", "3"]), "domains of 3 ranks do not divide 8 ranks evenly"),
         (more(&["--domain", "0"]), "invalid value '0' for '--domain <G>': allowed are 1 to 1024"),

@@ -35,8 +35,10 @@ pub struct LayerSurvey {
 impl LayerSurvey {
     /// Largest over mean load of the experts, over the whole recording.
     pub fn expert_imbalance(&self, experts: usize) -> f64 {
-        let most = self.expert_loads.iter().copied().max().unwrap_or(0);
-        if self.choices == 0 { 1.0 } else { most as f64 * experts as f64 / self.choices as f64 }
+        let idle = experts.saturating_sub(self.expert_loads.len());
+        let loads = self.expert_loads.iter().copied().chain(std::iter::repeat_n(0, idle));
+        let (num, den) = ultraep_plan::measure::imbalance(loads);
+        num as f64 / den as f64
     }
 }
 

@@ -22,6 +22,7 @@ mod deal;
 mod digest;
 mod draft;
 mod ids;
+pub mod measure;
 mod plan;
 mod policies;
 mod policy;
@@ -35,7 +36,7 @@ mod transfer;
 
 pub use assign::{AssignError, Cursor, NOWHERE, RouteTable};
 pub use check::{PlanReport, PlanViolation, SplitReport, check_plan, check_split};
-pub use cost::{HardwareModel, Prediction};
+pub use cost::{Charge, HardwareModel, Overhead, Prediction, Predictor};
 pub use deal::{Turns, dealt};
 pub use digest::{digest_counts, digest_plan, digest_problem};
 pub use ids::{Domain, Expert, PhysicalIndex, Rank};
@@ -48,9 +49,9 @@ pub use split::{SplitError, SplitWorkspace, split_all, split_source};
 pub use tally::Tally;
 pub use topology::{FULL_SPEED, MAX_EXPERTS, MAX_RANKS, MAX_SLOTS, Topology, TopologyError, TopologySpec};
 pub use transfer::{
-    BoundTables, Choice, MAX_CHUNKS, MAX_STRIPES, ParseTransferModeError, Stripe, Transfer, TransferBound,
-    TransferClock, TransferMode, TransferModel, TransferModelError, TransferParams, TransferPlan, TransferPlanner,
-    TransferTask, Transfers, TreeRule,
+    BoundTables, Choice, MAX_CHUNKS, MAX_STRIPES, ParseTransferModeError, PlannedTransfers, Stripe, SyncPlanner,
+    Transfer, TransferBound, TransferClock, TransferMode, TransferModel, TransferModelError, TransferParams,
+    TransferPlan, TransferPlanner, TransferTask, Transfers, TreeRule,
 };
 
 /// The most tokens one problem may hold in all. Sums of loads fit `u32`, products of two sums fit `u64`.

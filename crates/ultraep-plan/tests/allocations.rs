@@ -22,7 +22,7 @@ fn nothing_is_allocated_while_running() {
             Box::new(Greedy::new(&topology, GreedyParams { min_quota: 1, ..GreedyParams::default() })),
             Box::new(UltraepV1::new(&topology, UltraepV1Params::default())),
             Box::new(Ultraep::new(&topology, params)),
-            Box::new(Ultraep::cost_aware(&topology, params, model)),
+            Box::new(Ultraep::cost_aware(&topology, params, model).expect("a model")),
         ];
         let physical = experts.div_ceil(ranks) + slots;
         let mut tally = Tally::new(&topology);

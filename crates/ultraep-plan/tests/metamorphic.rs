@@ -165,7 +165,7 @@ proptest! {
             Box::new(Greedy::new(&topology, GreedyParams { beta, min_quota })),
             Box::new(UltraepV1::new(&topology, v1)),
             Box::new(Ultraep::new(&topology, params)),
-            Box::new(Ultraep::cost_aware(&topology, params, HardwareModel::default())),
+            Box::new(Ultraep::cost_aware(&topology, params, HardwareModel::default()).expect("a model")),
         ];
         for policy in &mut policies {
             run(policy.as_mut(), &topology, &counts);

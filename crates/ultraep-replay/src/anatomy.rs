@@ -1,14 +1,14 @@
 //! Everything that a picture of one planned microbatch shows: loads, split, copies, and predicted times.
 
+use ultraep_plan::measure::{imbalance_at_speeds, master_loads};
 use ultraep_plan::{
-    Choice, HardwareModel, Instance, MAX_TOKENS, Plan, Prediction, Problem, ProblemError, Rank, SplitError,
-    SplitWorkspace, Topology, TransferClock, TransferMode, TransferModel, TransferModelError, TransferParams,
-    TransferPlan, TransferPlanner, Transfers, split_all,
+    Charge, Choice, HardwareModel, Instance, MAX_TOKENS, Plan, PlannedTransfers, Prediction, Predictor, Problem,
+    ProblemError, SplitError, SplitWorkspace, SyncPlanner, Topology, TransferMode, TransferModelError, TransferParams,
+    TransferPlan, split_all,
 };
 use ultraep_trace::PlanRecord;
 
-/// Bytes of a chunk of weights: 8 tiles of 32 KiB, the paper's unit of relays. Larger where an expert has too many of them.
-const CHUNK_BYTES: u64 = 8 * 32 * 1024;
+use crate::quotient;
 
 /// One microbatch and what a plan makes of it.
 #[derive(Clone, Debug)]
@@ -25,16 +25,31 @@ pub struct Anatomy {
     pub rank_load_after: Vec<u64>,
     /// Tokens processed on another rank than their source.
     pub remote_tokens: u64,
-    /// Predicted times of the layer's parts, weight sync without relays.
+    /// Predicted times of the layer's parts, weight sync as its transfers are planned.
     pub prediction: Prediction,
     /// Who sends which expert to whom.
     pub transfers: TransferPlan,
     /// What the planner of transfers chose.
     pub choice: Choice,
-    /// Weight sync under [`Anatomy::transfers`], by the clock of chunks.
+    /// Weight sync under [`Anatomy::transfers`], by the clock of chunks, charged or not.
     pub sync_ns: u64,
     /// The same if home ranks sent everything.
     pub direct_sync_ns: u64,
+    imbalance_before: (u64, u64),
+    imbalance_after: (u64, u64),
+}
+
+/// A microbatch and the plan for it.
+#[derive(Clone, Debug)]
+pub struct Planned {
+    /// The counts that the plan met, `[N, E]` row-major.
+    pub counts: Vec<u32>,
+    /// The plan.
+    pub plan: Plan,
+    /// Its split as recorded, `[N, instances]` row-major; `None` to make it by the plan's rule.
+    pub split: Option<Vec<u32>>,
+    /// Which costs of balancing the prediction has.
+    pub charge: Charge,
 }
 
 /// Why there is no picture.
@@ -74,14 +89,9 @@ pub enum AnatomyError {
 }
 
 impl Anatomy {
-    /// Of a plan for `counts` in `topology`; `split` as recorded, or `None` to make it by the plan's rule.
-    pub fn of(
-        topology: &Topology,
-        hardware: &HardwareModel,
-        counts: Vec<u32>,
-        plan: Plan,
-        split: Option<Vec<u32>>,
-    ) -> Result<Self, AnatomyError> {
+    /// Of a plan in `topology` on this hardware.
+    pub fn of(topology: &Topology, hardware: &HardwareModel, planned: Planned) -> Result<Self, AnatomyError> {
+        let Planned { counts, plan, split, charge } = planned;
         check_group(topology, &plan)?;
         let problem = Problem::new(topology, &counts)?;
         check_quotas(&problem, &plan, split.is_some())?;
@@ -95,47 +105,38 @@ impl Anatomy {
                 split
             }
         };
-        let prediction = hardware.predict(&problem, &plan);
-        let (rank_load_after, remote_tokens) = processed(topology.ranks(), &plan, &split);
-        let mut anatomy = Self {
-            rank_load_before: loads_of_masters(topology, &counts),
-            rank_load_after,
-            remote_tokens,
+        let mut predictor = Predictor::new(topology, *hardware)?;
+        predictor.take_split(&plan, &split);
+        let prediction = predictor.predict(&plan, charge);
+        let measure = predictor.measure();
+        let before = master_loads(topology, &counts);
+        let transfers = synced(topology, hardware, &plan, TransferMode::default())?;
+        let direct = synced(topology, hardware, &plan, TransferMode::Direct)?;
+        Ok(Self {
+            imbalance_before: imbalance_at_speeds(topology, &before),
+            imbalance_after: imbalance_at_speeds(topology, measure.processed()),
+            rank_load_before: before,
+            rank_load_after: measure.processed().to_vec(),
+            remote_tokens: measure.remote_tokens(),
             prediction,
-            transfers: TransferPlan::new(topology),
-            choice: Choice::default(),
-            sync_ns: 0,
-            direct_sync_ns: 0,
+            transfers: transfers.plan().clone(),
+            choice: transfers.choice(),
+            sync_ns: transfers.sync_ns(),
+            direct_sync_ns: direct.sync_ns(),
             counts,
             plan,
             split,
-        };
-        anatomy.plan_transfers(topology, hardware)?;
-        Ok(anatomy)
+        })
     }
 
-    fn plan_transfers(&mut self, topology: &Topology, hardware: &HardwareModel) -> Result<(), AnatomyError> {
-        let model = transfer_model(hardware);
-        let mut list = Transfers::new(topology);
-        list.list(topology, &self.plan);
-        let mut clock = TransferClock::new(topology, model)?;
-        let direct = TransferParams { mode: TransferMode::Direct, ..TransferParams::default() };
-        TransferPlanner::new(topology, model, direct)?.plan(&list, &mut self.transfers);
-        self.direct_sync_ns = clock.run(&self.transfers);
-        let mut planner = TransferPlanner::new(topology, model, TransferParams::default())?;
-        self.choice = planner.plan(&list, &mut self.transfers);
-        self.sync_ns = clock.run(&self.transfers);
-        Ok(())
-    }
-
-    /// Largest over mean rank load before balancing; 1 without tokens.
+    /// Largest over mean rank load before balancing, at the ranks' speeds; 1 without tokens.
     pub fn imbalance_before(&self) -> f64 {
-        imbalance(&self.rank_load_before)
+        quotient(self.imbalance_before)
     }
 
-    /// Largest over mean rank load after balancing; 1 without tokens.
+    /// Largest over mean rank load after balancing, at the ranks' speeds; 1 without tokens.
     pub fn imbalance_after(&self) -> f64 {
-        imbalance(&self.rank_load_after)
+        quotient(self.imbalance_after)
     }
 
     /// Tokens in all.
@@ -144,18 +145,24 @@ impl Anatomy {
     }
 }
 
-/// The model of transfers over a machine's links.
-pub fn transfer_model(hardware: &HardwareModel) -> TransferModel {
-    let chunk_bytes = CHUNK_BYTES.max(hardware.expert_bytes.div_ceil(ultraep_plan::MAX_CHUNKS));
-    let hop_ns = hardware.replica_ps / 1000;
-    TransferModel::of_link(hardware.expert_bytes, chunk_bytes, hardware.link_bytes_per_s, hop_ns)
+/// The weight sync of `plan` in a mode, planned and timed.
+fn synced(
+    topology: &Topology,
+    hardware: &HardwareModel,
+    plan: &Plan,
+    mode: TransferMode,
+) -> Result<PlannedTransfers, TransferModelError> {
+    let params = TransferParams { mode, ..TransferParams::default() };
+    let mut planner = SyncPlanner::new(topology, hardware.transfer_model(), params)?;
+    let mut planned = PlannedTransfers::new(topology);
+    planner.plan(plan, &mut planned);
+    planner.measure(&mut planned);
+    Ok(planned)
 }
 
 /// Largest over mean; 1 without tokens.
 pub fn imbalance(loads: &[u64]) -> f64 {
-    let total: u64 = loads.iter().sum();
-    let most = loads.iter().copied().max().unwrap_or(0);
-    if total == 0 { 1.0 } else { most as f64 * loads.len() as f64 / total as f64 }
+    quotient(ultraep_plan::measure::imbalance(loads.iter().copied()))
 }
 
 /// A recorded plan as a plan. What it reached in its domains was not recorded, and its split rule neither: take the
@@ -204,26 +211,4 @@ fn check_quotas(problem: &Problem<'_>, plan: &Plan, has_split: bool) -> Result<(
         }
     }
     Ok(())
-}
-
-fn loads_of_masters(topology: &Topology, counts: &[u32]) -> Vec<u64> {
-    let mut loads = vec![0; topology.ranks()];
-    for row in counts.chunks_exact(topology.experts()) {
-        for (&count, home) in row.iter().zip(topology.homes()) {
-            loads[home.index()] += u64::from(count);
-        }
-    }
-    loads
-}
-
-/// Tokens that each rank processes, and those that it processes for others.
-fn processed(ranks: usize, plan: &Plan, split: &[u32]) -> (Vec<u64>, u64) {
-    let (mut loads, mut remote) = (vec![0; ranks], 0);
-    for (source, row) in split.chunks_exact(plan.instances().len().max(1)).enumerate() {
-        for (instance, &share) in plan.instances().iter().zip(row) {
-            loads[instance.rank.index()] += u64::from(share);
-            remote += u64::from(share) * u64::from(instance.rank != Rank::new(source));
-        }
-    }
-    (loads, remote)
 }

@@ -13,7 +13,7 @@ use ultraep_import::{GroupingError, Microbatch};
 use ultraep_plan::Topology;
 
 use crate::evaluate::balanced;
-use crate::{EvaluateError, Evaluator, NowNs, Outcomes, Worst};
+use crate::{EvaluateError, Evaluator, LeastQuota, NowNs, Outcomes, Worst};
 
 /// One policy in one group.
 #[derive(Clone, Debug)]
@@ -22,8 +22,10 @@ pub struct Scenario {
     pub kind: PolicyKind,
     /// The group: ranks, experts, domains, slots, speeds.
     pub topology: Topology,
-    /// Its parameters and the hardware to predict times for.
+    /// Its parameters and the hardware to predict times for; `min_quota` is not looked at.
     pub params: PolicyParams,
+    /// Least quota of a replica.
+    pub least_quota: LeastQuota,
 }
 
 /// Why a replay ended early.
@@ -135,7 +137,7 @@ fn work(
 impl Worker<'_> {
     fn run(&mut self, index: usize, microbatch: &Microbatch) -> Result<(), EvaluateError> {
         let (scenario, now_ns) = (&self.scenarios[index], self.now_ns);
-        let new = || Evaluator::new(scenario.kind, &scenario.topology, &scenario.params, now_ns);
+        let new = || Evaluator::new(scenario, now_ns);
         let evaluator = match scenario.kind.is_historical() {
             true => match self.historical.entry((index, microbatch.layer)) {
                 std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
@@ -154,7 +156,11 @@ impl Worker<'_> {
             Ok(evaluated) => {
                 let Microbatch { step, microbatch, layer, .. } = *microbatch;
                 let place = Worst { step, microbatch, layer, imbalance: 0.0 };
-                self.outcomes[index].add(place, &evaluated, evaluator.plan());
+                let predicted = evaluator.predict();
+                self.outcomes[index].add(place, &evaluated, evaluator.plan(), &predicted);
+                if let Some(finer) = evaluator.finer(counts, 1)? {
+                    self.outcomes[index].add_finer(&evaluated, &finer);
+                }
             }
             Err(error) if error.is_input() => self.outcomes[index].refuse(error.to_string()),
             Err(error) => return Err(error),

@@ -15,11 +15,13 @@ mod engine;
 mod evaluate;
 mod hardware;
 mod outcome;
+mod quota;
 mod replan;
 
-pub use anatomy::{Anatomy, AnatomyError, imbalance, plan_of_record, transfer_model};
+pub use anatomy::{Anatomy, AnatomyError, Planned, imbalance, plan_of_record};
 pub use engine::{ReplayError, Scenario, replay};
-pub use evaluate::{EvaluateError, Evaluated, Evaluator, NowNs, quotient, untimed};
+pub use evaluate::{EvaluateError, Evaluated, Evaluator, Finer, NowNs, quotient, untimed};
 pub use hardware::{ExpertShape, Hardware, HardwareError};
-pub use outcome::{Distribution, Outcomes, Worst};
+pub use outcome::{Distribution, Outcomes, Series, Worst};
+pub use quota::{LeastQuota, ParseLeastQuotaError};
 pub use replan::{Replan, ReplanError, replan};

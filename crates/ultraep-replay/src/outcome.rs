@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use ultraep_plan::StopReason;
+use ultraep_plan::{Prediction, StopReason};
 
-use crate::{Evaluated, quotient};
+use crate::{Evaluated, Finer, quotient};
 
 /// Worst cases that are kept.
 const WORST_KEPT: usize = 5;
@@ -67,6 +67,64 @@ impl Distribution {
     }
 }
 
+/// Points of a [`Series`], at most.
+const POINTS: usize = 1024;
+
+/// Means along an axis of unknown length, in bounded memory: when there are too many points, two become one.
+#[derive(Clone, Debug, Default)]
+pub struct Series {
+    /// `log2` of the microbatches that a point stands for.
+    width_log: u32,
+    /// Sum and number of values.
+    points: Vec<(f64, u64)>,
+}
+
+impl Series {
+    /// Adds a value at a place, from 0.
+    pub fn add(&mut self, place: u64, value: f64) {
+        while place >> self.width_log >= POINTS as u64 {
+            self.halve();
+        }
+        self.add_point((place >> self.width_log) as usize, (value, 1));
+    }
+
+    fn add_point(&mut self, at: usize, (sum, count): (f64, u64)) {
+        if self.points.len() <= at {
+            self.points.resize(at + 1, (0.0, 0));
+        }
+        self.points[at] = (self.points[at].0 + sum, self.points[at].1 + count);
+    }
+
+    fn halve(&mut self) {
+        let sum = |pair: &[(f64, u64)]| pair.iter().fold((0.0, 0), |all, one| (all.0 + one.0, all.1 + one.1));
+        self.points = self.points.chunks(2).map(sum).collect();
+        self.width_log += 1;
+    }
+
+    /// Adds all values of another, place by place.
+    pub fn merge(&mut self, other: &Self) {
+        while self.width_log < other.width_log {
+            self.halve();
+        }
+        let finer = self.width_log - other.width_log;
+        for (at, &point) in other.points.iter().enumerate() {
+            self.add_point(at >> finer, point);
+        }
+    }
+
+    /// Places that a point stands for.
+    pub fn width(&self) -> u64 {
+        1 << self.width_log
+    }
+
+    /// First place and mean of every point that has values.
+    pub fn means(&self) -> impl Iterator<Item = (u64, f64)> {
+        let width = self.width();
+        let points = self.points.iter().zip(0_u64..).filter(|((_, count), _)| *count > 0);
+        points.map(move |(&(sum, count), at)| (at * width, sum / count as f64))
+    }
+}
+
 /// A microbatch that stands out.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
 pub struct Worst {
@@ -89,6 +147,8 @@ pub struct Outcomes {
     pub solve_ns: Distribution,
     /// Imbalance after balancing, by layer.
     pub layers: BTreeMap<u32, Distribution>,
+    /// Imbalance after balancing, by microbatch: the n-th of each layer together.
+    pub series: Series,
     /// Replicas of all plans.
     pub replicas: u64,
     /// Most replicas of one expert.
@@ -105,6 +165,10 @@ pub struct Outcomes {
     pub total_tokens: u64,
     /// Predicted time of all layers' forwards.
     pub predicted_ps: u128,
+    /// Smallest and largest least quota of the plans, in tokens.
+    pub min_quotas: Option<(u32, u32)>,
+    /// Plans that a least quota of one token would have made more even, and by how much in imbalance, all together.
+    pub finer: (u64, f64),
     /// Plans that reach the target or a proven lower bound in every domain.
     pub proven: u64,
     /// Microbatches that the policy cannot serve.
@@ -117,12 +181,14 @@ pub struct Outcomes {
 
 impl Outcomes {
     /// Adds a plan; the imbalance of `place` is not looked at.
-    pub fn add(&mut self, place: Worst, evaluated: &Evaluated, plan: &ultraep_plan::Plan) {
+    pub fn add(&mut self, place: Worst, evaluated: &Evaluated, plan: &ultraep_plan::Plan, predicted: &Prediction) {
         let report = &evaluated.report;
-        let imbalance = quotient(report.imbalance_after());
+        let imbalance = quotient(evaluated.imbalance_after);
         self.imbalance.add(imbalance);
         self.solve_ns.add(evaluated.solve_ns as f64);
-        self.layers.entry(place.layer).or_default().add(imbalance);
+        let of_layer = self.layers.entry(place.layer).or_default();
+        self.series.add(of_layer.count, imbalance);
+        of_layer.add(imbalance);
         self.replicas += report.replicas as u64;
         self.max_fanout = self.max_fanout.max(report.max_fanout);
         self.max_sends = self.max_sends.max(report.max_sends);
@@ -130,11 +196,23 @@ impl Outcomes {
         self.wasted_copies += plan.wasted_copies() as u64;
         self.remote_tokens += report.remote_tokens;
         self.total_tokens += report.total_tokens;
-        self.predicted_ps += u128::from(evaluated.predicted_ps);
+        self.predicted_ps += u128::from(predicted.total_ps());
+        self.min_quotas = joined(self.min_quotas, Some((evaluated.min_quota, evaluated.min_quota)));
         let is_proven =
             |stop| matches!(stop, StopReason::AlreadyBalanced | StopReason::TargetReached | StopReason::LowerBound);
         self.proven += u64::from(plan.domains().iter().all(|d| is_proven(d.stop)));
         self.keep_worst(Worst { imbalance, ..place });
+    }
+
+    /// Counts a plan that is more even with a least quota of one token.
+    pub fn add_finer(&mut self, evaluated: &Evaluated, finer: &Finer) {
+        let gain = quotient(evaluated.imbalance_after) - quotient(finer.imbalance);
+        self.finer = (self.finer.0 + 1, self.finer.1 + gain);
+    }
+
+    /// Mean imbalance with a least quota of one token in every plan that it makes more even.
+    pub fn finer_mean(&self) -> f64 {
+        self.imbalance.mean() - self.finer.1 / self.plans().max(1) as f64
     }
 
     /// Counts a microbatch that the policy cannot serve.
@@ -150,6 +228,7 @@ impl Outcomes {
         for (layer, of_layer) in &other.layers {
             self.layers.entry(*layer).or_default().merge(of_layer);
         }
+        self.series.merge(&other.series);
         self.replicas += other.replicas;
         self.max_fanout = self.max_fanout.max(other.max_fanout);
         self.max_sends = self.max_sends.max(other.max_sends);
@@ -158,6 +237,8 @@ impl Outcomes {
         self.remote_tokens += other.remote_tokens;
         self.total_tokens += other.total_tokens;
         self.predicted_ps += other.predicted_ps;
+        self.min_quotas = joined(self.min_quotas, other.min_quotas);
+        self.finer = (self.finer.0 + other.finer.0, self.finer.1 + other.finer.1);
         self.proven += other.proven;
         self.refused += other.refused;
         self.refusal = self.refusal.take().or(other.refusal);
@@ -197,6 +278,14 @@ impl Outcomes {
     }
 }
 
+/// The range that covers both.
+fn joined(a: Option<(u32, u32)>, b: Option<(u32, u32)>) -> Option<(u32, u32)> {
+    match (a, b) {
+        (Some(a), Some(b)) => Some((a.0.min(b.0), a.1.max(b.1))),
+        (a, b) => a.or(b),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -217,6 +306,21 @@ mod tests {
         merged.merge(&other);
         assert_eq!((merged.quantile(95), merged.count, merged.largest), (all.quantile(95), 1000, all.largest));
         assert!((merged.mean() - all.mean()).abs() < 1e-9);
+    }
+
+    #[test]
+    fn a_long_series_keeps_its_means_in_bounded_memory() {
+        let (mut all, mut even, mut odd) = (Series::default(), Series::default(), Series::default());
+        for place in 0..5000 {
+            let value = (place % 100) as f64;
+            all.add(place, value);
+            if place % 2 == 0 { even.add(place, value) } else { odd.add(place, value) }
+        }
+        even.merge(&odd);
+        let means: Vec<_> = all.means().collect();
+        assert_eq!((all.width(), means.len()), (8, 625));
+        assert_eq!(means[..2], [(0, 3.5), (8, 11.5)]);
+        assert_eq!(even.means().collect::<Vec<_>>(), means);
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! What if: one microbatch planned anew, with any policy, group and parameters.
 
+use crate::anatomy::Planned;
 use crate::{Anatomy, AnatomyError, EvaluateError, Evaluator, Scenario, untimed};
 
 /// A microbatch planned by a scenario.
@@ -11,6 +12,8 @@ pub struct Replan {
     pub digest: u64,
     /// Largest `|H(e)| - 1`.
     pub max_fanout: usize,
+    /// Least quota that the plan kept to, in tokens.
+    pub min_quota: u32,
 }
 
 /// Why a microbatch was not planned.
@@ -38,8 +41,8 @@ impl ReplanError {
 /// Plans `counts`, `[N, E]` of the scenario's group. `history` is what came before in the same layer, oldest first: a
 /// historical policy plans from it, and an exact one does not look at it.
 pub fn replan(scenario: &Scenario, counts: &[u32], history: &[Vec<u32>]) -> Result<Replan, ReplanError> {
-    let Scenario { kind, topology, params } = scenario;
-    let mut evaluator = Evaluator::new(*kind, topology, params, untimed)?;
+    let Scenario { kind, topology, params, .. } = scenario;
+    let mut evaluator = Evaluator::new(scenario, untimed)?;
     if kind.is_historical() {
         for earlier in history {
             // Solving too: some policies place anew only every few microbatches.
@@ -48,6 +51,12 @@ pub fn replan(scenario: &Scenario, counts: &[u32], history: &[Vec<u32>]) -> Resu
     }
     let met = evaluator.met_counts(counts);
     let evaluated = evaluator.microbatch(&met, 1)?;
-    let anatomy = Anatomy::of(topology, &params.hardware, met, evaluator.into_plan(), None)?;
-    Ok(Replan { anatomy, digest: evaluated.digest, max_fanout: evaluated.report.max_fanout })
+    let (charge, plan) = (evaluated.charge, evaluator.into_plan());
+    let anatomy = Anatomy::of(topology, &params.hardware, Planned { counts: met, plan, split: None, charge })?;
+    Ok(Replan {
+        anatomy,
+        digest: evaluated.digest,
+        max_fanout: evaluated.report.max_fanout,
+        min_quota: evaluated.min_quota,
+    })
 }

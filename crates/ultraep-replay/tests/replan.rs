@@ -2,8 +2,8 @@
 
 use ultraep_baselines::{HistoryParams, PolicyKind, PolicyParams};
 use ultraep_load::{LoadParams, Workload, generate};
-use ultraep_plan::{Ratio, Topology, TopologySpec, split_all};
-use ultraep_replay::{Anatomy, AnatomyError, Hardware, Scenario, plan_of_record, replan};
+use ultraep_plan::{Charge, Ratio, Topology, TopologySpec, split_all};
+use ultraep_replay::{Anatomy, AnatomyError, Hardware, LeastQuota, Planned, Scenario, plan_of_record, replan};
 use ultraep_trace::PlanRecord;
 
 const RANKS: usize = 16;
@@ -20,7 +20,8 @@ fn counts(seed: u64) -> Vec<u32> {
 }
 
 fn scenario(kind: PolicyKind, slots: usize, min_quota: u32) -> Scenario {
-    Scenario { kind, topology: topology(slots), params: PolicyParams { min_quota, ..PolicyParams::default() } }
+    let least_quota = LeastQuota::Tokens(min_quota);
+    Scenario { kind, topology: topology(slots), params: PolicyParams::default(), least_quota }
 }
 
 #[test]
@@ -79,7 +80,13 @@ fn a_recorded_plan_is_the_plan() {
     let plan = plan_of_record(&record, &scenario.topology);
     assert_eq!(plan.instances(), made.plan.instances());
     let hardware = Hardware::find("h100x8").unwrap().model(ultraep_replay::ExpertShape { hidden: 4096, width: 1536 });
-    let of = |split| Anatomy::of(&scenario.topology, &hardware, made.counts.clone(), plan.clone(), split);
+    let planned = |counts: &[u32], plan: &ultraep_plan::Plan, split| Planned {
+        counts: counts.to_vec(),
+        plan: plan.clone(),
+        split,
+        charge: Charge::Planned,
+    };
+    let of = |split| Anatomy::of(&scenario.topology, &hardware, planned(&made.counts, &plan, split));
     assert_eq!(of(Some(made.split.clone())).unwrap().rank_load_after, made.rank_load_after);
     let mut again = vec![0; made.split.len()];
     let problem = ultraep_plan::Problem::new(&scenario.topology, &made.counts).unwrap();
@@ -92,9 +99,9 @@ fn a_recorded_plan_is_the_plan() {
         lying.instances[0].quota = quota;
         lying.instances[1].quota = quota;
         let plan = plan_of_record(&lying, &scenario.topology);
-        let error = Anatomy::of(&scenario.topology, &hardware, made.counts.clone(), plan, None).unwrap_err();
+        let error = Anatomy::of(&scenario.topology, &hardware, planned(&made.counts, &plan, None)).unwrap_err();
         assert!(matches!(error, AnatomyError::Quotas { what: got, .. } if got == what), "{error}");
     }
     let other = Topology::new(TopologySpec { ranks: 2, experts: 4, domain_ranks: 2, slots_per_rank: 1 }).unwrap();
-    assert!(matches!(Anatomy::of(&other, &hardware, vec![0; 8], plan, None), Err(AnatomyError::Group(_))));
+    assert!(matches!(Anatomy::of(&other, &hardware, planned(&[0; 8], &plan, None)), Err(AnatomyError::Group(_))));
 }

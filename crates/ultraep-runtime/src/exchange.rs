@@ -5,6 +5,7 @@
 //! split, so no sizes are exchanged.
 
 use ultraep_device::Group;
+use ultraep_plan::measure::Measure;
 use ultraep_plan::{Plan, Rank};
 
 /// Rows that lie together both in the order of arrival and in the grouped buffer.
@@ -45,7 +46,7 @@ pub(crate) struct Exchange {
     pub(crate) busiest_rows: u64,
     groups: Vec<Group>,
     order: Vec<(usize, usize)>,
-    link_rows: Vec<u64>,
+    measure: Measure,
 }
 
 impl Exchange {
@@ -81,7 +82,9 @@ impl Exchange {
         let local = self.order.iter().zip(&self.groups);
         self.local.extend(local.map(|(&(physical, _), &group)| LocalExpert { physical, group }));
         self.lay_out_runs(split, width, ranks, row_bytes);
-        self.measure_links(plan, split, ranks);
+        // Only the clock needs it.
+        self.measure.take_split(ranks, instances, split);
+        self.busiest_rows = self.measure.busiest_link();
     }
 
     fn lay_out_runs(&mut self, split: &[u32], width: usize, ranks: usize, row_bytes: usize) {
@@ -101,21 +104,6 @@ impl Exchange {
             self.recv_bytes.push((arrived_row - before) * row_bytes);
         }
         self.arrived_rows = arrived_row;
-    }
-
-    /// Rows that each rank sends to and receives from others; only the clock needs it.
-    fn measure_links(&mut self, plan: &Plan, split: &[u32], ranks: usize) {
-        self.link_rows.clear();
-        self.link_rows.resize(2 * ranks, 0);
-        for (source, shares) in split.chunks_exact(plan.instances().len()).enumerate() {
-            for (instance, &rows) in plan.instances().iter().zip(shares) {
-                if instance.rank.index() != source {
-                    self.link_rows[source] += u64::from(rows);
-                    self.link_rows[ranks + instance.rank.index()] += u64::from(rows);
-                }
-            }
-        }
-        self.busiest_rows = self.link_rows.iter().copied().max().unwrap_or(0);
     }
 
     /// Copies arrived rows into the grouped buffer, zeroing padding.

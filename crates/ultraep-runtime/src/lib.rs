@@ -34,4 +34,3 @@ pub use expert_parallel::{ExpertParallel, Pass, Recompute, Routing};
 pub use manager::{History, LayerMasters, Manager};
 pub use record::LayerRecord;
 pub use ring::VirtualLayer;
-pub use sync::{PlannedTransfers, SyncPlanner};

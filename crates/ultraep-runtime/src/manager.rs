@@ -6,14 +6,14 @@
 use std::sync::Arc;
 use ultraep_fabric::{Operation, Region, Span};
 use ultraep_plan::{
-    Plan, Policy, PolicyFactory, Problem, Rank, SplitWorkspace, check_plan, check_split, digest_plan, digest_problem,
-    split_all,
+    Plan, PlannedTransfers, Policy, PolicyFactory, Problem, Rank, SplitWorkspace, check_plan, check_split, digest_plan,
+    digest_problem, split_all,
 };
 
 use crate::clock::Deadline;
 use crate::observed::Observed;
 use crate::ring::Ring;
-use crate::sync::{Carrier, Direction, Places, PlannedTransfers, Syncing};
+use crate::sync::{Carrier, Direction, Places, Syncing};
 use crate::{Endpoint, Part, RuntimeConfig, RuntimeError, VirtualLayer};
 
 /// One layer's masters on this rank, registered where they are: `[M, weight_len]` `f32` each, in order of expert.

@@ -1,5 +1,6 @@
 //! What one MoE layer did in one microbatch, for run folders and reports.
 
+use ultraep_plan::measure::{self, Measure, master_loads};
 use ultraep_plan::{DomainOutcome, Instance, Plan};
 
 use crate::VirtualLayer;
@@ -36,20 +37,7 @@ impl LayerRecord {
         kept: &crate::manager::Kept,
         config: &crate::RuntimeConfig,
     ) -> Self {
-        let topology = &config.topology;
-        let (ranks, experts) = (topology.ranks(), topology.experts());
-        let mut before = vec![0; ranks];
-        for row in kept.counts.chunks_exact(experts) {
-            for (home, &count) in topology.homes().iter().zip(row) {
-                before[home.index()] += u64::from(count);
-            }
-        }
-        let mut after = vec![0; ranks];
-        for row in kept.split.chunks_exact(kept.plan.instances().len()) {
-            for (instance, &count) in kept.plan.instances().iter().zip(row) {
-                after[instance.rank.index()] += u64::from(count);
-            }
-        }
+        let after = Measure::of_split(config.topology.ranks(), kept.plan.instances(), &kept.split);
         Self {
             at,
             policy,
@@ -59,8 +47,8 @@ impl LayerRecord {
             split: kept.split.clone(),
             domains: kept.plan.domains().to_vec(),
             digest: ultraep_plan::digest_plan(&kept.plan),
-            rank_load_before: before,
-            rank_load_after: after,
+            rank_load_before: master_loads(&config.topology, &kept.counts),
+            rank_load_after: after.processed().to_vec(),
         }
     }
 
@@ -89,12 +77,7 @@ impl LayerRecord {
 
     /// Tokens that went to another rank than their source's.
     pub fn crossed_tokens(&self) -> u64 {
-        let shares = self.split.chunks_exact(self.instances.len()).enumerate();
-        let crossed = |(source, row): (usize, &[u32])| {
-            let remote = self.instances.iter().zip(row).filter(|(i, _)| i.rank.index() != source);
-            remote.map(|(_, &tokens)| u64::from(tokens)).sum::<u64>()
-        };
-        shares.map(crossed).sum()
+        Measure::of_split(self.rank_load_after.len(), &self.instances, &self.split).remote_tokens()
     }
 
     /// Tokens in all.
@@ -115,7 +98,6 @@ fn offsets(plan: &Plan) -> Vec<u32> {
 
 /// Largest over mean; 1 when there is no load.
 fn imbalance(loads: &[u64]) -> f64 {
-    let total: u64 = loads.iter().sum();
-    let largest = loads.iter().copied().max().unwrap_or(0);
-    if total == 0 { 1.0 } else { largest as f64 * loads.len() as f64 / total as f64 }
+    let (num, den) = measure::imbalance(loads.iter().copied());
+    num as f64 / den as f64
 }

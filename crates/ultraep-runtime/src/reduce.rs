@@ -1,9 +1,10 @@
 //! Grad reduce: replicas' gradients into masters, beside the computation.
 
 use ultraep_fabric::stream::GradReduce;
+use ultraep_plan::PlannedTransfers;
 
 use crate::clock::Deadline;
-use crate::sync::{Carrier, PlannedTransfers};
+use crate::sync::Carrier;
 use crate::{Endpoint, Part, RuntimeError};
 
 /// A grad reduce under way.
@@ -24,7 +25,7 @@ impl Carrier {
         planned: &PlannedTransfers,
     ) -> Result<(), RuntimeError> {
         endpoint.clock.pause();
-        let transfers = &planned.direct;
+        let transfers = planned.direct();
         if transfers.all().is_empty() {
             return Ok(());
         }
@@ -38,7 +39,7 @@ impl Carrier {
         let started = slots.reduce(endpoint.fabric(), &work, self.config.transfer.reduce_workers, now);
         endpoint.clock.pause();
         started?;
-        let moved = planned.busiest_copies * self.config.shape.weight_bytes() as u64;
+        let moved = u64::from(transfers.busiest_copies()) * self.config.shape.weight_bytes() as u64;
         self.reducing = Some(Reducing { transfer_ns: endpoint.link().transfer_ns(moved) });
         Ok(())
     }

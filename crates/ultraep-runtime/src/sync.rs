@@ -2,7 +2,7 @@
 
 use ultraep_fabric::Region;
 use ultraep_fabric::stream::{EngineSpec, LayoutError, Masters, SlotSet, Slots, WeightSync};
-use ultraep_plan::{Plan, Rank, Topology, TransferClock, TransferPlan, TransferPlanner, Transfers};
+use ultraep_plan::{PlannedTransfers, Rank, SyncPlanner};
 
 use crate::clock::Deadline;
 use crate::reduce::Reducing;
@@ -15,65 +15,15 @@ pub(crate) enum Direction {
     Backward,
 }
 
-/// Transfers of one plan, as planned: kept with the plan.
-#[derive(Debug, Default)]
-pub struct PlannedTransfers {
-    /// Every replica, from its home rank.
-    pub(crate) direct: Transfers,
-    /// Who really sends what to whom.
-    pub(crate) plan: TransferPlan,
-    /// When the last replica is complete, under the stated link.
-    sync_ns: u64,
-    /// Copies on the busiest link, sent or received, when gradients come back.
-    pub(super) busiest_copies: u64,
-}
-
-impl PlannedTransfers {
-    /// Room for the transfers of one plan of `topology`.
-    pub fn new(topology: &Topology) -> Self {
-        let (direct, plan) = (Transfers::new(topology), TransferPlan::new(topology));
-        Self { direct, plan, ..Self::default() }
-    }
-
-    /// From the start of the weight sync until the last replica is complete, under the stated link, in nanoseconds; 0 until
-    /// [`SyncPlanner::measure`] was asked.
-    pub fn sync_ns(&self) -> u64 {
-        self.sync_ns
-    }
-}
-
-/// Plans the transfers of weight syncs, and says what they take. Training, serving and the benchmarks that replay them ask
-/// this one.
-#[derive(Debug)]
-pub struct SyncPlanner {
-    topology: Topology,
-    planner: TransferPlanner,
-    clock: TransferClock,
-}
-
-impl SyncPlanner {
-    /// For the experts, the link and the transfers of `config`.
+impl RuntimeConfig {
+    /// The planner of transfers for the experts, the link and the rule of this configuration: training, serving and the
+    /// benchmarks that replay them ask this one.
     ///
     /// # Errors
     /// [`RuntimeError`] when an expert has no size or more chunks than a transfer may have.
-    pub fn new(config: &RuntimeConfig) -> Result<Self, RuntimeError> {
-        let (topology, transfer) = (&config.topology, &config.transfer);
-        let model = config.weight_slots()?.model(config.link.bytes_per_s(), transfer.hop_ns)?;
-        let planner = TransferPlanner::new(topology, model, transfer.params)?;
-        Ok(Self { topology: topology.clone(), planner, clock: TransferClock::new(topology, model)? })
-    }
-
-    /// Plans the transfers of `plan`: every rank gets the same. This is on the critical path (`T_plan`).
-    pub fn plan(&mut self, plan: &Plan, planned: &mut PlannedTransfers) {
-        planned.direct.list(&self.topology, plan);
-        self.planner.plan(&planned.direct, &mut planned.plan);
-    }
-
-    /// What only the clock needs to know of transfers.
-    pub fn measure(&mut self, planned: &mut PlannedTransfers) {
-        planned.sync_ns = self.clock.run(&planned.plan);
-        let both = planned.direct.sends().iter().chain(planned.direct.receives());
-        planned.busiest_copies = both.copied().max().map_or(0, u64::from);
+    pub fn sync_planner(&self) -> Result<SyncPlanner, RuntimeError> {
+        let model = self.weight_slots()?.model(self.link.bytes_per_s(), self.transfer.hop_ns)?;
+        Ok(SyncPlanner::new(&self.topology, model, self.transfer.params)?)
     }
 }
 
@@ -153,7 +103,7 @@ impl Carrier {
             grad_slots,
             weights,
             grads,
-            transfers: SyncPlanner::new(config)?,
+            transfers: config.sync_planner()?,
             reducing: None,
             synced_ns: 0,
             config: config.clone(),
@@ -190,14 +140,14 @@ impl Carrier {
         charged: bool,
     ) -> Result<Syncing, RuntimeError> {
         endpoint.clock.pause();
-        if planned.direct.all().is_empty() {
+        if planned.direct().all().is_empty() {
             return Ok(Syncing { deadline: endpoint.clock.beside(0), open: false });
         }
-        let sync_ns = if charged { planned.sync_ns } else { 0 };
+        let sync_ns = if charged { planned.sync_ns() } else { 0 };
         self.synced_ns += sync_ns;
         let deadline = endpoint.clock.beside(sync_ns);
         let topology = &self.config.topology;
-        let work = WeightSync { topology, plan: &planned.plan, masters: &self.weights[layer] };
+        let work = WeightSync { topology, plan: planned.plan(), masters: &self.weights[layer] };
         self.weight_slots.sync(endpoint.fabric(), &work, self.config.transfer.sync_workers, 0)?;
         Ok(Syncing { deadline, open: true })
     }

@@ -3,9 +3,10 @@
 use ultraep_baselines::{
     EplbParams, HistoryParams, LplbLinks, LplbParams, PolicyKind, PolicyParams, build, ideal, plan_for,
 };
+use ultraep_plan::measure::{Measure, imbalance, master_loads, shares};
 use ultraep_plan::{
-    Expert, Instance, Plan, Policy, Problem, Rank, SplitWorkspace, Topology, TransferClock, TransferModel,
-    TransferParams, TransferPlan, TransferPlanner, Transfers, check_plan, split_all,
+    Expert, Instance, Plan, PlannedTransfers, Policy, Problem, Rank, SplitWorkspace, SyncPlanner, Topology,
+    TransferModel, TransferParams, check_plan, split_all,
 };
 
 use crate::SimError;
@@ -119,7 +120,8 @@ impl LayerLoad {
 
     /// Max over mean of rank loads after balancing, for reports.
     pub fn imbalance(&self) -> f64 {
-        ratio(self.largest() * self.ranks() as u64, self.total)
+        let (num, den) = imbalance((0..self.ranks()).map(|rank| self.rank_rows(rank)));
+        num as f64 / den as f64
     }
 
     /// Max over mean of rank loads as routed, for reports.
@@ -149,10 +151,9 @@ pub struct Balancer {
     split: SplitWorkspace,
     shares: Vec<u32>,
     balanced: Vec<u32>,
-    transfers: Transfers,
-    transfer_plan: TransferPlan,
-    planner: Option<TransferPlanner>,
-    clock: TransferClock,
+    measure: Measure,
+    transfers: PlannedTransfers,
+    syncs: SyncPlanner,
 }
 
 impl Balancer {
@@ -164,9 +165,9 @@ impl Balancer {
             lplb: LplbParams { history: system.history, max_variables: system.max_variables, links: system.links },
             ..PolicyParams::default()
         };
-        let planner = match system.sync {
-            SyncRule::Transfers(params) => Some(TransferPlanner::new(topology, model, params)?),
-            _ => None,
+        let params_of_sync = match system.sync {
+            SyncRule::Transfers(params) => params,
+            _ => TransferParams::default(),
         };
         Ok(Self {
             system: system.clone(),
@@ -179,10 +180,9 @@ impl Balancer {
             split: SplitWorkspace::new(topology),
             shares: Vec::new(),
             balanced: Vec::new(),
-            transfers: Transfers::new(topology),
-            transfer_plan: TransferPlan::new(topology),
-            planner,
-            clock: TransferClock::new(topology, model)?,
+            measure: Measure::default(),
+            transfers: PlannedTransfers::new(topology),
+            syncs: SyncPlanner::new(topology, model, params_of_sync)?,
         })
     }
 
@@ -205,7 +205,7 @@ impl Balancer {
         }
         let routed = std::mem::take(&mut self.balanced);
         let result = self.evaluate(&topology, if stale { seen } else { &routed }, &routed, stale, load);
-        load.largest_before = largest_before(&topology, counts);
+        load.largest_before = master_loads(&topology, counts).into_iter().max().unwrap_or(0);
         self.balanced = routed;
         result
     }
@@ -262,25 +262,19 @@ impl Balancer {
         let (ranks, instances) = (topology.ranks(), self.plan.instances());
         load.flows.clear();
         load.flows.resize(ranks * ranks, 0);
-        let mut rows = vec![0u64; instances.len()];
-        for (shares, flows) in self.shares.chunks(instances.len()).zip(load.flows.chunks_mut(ranks)) {
-            for ((&share, instance), rows) in shares.iter().zip(instances).zip(&mut rows) {
-                flows[instance.rank.index()] += share;
-                *rows += u64::from(share);
-            }
+        for (source, _, instance, share) in shares(instances, &self.shares) {
+            load.flows[source.index() * ranks + instance.rank.index()] += share;
         }
-        let mut by_rank: Vec<(usize, u32)> = instances
-            .iter()
-            .zip(&rows)
-            .filter(|&(_, &rows)| rows > 0)
-            .map(|(i, &rows)| (i.rank.index(), rows as u32))
-            .collect();
+        self.measure.take_split(ranks, instances, &self.shares);
+        let rows = instances.iter().zip(self.measure.instances());
+        let busy = rows.filter(|&(_, &rows)| rows > 0);
+        let mut by_rank: Vec<(usize, u32)> = busy.map(|(i, &rows)| (i.rank.index(), rows as u32)).collect();
         by_rank.sort_by_key(|&(rank, _)| rank);
         load.rows.clear();
         load.rows.extend(by_rank.iter().map(|&(_, rows)| rows));
         load.offsets.clear();
         load.offsets.extend((0..=ranks).map(|rank| by_rank.partition_point(|&(r, _)| r < rank) as u32));
-        load.total = rows.iter().sum();
+        load.total = self.measure.total_tokens();
         self.links(topology, load);
         self.instances.clear();
         for expert in (0..self.plan.experts()).map(Expert::new) {
@@ -336,17 +330,21 @@ impl Balancer {
         if load.replicas == 0 {
             return;
         }
-        self.transfers.list(&self.topology, &self.plan);
-        let sends = self.transfers.sends().iter().copied().max().unwrap_or(0);
-        load.most_received = self.transfers.receives().iter().copied().max().unwrap_or(0);
+        match self.system.sync {
+            SyncRule::Transfers(_) => self.syncs.plan(&self.plan, &mut self.transfers),
+            _ => self.transfers.list(&self.topology, &self.plan),
+        }
+        let direct = self.transfers.direct();
+        let sends = direct.sends().iter().copied().max().unwrap_or(0);
+        load.most_received = direct.receives().iter().copied().max().unwrap_or(0);
         if let SyncRule::Collectives { .. } = self.system.sync {
             load.most_received = load.most_received.min(self.topology.slots(Rank::new(0)) as u32);
         }
         load.most_copies = sends.max(load.most_received);
-        if let Some(planner) = &mut self.planner {
-            load.relayed = planner.plan(&self.transfers, &mut self.transfer_plan).relayed_experts;
-            self.clock.run(&self.transfer_plan);
-            load.sync_ns.iter_mut().zip(self.clock.complete_ns()).for_each(|(ns, complete)| *ns = complete);
+        if let SyncRule::Transfers(_) = self.system.sync {
+            load.relayed = self.transfers.choice().relayed_experts;
+            self.syncs.measure(&mut self.transfers);
+            load.sync_ns.iter_mut().zip(self.syncs.complete_ns()).for_each(|(ns, complete)| *ns = complete);
         }
     }
 
@@ -365,11 +363,4 @@ impl Balancer {
     pub fn system(&self) -> &System {
         &self.system
     }
-}
-
-fn largest_before(topology: &Topology, counts: &[u32]) -> u64 {
-    let mut loads = Vec::new();
-    crate::process::expert_loads(counts, topology.experts(), &mut loads);
-    let of = |rank| topology.masters(Rank::new(rank)).map(|e| loads[e]).sum();
-    (0..topology.ranks()).map(of).max().unwrap_or(0)
 }

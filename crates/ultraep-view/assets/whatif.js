@@ -3,7 +3,7 @@ import { card, count, html, percent, ratio, table, time } from "./dom.js";
 
 const FIELDS = [
   ["policy", "policy"], ["slots", "slots on a rank"], ["domain", "ranks in a domain"], ["beta", "β, tolerated"],
-  ["min_quota", "least quota, tokens"], ["window", "window of history"], ["hardware", "hardware"],
+  ["min_quota", "least quota, tokens or auto"], ["window", "window of history"], ["hardware", "hardware"],
   ["hidden", "hidden size"], ["width", "expert width"],
 ];
 
@@ -18,7 +18,7 @@ export function whatIfPanel({ settings, known, apply, error, base, other }) {
       inputs[key] = html("select", { id: "what-if-" + key, name: key }, options.map((option) =>
         html("option", { value: option, selected: option === value }, option)));
     } else {
-      const type = key === "beta" ? "text" : "number";
+      const type = key === "beta" || key === "min_quota" ? "text" : "number";
       inputs[key] = html("input", { id: "what-if-" + key, name: key, type, value, min: key === "slots" ? 0 : 1, inputmode: type === "number" ? "numeric" : null });
     }
     return html("label", null, name, inputs[key]);
@@ -54,7 +54,7 @@ function difference(base, other) {
     const text = part === null ? (b > a ? "more" : "less") : `${b > a ? "+" : "−"}${percent(Math.abs(part))}`;
     return html("span", { class: b < a ? "better" : "worse" }, text);
   };
-  const words = now.stop ? html("p", { class: "faint" }, `${now.policy}: ${now.stop}${now.lower_bound ? `; no plan puts less than ${count(now.lower_bound)} tokens on the fullest rank` : ""}.`) : null;
+  const words = now.stop ? html("p", { class: "faint" }, `${now.policy}: ${now.stop}${now.lower_bound ? `; no plan with this least quota puts less than ${count(now.lower_bound)} tokens on the fullest rank` : ""}.`) : null;
   return html("div", { id: "difference" },
     table(["", base.is_recorded ? `recorded: ${was.policy}` : was.policy, `what if: ${now.policy}`, "change"],
       rows.map(([name, a, b, shown]) => [name, shown(a), shown(b), change(a, b)])), words);

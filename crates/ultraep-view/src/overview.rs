@@ -194,7 +194,7 @@ impl Entry {
         let source = &self.source;
         let mut notes = source.notes.clone();
         notes.extend(state.ending.clone());
-        notes.extend(small_load_note(&source.planned, state));
+        notes.extend(least_quota_note(&source.planned, state));
         if state.summary.refused > 0 {
             let refused = state.summary.refused;
             notes.push(format!("{refused} microbatches are refused by the policy: no load after balancing is shown"));
@@ -270,15 +270,15 @@ impl Entry {
     }
 }
 
-/// Where the least quota is more than any overload, nothing can be moved: say so.
-fn small_load_note(planned: &crate::settings::WhatIf, state: &State) -> Option<String> {
-    let summary = &state.summary;
-    let has_nothing_moved =
-        state.progress.planned > 0 && summary.replicas == 0 && planned.policy == PolicyKind::Ultraep;
-    let beta = f64::from(planned.beta.num()) / f64::from(planned.beta.den());
-    (has_nothing_moved && summary.after.mean() > beta).then(|| {
-        let min_quota = planned.min_quota;
-        format!("no replica of at least {min_quota} tokens pays at this load: try --min-quota 1, larger microbatches or --scale")
+/// Where a smaller least quota would have made plans more even: say so.
+fn least_quota_note(planned: &crate::settings::WhatIf, state: &State) -> Option<String> {
+    let progress = &state.progress;
+    (progress.finer > 0).then(|| {
+        let words = crate::settings::quota_words(planned.min_quota);
+        format!(
+            "{} of {} plans made here would be more even with replicas of less than {words}: try --min-quota 1",
+            progress.finer, progress.planned
+        )
     })
 }
 

@@ -2,8 +2,9 @@
 
 use serde::Serialize;
 use ultraep_baselines::PolicyKind;
-use ultraep_plan::{Expert, HardwareModel, Prediction, Rank, StopReason, Topology};
-use ultraep_replay::{Anatomy, Replan, Scenario, plan_of_record, replan};
+use ultraep_plan::measure::{Measure, shares};
+use ultraep_plan::{Charge, Expert, Prediction, Rank, StopReason, Topology};
+use ultraep_replay::{Anatomy, Planned, Replan, Scenario, plan_of_record, quotient, replan};
 use ultraep_trace::PlanRecord;
 
 use crate::ViewError;
@@ -200,7 +201,10 @@ impl Entry {
         let mut scenario = settings.scenario(topology.ranks(), topology.experts())?;
         scenario.topology = topology.clone();
         let plan = plan_of_record(record, topology);
-        let anatomy = Anatomy::of(topology, &scenario.params.hardware, counts, plan, record.split.clone())?;
+        // A placement from history may have been there before; what is shown is what it costs when it is new.
+        let charge = record.policy.parse().map_or(Charge::Planned, |kind: PolicyKind| kind.charge(true));
+        let planned = Planned { counts, plan, split: record.split.clone(), charge };
+        let anatomy = Anatomy::of(topology, &scenario.params.hardware, planned)?;
         Ok((scenario, anatomy))
     }
 }
@@ -232,7 +236,7 @@ impl PlanJson {
             stop: stop.filter(|_| is_search).map(stop_words),
             replicas: plan.replicas(),
             remote_tokens: anatomy.remote_tokens,
-            remote_share: round(if total == 0 { 0.0 } else { anatomy.remote_tokens as f64 / total as f64 }),
+            remote_share: round(quotient((anatomy.remote_tokens, total))),
             rank_before: anatomy.rank_load_before.clone(),
             rank_after: anatomy.rank_load_after.clone(),
             instances: instances(topology, anatomy),
@@ -287,7 +291,7 @@ fn stop_words(stop: StopReason) -> &'static str {
     match stop {
         StopReason::AlreadyBalanced => "nothing exceeded the target",
         StopReason::TargetReached => "the target was reached",
-        StopReason::LowerBound => "no plan can do better (proven bound)",
+        StopReason::LowerBound => "no plan with this least quota can do better (proven bound)",
         StopReason::LeastCost => "more would not pay",
         StopReason::SearchExhausted => "the search ended above the target",
         _ => "the policy does not search",
@@ -296,16 +300,13 @@ fn stop_words(stop: StopReason) -> &'static str {
 
 fn instances(topology: &Topology, anatomy: &Anatomy) -> Vec<Vec<u64>> {
     let mut of_rank = vec![Vec::new(); topology.ranks()];
-    let mut shares = vec![0_u64; anatomy.plan.instances().len()];
-    for row in anatomy.split.chunks_exact(shares.len().max(1)) {
-        shares.iter_mut().zip(row).for_each(|(sum, &share)| *sum += u64::from(share));
-    }
+    let measure = Measure::of_split(topology.ranks(), anatomy.plan.instances(), &anatomy.split);
     for expert in (0..anatomy.plan.experts()).map(Expert::new) {
         for index in anatomy.plan.range(expert) {
             let instance = anatomy.plan.instances()[index];
             let is_replica = instance.rank != topology.home(expert);
             let physical = instance.physical.index() as u64;
-            let row = [expert.index() as u64, physical, shares[index], u64::from(is_replica)];
+            let row = [expert.index() as u64, physical, measure.instances()[index], u64::from(is_replica)];
             of_rank[instance.rank.index()].extend(row);
         }
     }
@@ -331,11 +332,9 @@ fn flow(topology: &Topology, anatomy: &Anatomy) -> Flow {
     let ranks_per_group = topology.ranks().div_ceil(FLOW_MAX);
     let groups = topology.ranks().div_ceil(ranks_per_group);
     let mut tokens = vec![0; groups * groups];
-    let instances = anatomy.plan.instances();
-    for (source, row) in anatomy.split.chunks_exact(instances.len().max(1)).enumerate() {
-        for (instance, &share) in instances.iter().zip(row) {
-            tokens[source / ranks_per_group * groups + instance.rank.index() / ranks_per_group] += u64::from(share);
-        }
+    for (source, _, instance, share) in shares(anatomy.plan.instances(), &anatomy.split) {
+        let to = instance.rank.index();
+        tokens[source.index() / ranks_per_group * groups + to / ranks_per_group] += u64::from(share);
     }
     Flow { ranks_per_group, tokens }
 }
@@ -362,27 +361,24 @@ fn transfers(anatomy: &Anatomy) -> TransfersJson {
     }
 }
 
-/// Without balancing there is no plan to make, no weights to move and no reroute.
+/// Masters only need no plan, no weight sync and no reroute.
 fn times(scenario: &Scenario, hardware: &str, anatomy: &Anatomy) -> Result<Times, ViewError> {
     let none = Scenario { kind: PolicyKind::None, ..scenario.clone() };
     let before = replan(&none, &anatomy.counts, &[])?.anatomy.prediction;
-    let model = &scenario.params.hardware;
-    let is_planning = scenario.kind != PolicyKind::None;
-    Ok(Times {
-        hardware: hardware.to_owned(),
-        before: Parts::of(model, &before, 0, false),
-        after: Parts::of(model, &anatomy.prediction, anatomy.sync_ns, is_planning),
-    })
+    Ok(Times { hardware: hardware.to_owned(), before: Parts::of(&before), after: Parts::of(&anatomy.prediction) })
 }
 
 impl Parts {
-    /// Weight sync is that of the planned transfers.
-    fn of(model: &HardwareModel, prediction: &Prediction, sync_ns: u64, is_planning: bool) -> Self {
+    fn of(prediction: &Prediction) -> Self {
+        let &Prediction { plan_ps, reroute_ps, weight_sync_ps, all_to_all_ps, experts_ps } = prediction;
         let ns = |ps: u64| ps.div_ceil(1000);
-        let plan_ns = if is_planning { ns(model.plan_ps) } else { 0 };
-        let reroute_ns = if is_planning { ns(model.reroute_ps) } else { 0 };
-        let (all_to_all_ns, experts_ns) = (ns(prediction.all_to_all_ps), ns(prediction.experts_ps));
-        let total_ns = plan_ns + reroute_ns.max(sync_ns) + all_to_all_ns + experts_ns;
-        Self { plan_ns, reroute_ns, weight_sync_ns: sync_ns, all_to_all_ns, experts_ns, total_ns }
+        Self {
+            plan_ns: ns(plan_ps),
+            reroute_ns: ns(reroute_ps),
+            weight_sync_ns: ns(weight_sync_ps),
+            all_to_all_ns: ns(all_to_all_ps),
+            experts_ns: ns(experts_ps),
+            total_ns: ns(prediction.total_ps()),
+        }
     }
 }

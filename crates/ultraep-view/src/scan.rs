@@ -2,8 +2,8 @@
 
 use std::collections::HashMap;
 
-use ultraep_plan::Instance;
-use ultraep_replay::{Evaluator, Scenario, imbalance, quotient, untimed};
+use ultraep_plan::measure::Measure;
+use ultraep_replay::{Evaluated, Evaluator, Scenario, imbalance, quotient, untimed};
 use ultraep_trace::Record;
 
 use crate::ViewError;
@@ -19,6 +19,7 @@ pub(crate) struct Scanner {
     /// Name of the policy that made the plans so far: as recorded, or ours where there was none.
     policy: Option<String>,
     planned: u64,
+    finer: u64,
 }
 
 /// Plans loads that were recorded without a plan.
@@ -40,6 +41,8 @@ pub(crate) struct Progress {
     pub(crate) policy: Option<String>,
     /// Records that had no plan and were planned here.
     pub(crate) planned: u64,
+    /// Of these, plans that a least quota of one token would make more even.
+    pub(crate) finer: u64,
 }
 
 impl Scanner {
@@ -52,6 +55,7 @@ impl Scanner {
             planner: Planner { scenario, evaluators: HashMap::new() },
             policy: None,
             planned: 0,
+            finer: 0,
         })
     }
 
@@ -62,6 +66,7 @@ impl Scanner {
             is_closed: self.trace.ending().is_closed,
             policy: self.policy.clone(),
             planned: self.planned,
+            finer: self.finer,
         }
     }
 
@@ -112,13 +117,15 @@ impl Scanner {
                 }
                 measured.after = Some(imbalance(&plan.rank_loads(source.meta.ranks)));
                 measured.replicas = plan.instances.len().saturating_sub(source.meta.experts) as u32;
-                measured.remote_tokens = plan.split.as_deref().map(|split| remote_tokens(&plan.instances, split));
+                let measure = |split| Measure::of_split(source.meta.ranks, &plan.instances, split);
+                measured.remote_tokens = plan.split.as_deref().map(|split| measure(split).remote_tokens());
             }
             None => {
                 self.planned += 1;
                 self.policy = Some(self.planner.scenario.kind.name().to_owned());
-                if let Some(evaluated) = self.planner.plan(layer, &self.record.before)? {
-                    measured.after = Some(quotient(evaluated.report.imbalance_after()));
+                if let Some((evaluated, has_finer)) = self.planner.plan(layer, &self.record.before)? {
+                    self.finer += u64::from(has_finer);
+                    measured.after = Some(quotient(evaluated.imbalance_after));
                     measured.replicas = evaluated.report.replicas as u32;
                     measured.remote_tokens = Some(evaluated.report.remote_tokens);
                 }
@@ -128,29 +135,18 @@ impl Scanner {
     }
 }
 
-/// Tokens that go to an instance on another rank than their source.
-fn remote_tokens(instances: &[Instance], split: &[u32]) -> u64 {
-    let of_source = |(rank, row): (usize, &[u32])| {
-        let foreign = instances.iter().zip(row).filter(|(instance, _)| instance.rank.index() != rank);
-        foreign.map(|(_, &share)| u64::from(share)).sum::<u64>()
-    };
-    split.chunks_exact(instances.len().max(1)).enumerate().map(of_source).sum()
-}
-
 impl Planner {
-    /// Plans for a layer's counts; `None` where the policy refuses them.
-    fn plan(&mut self, layer: u32, counts: &[u32]) -> Result<Option<ultraep_replay::Evaluated>, ViewError> {
-        let Scenario { kind, topology, params } = &self.scenario;
-        let key = if kind.is_historical() { layer } else { 0 };
+    /// Plans for a layer's counts, and whether a least quota of one token would do better; `None` where the policy refuses
+    /// them.
+    fn plan(&mut self, layer: u32, counts: &[u32]) -> Result<Option<(Evaluated, bool)>, ViewError> {
+        let key = if self.scenario.kind.is_historical() { layer } else { 0 };
         let evaluator = match self.evaluators.entry(key) {
             std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
-            std::collections::hash_map::Entry::Vacant(entry) => {
-                entry.insert(Evaluator::new(*kind, topology, params, untimed)?)
-            }
+            std::collections::hash_map::Entry::Vacant(entry) => entry.insert(Evaluator::new(&self.scenario, untimed)?),
         };
         let met = evaluator.met_counts(counts);
         match evaluator.microbatch(&met, 1) {
-            Ok(evaluated) => Ok(Some(evaluated)),
+            Ok(evaluated) => Ok(Some((evaluated, evaluator.finer(&met, 1)?.is_some()))),
             Err(error) if error.is_input() => Ok(None),
             Err(error) => Err(error.into()),
         }

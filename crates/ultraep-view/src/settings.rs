@@ -6,7 +6,7 @@ use serde::Serialize;
 use ultraep_baselines::{HistoryParams, PolicyKind, PolicyParams};
 use ultraep_import::SourceRule;
 use ultraep_plan::{Ratio, Topology, TopologySpec};
-use ultraep_replay::{ExpertShape, Hardware, Scenario};
+use ultraep_replay::{ExpertShape, Hardware, LeastQuota, Scenario};
 
 use crate::ViewError;
 
@@ -38,8 +38,8 @@ pub struct Settings {
     pub domain_ranks: Option<usize>,
     /// Tolerated imbalance [as the run had it, else 1.01].
     pub beta: Option<Ratio>,
-    /// Least quota of a replica [as the run had it, else 1024].
-    pub min_quota: Option<u32>,
+    /// Least quota of a replica [as the run had it, else relative to the load].
+    pub min_quota: Option<LeastQuota>,
     /// Hardware to predict times for: a built-in name or a file [`gb200-nvl72`].
     pub hardware: Option<String>,
     /// Hidden size of the model [as the run had it, else 4096].
@@ -76,7 +76,7 @@ pub(crate) struct WhatIf {
     pub(crate) slots: usize,
     pub(crate) domain_ranks: usize,
     pub(crate) beta: Ratio,
-    pub(crate) min_quota: u32,
+    pub(crate) min_quota: LeastQuota,
     pub(crate) window: usize,
     pub(crate) hardware_name: String,
     pub(crate) hardware: Hardware,
@@ -90,7 +90,8 @@ pub(crate) struct WhatIfJson {
     slots: usize,
     domain: usize,
     beta: String,
-    min_quota: u32,
+    /// Tokens, or "auto".
+    min_quota: LeastQuota,
     window: usize,
     hardware: String,
     hardware_title: String,
@@ -125,7 +126,11 @@ impl WhatIf {
         }
         number(query, "slots", 0, ultraep_plan::MAX_SLOTS as u64, |n| asked.slots = n as usize)?;
         number(query, "domain", 1, ultraep_plan::MAX_RANKS as u64, |n| asked.domain_ranks = n as usize)?;
-        number(query, "min_quota", 1, u64::from(ultraep_plan::MAX_TOKENS), |n| asked.min_quota = n as u32)?;
+        if let Some(text) = query.get("min_quota") {
+            let allowed = || format!("auto and 1 to {}", ultraep_plan::MAX_TOKENS);
+            let parsed = text.parse().ok().filter(|&quota| quota <= LeastQuota::Tokens(ultraep_plan::MAX_TOKENS));
+            asked.min_quota = parsed.ok_or_else(|| refuse("min_quota", text, allowed()))?;
+        }
         number(query, "window", 1, WINDOW_MAX as u64, |n| asked.window = n as usize)?;
         number(query, "hidden", 1, u64::from(SHAPE_MAX), |n| asked.shape.hidden = n as u32)?;
         number(query, "width", 1, u64::from(SHAPE_MAX), |n| asked.shape.width = n as u32)?;
@@ -148,10 +153,18 @@ impl WhatIf {
         let topology = Topology::new(TopologySpec { ranks, experts, domain_ranks, slots_per_rank: slots })?;
         let history = HistoryParams { window, interval: 1 };
         let hardware = hardware.model(shape);
-        let mut params = PolicyParams { beta, min_quota, hardware, ..PolicyParams::default() };
+        let mut params = PolicyParams { beta, hardware, ..PolicyParams::default() };
         params.eplb.history = history;
         params.lplb.history = history;
-        Ok(Scenario { kind: policy, topology, params })
+        Ok(Scenario { kind: policy, topology, params, least_quota: min_quota })
+    }
+}
+
+/// A least quota, for people.
+pub(crate) fn quota_words(quota: LeastQuota) -> String {
+    match quota {
+        LeastQuota::OfLoad => "1/32 of the mean load of a rank, at most 1024 tokens".to_owned(),
+        LeastQuota::Tokens(tokens) => format!("{tokens} tokens"),
     }
 }
 

@@ -8,7 +8,7 @@ use tempfile::TempPath;
 use ultraep_baselines::PolicyKind;
 use ultraep_import::{Format, Grouping, OpenOptions, open_with, recorded_topology, survey, write_uet};
 use ultraep_plan::{MAX_SLOTS, Rank, Ratio, Topology, TopologyError, TopologySpec};
-use ultraep_replay::{ExpertShape, Hardware};
+use ultraep_replay::{ExpertShape, Hardware, LeastQuota};
 use ultraep_run::RunReader;
 use ultraep_trace::{TraceFile, TraceMeta};
 
@@ -175,7 +175,10 @@ fn planned(meta: &TraceMeta, run: Option<&Path>, settings: &Settings) -> Result<
         slots: settings.slots.or(recorded_slots).unwrap_or(DEFAULT_SLOTS),
         domain_ranks: settings.domain_ranks.unwrap_or(meta.domain_ranks),
         beta: settings.beta.or_else(|| text("beta")?.parse().ok()).unwrap_or(Ratio::BETA),
-        min_quota: settings.min_quota.or_else(|| number("min_quota")).unwrap_or(1024).max(1),
+        min_quota: settings
+            .min_quota
+            .or_else(|| number("min_quota").map(|tokens| LeastQuota::Tokens(tokens.max(1))))
+            .unwrap_or_default(),
         window: 1,
         hardware: Hardware::find(&hardware_name)?,
         hardware_name,

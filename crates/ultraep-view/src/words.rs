@@ -50,12 +50,12 @@ pub(crate) fn describe(source: &Source, state: &State) -> Vec<String> {
         let planned = &source.planned;
         let all = if state.progress.planned == state.progress.read { "No plans were" } else { "Some plans were not" };
         words.push(format!(
-            "{all} recorded: {} plans with {} on a rank, domains of {}, beta {} and replicas of at least {} tokens.",
+            "{all} recorded: {} plans with {} on a rank, domains of {}, beta {} and replicas of at least {}.",
             planned.policy,
             plural(planned.slots, "slot"),
             plural(planned.domain_ranks, "rank"),
             crate::settings::decimal(planned.beta),
-            planned.min_quota
+            crate::settings::quota_words(planned.min_quota)
         ));
     }
     words

@@ -12,6 +12,8 @@ use ultraep_plan::{
     split_all, split_source,
 };
 
+use ultraep_replay::quotient;
+
 use super::{moved, write_json};
 use crate::error::CliError;
 use crate::input::{GroupArgs, PolicyArgs, WorkloadArgs};
@@ -158,8 +160,7 @@ impl Bench {
 }
 
 fn imbalance(load: &LoadMatrix, topology: &Topology) -> f64 {
-    let largest = load.rank_loads(topology).into_iter().max().unwrap_or(0);
-    f64::from(largest) * topology.ranks() as f64 / f64::from(load.total().max(1))
+    quotient(ultraep_plan::measure::imbalance(load.rank_loads(topology)))
 }
 
 /// What is measured on.
@@ -175,7 +176,7 @@ const OWN: Rank = Rank::new(0);
 impl Subject<'_> {
     /// The policy, which has met this load before if it plans from history.
     fn policy(&self) -> Result<Box<dyn Policy>, CliError> {
-        let mut params = self.args.params.params();
+        let mut params = self.args.params.params_for(self.load);
         params.eplb.history = HistoryParams { window: 1, interval: 1 };
         params.lplb.history = params.eplb.history;
         let mut policy = build(self.args.policy, self.topology, &params).map_err(CliError::input)?;

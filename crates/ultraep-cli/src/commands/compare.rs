@@ -4,12 +4,12 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use serde::Serialize;
-use ultraep_baselines::{HistoryParams, PolicyKind, PolicyParams};
+use ultraep_baselines::{HistoryParams, PolicyKind};
 use ultraep_load::LoadMatrix;
-use ultraep_plan::Topology;
-use ultraep_replay::{Evaluator, quotient};
+use ultraep_plan::{FULL_SPEED, Topology};
+use ultraep_replay::{Evaluator, LeastQuota, Scenario, quotient};
 
-use super::{PerRank, write_json};
+use super::{PerRank, finer, quota_words, write_json};
 use crate::error::CliError;
 use crate::input::{GroupArgs, HardwareArgs, PolicyArgs, policy_list, read_loads};
 use crate::options;
@@ -57,10 +57,15 @@ struct Comparison {
     experts: usize,
     slots_per_rank: PerRank,
     domain: usize,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rank_speeds: Option<Vec<u32>>,
+    least_quota: LeastQuota,
     microbatches: usize,
     total_tokens: u64,
     policies: Vec<Line>,
     skipped: Vec<Skipped>,
+    /// What would do better.
+    hints: Vec<String>,
 }
 
 /// One policy over all microbatches.
@@ -84,6 +89,8 @@ struct Line {
     predicted_ns_mean: u64,
     /// Of the plans of all microbatches.
     digest: String,
+    /// Smallest and largest least quota that its plans kept to, in tokens; `None` for policies without one.
+    min_quota: Option<[u32; 2]>,
 }
 
 #[derive(Debug, Serialize)]
@@ -122,13 +129,17 @@ fn compare(args: &Args, topology: &Topology, loads: &[LoadMatrix]) -> Result<Com
         experts: topology.experts(),
         slots_per_rank: PerRank::slots(topology),
         domain: topology.domain_ranks(),
+        rank_speeds: topology.speeds().iter().any(|&s| s != FULL_SPEED).then(|| topology.speeds().to_vec()),
+        least_quota: args.params.min_quota,
         microbatches: loads.len(),
         total_tokens: loads.iter().map(|l| u64::from(l.total())).sum(),
         policies: Vec::new(),
         skipped: Vec::new(),
+        hints: Vec::new(),
     };
     for kind in asked {
-        match line(kind, topology, &params, loads) {
+        let scenario = Scenario { kind, topology: topology.clone(), params, least_quota: args.params.min_quota };
+        match line(&scenario, loads, &mut comparison.hints) {
             Ok(line) => comparison.policies.push(line),
             Err(CliError::Input(reason)) => comparison.skipped.push(Skipped { policy: kind.name(), reason }),
             Err(other) => return Err(other),
@@ -137,8 +148,9 @@ fn compare(args: &Args, topology: &Topology, loads: &[LoadMatrix]) -> Result<Com
     Ok(comparison)
 }
 
-fn line(kind: PolicyKind, topology: &Topology, params: &PolicyParams, loads: &[LoadMatrix]) -> Result<Line, CliError> {
-    let mut evaluator = Evaluator::new(kind, topology, params, now_ns)?;
+fn line(scenario: &Scenario, loads: &[LoadMatrix], hints: &mut Vec<String>) -> Result<Line, CliError> {
+    let kind = scenario.kind;
+    let mut evaluator = Evaluator::new(scenario, now_ns)?;
     let mut line = Line {
         policy: kind.name(),
         historical: kind.is_historical(),
@@ -153,14 +165,15 @@ fn line(kind: PolicyKind, topology: &Topology, params: &PolicyParams, loads: &[L
         solve_ns_p50: 0,
         predicted_ns_mean: 0,
         digest: String::new(),
+        min_quota: None,
     };
     let (mut times, mut digests, mut remote, mut total) = (Vec::new(), Vec::new(), 0, 0);
-    let mut predicted_ps = 0_u128;
+    let (mut predicted_ps, mut best_finer) = (0_u128, None);
     for load in loads {
         let counts = evaluator.met_counts(load.counts());
         let outcome = evaluator.microbatch(&counts, REPEATS)?;
         let report = &outcome.report;
-        let imbalance = quotient(report.imbalance_after());
+        let imbalance = quotient(outcome.imbalance_after);
         line.imbalance_mean += imbalance / loads.len() as f64;
         line.imbalance_worst = line.imbalance_worst.max(imbalance);
         line.replicas_mean += report.replicas as f64 / loads.len() as f64;
@@ -171,15 +184,36 @@ fn line(kind: PolicyKind, topology: &Topology, params: &PolicyParams, loads: &[L
         remote += report.remote_tokens;
         total += report.total_tokens;
         times.push(outcome.solve_ns);
-        predicted_ps += u128::from(outcome.predicted_ps);
+        if kind.has_min_quota() {
+            let [least, most] = line.min_quota.unwrap_or([outcome.min_quota; 2]);
+            line.min_quota = Some([least.min(outcome.min_quota), most.max(outcome.min_quota)]);
+        }
+        if kind == PolicyKind::Ultraep && best_finer.is_none() {
+            best_finer = finer(&mut evaluator, &counts, &outcome)?;
+        }
+        predicted_ps += u128::from(evaluator.predict().total_ps());
         digests.extend([outcome.digest as u32, (outcome.digest >> 32) as u32]);
     }
+    hints.extend(best_finer);
     times.sort_unstable();
     line.remote_share = quotient((remote, total));
     line.predicted_ns_mean = (predicted_ps / loads.len() as u128 / 1000) as u64;
     line.solve_ns_p50 = times[times.len() / 2];
     line.digest = format!("{:016x}", ultraep_plan::digest_counts(&digests));
     Ok(line)
+}
+
+/// The least quota that the plans kept to.
+fn quota_line(comparison: &Comparison) -> String {
+    let all = comparison.policies.iter().filter_map(|line| line.min_quota);
+    let range = all.reduce(|a, b| [a[0].min(b[0]), a[1].max(b[1])]);
+    match (range, comparison.least_quota) {
+        (None, _) => "no policy here has a least quota".to_owned(),
+        (Some([least, most]), asked) => {
+            let tokens = if least == most { least.to_string() } else { format!("{least} to {most}") };
+            format!("least quota of a replica: {}", quota_words(asked, &tokens))
+        }
+    }
 }
 
 fn print(comparison: &Comparison, out: &mut Output<'_>) -> Result<(), CliError> {
@@ -193,9 +227,10 @@ fn print(comparison: &Comparison, out: &mut Output<'_>) -> Result<(), CliError> 
         comparison.microbatches,
         comparison.total_tokens
     )?;
+    let at_speeds = if comparison.rank_speeds.is_some() { " at the ranks' speeds" } else { "" };
     let mut table = Table::new([
         Column::text("policy", "* plans from earlier microbatches; its first has none (masters only)"),
-        Column::number("imbalance", "largest over mean rank load, mean over microbatches"),
+        Column::number("imbalance", format!("largest over mean rank load{at_speeds}, mean over microbatches")),
         Column::number("worst", "the same, worst of all microbatches"),
         Column::number("replicas", "replicas of a plan, mean").minor(1),
         Column::number("fan-out", "most replicas of one expert").minor(4),
@@ -203,7 +238,7 @@ fn print(comparison: &Comparison, out: &mut Output<'_>) -> Result<(), CliError> 
         Column::number("remote", "tokens processed away from their source").minor(2),
         Column::number("fullest rank", "most foreign experts on one rank").minor(5),
         Column::time("solve time", "median time to plan").minor(2),
-        Column::time("predicted", "forward of a layer by the hardware model, mean"),
+        Column::time("predicted", "forward of a layer by the hardware model, with planned transfers, mean"),
     ]);
     for line in &comparison.policies {
         table.row([
@@ -227,6 +262,8 @@ fn print(comparison: &Comparison, out: &mut Output<'_>) -> Result<(), CliError> 
             line.policy, line.wasted_copies
         )?;
     }
+    writeln!(out, "{}", quota_line(comparison))?;
+    comparison.hints.iter().try_for_each(|hint| writeln!(out, "hint: {hint}"))?;
     for skipped in &comparison.skipped {
         writeln!(out, "{} skipped: {}", skipped.policy, skipped.reason)?;
     }

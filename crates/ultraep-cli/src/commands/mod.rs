@@ -15,6 +15,7 @@ mod view;
 
 use serde::{Serialize, Serializer};
 use ultraep_plan::{Rank, Topology};
+use ultraep_replay::{Evaluated, Evaluator, Finer, LeastQuota, quotient};
 
 use crate::error::CliError;
 use crate::output::Output;
@@ -79,6 +80,38 @@ impl Command {
 /// Writes JSON on one line.
 fn write_json(out: &mut Output<'_>, value: &impl Serialize) -> Result<(), CliError> {
     out.json(value)
+}
+
+/// A least quota, for people; `tokens` is what it came to.
+fn quota_words(asked: LeastQuota, tokens: &str) -> String {
+    match asked {
+        LeastQuota::OfLoad => format!("{tokens} tokens (auto: 1/32 of the mean load of a rank, at most 1024)"),
+        LeastQuota::Tokens(_) => format!("{tokens} tokens"),
+    }
+}
+
+/// The largest smaller least quota that settles the microbatch planned last, else the smallest that makes it more even, in
+/// words; `None` where none does.
+fn finer(evaluator: &mut Evaluator, counts: &[u32], planned: &Evaluated) -> Result<Option<String>, CliError> {
+    let (mut best, mut min_quota) = (None, planned.min_quota / 2);
+    while min_quota >= 1 {
+        let found = evaluator.finer(counts, min_quota)?;
+        best = found.or(best);
+        if found.is_some_and(|finer| finer.is_settled) {
+            break;
+        }
+        min_quota /= 2;
+    }
+    Ok(best.map(|Finer { min_quota, imbalance, replicas, .. }| {
+        format!(
+            "--min-quota {min_quota} would reach an imbalance of {:.4} with {replicas} replicas, where replicas of at least {} \
+             tokens reach {:.4} with {}",
+            quotient(imbalance),
+            planned.min_quota,
+            quotient(planned.imbalance_after),
+            planned.report.replicas
+        )
+    }))
 }
 
 /// One number, or one a rank where ranks differ.

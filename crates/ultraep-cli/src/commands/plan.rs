@@ -6,11 +6,12 @@ use std::path::PathBuf;
 use serde::Serialize;
 use ultraep_baselines::{PolicyKind, PolicyParams};
 use ultraep_plan::{
-    Expert, FULL_SPEED, MAX_TOKENS, Plan, PlanReport, Problem, Rank, SplitWorkspace, StopReason, Topology, split_source,
+    Expert, FULL_SPEED, MAX_TOKENS, Plan, PlanReport, Prediction, Problem, Rank, SplitWorkspace, StopReason, Topology,
+    split_source,
 };
-use ultraep_replay::{Evaluated, Evaluator, quotient};
+use ultraep_replay::{Evaluated, Evaluator, LeastQuota, Scenario, quotient};
 
-use super::{PerRank, write_json};
+use super::{PerRank, finer, quota_words, write_json};
 use crate::error::{CliError, note};
 use crate::input::{GroupArgs, HardwareArgs, PolicyArgs, policy_list, read_loads};
 use crate::options;
@@ -50,39 +51,40 @@ pub(crate) fn run(args: &Args, out: &mut Output<'_>) -> Result<(), CliError> {
     let load = read_loads(&args.loads)?;
     let topology = args.group.topology(load.ranks(), load.experts())?;
     let params = PolicyParams { hardware: args.hardware.model(), ..args.params.params() };
-    let mut evaluator = Evaluator::new(args.policy, &topology, &params, now_ns)?;
+    let (kind, least_quota) = (args.policy, args.params.min_quota);
+    let scenario = Scenario { kind, topology: topology.clone(), params, least_quota };
+    let mut evaluator = Evaluator::new(&scenario, now_ns)?;
     let counts = evaluator.met_counts(load.counts());
     let outcome = evaluator.microbatch(&counts, 1)?;
+    let prediction = evaluator.predict();
     if args.policy.is_historical() {
         note(format_args!("{} plans from earlier microbatches; one load gives it none: masters only", args.policy));
     }
     if args.policy.forces_routing() {
         note(format_args!("{} changes the routing: the load it meets is balanced, not the file's", args.policy));
     }
-    let pays_from = if args.json { None } else { break_even(args.policy, &topology, &params, &counts)? };
+    let pays_from = if args.json { None } else { break_even(&scenario, &counts)? };
+    let hint = finer(&mut evaluator, &counts, &outcome)?;
     let plan = evaluator.plan();
-    let answer = Answer { args, topology: &topology, counts: &counts, plan, outcome: &outcome, pays_from };
+    let answer =
+        Answer { args, topology: &topology, counts: &counts, plan, outcome: &outcome, prediction, pays_from, hint };
     if args.json { write_json(out, &answer.json()?) } else { answer.print(out) }
 }
 
 /// Routed tokens a rank from which on the policy's plan is predicted to take less time than masters only, for a load of this
 /// form: the size is halved or doubled until the answer changes. `None` when no size up to the limits pays.
-fn break_even(
-    policy: PolicyKind,
-    topology: &Topology,
-    params: &PolicyParams,
-    counts: &[u32],
-) -> Result<Option<u64>, CliError> {
-    let mut ours = Evaluator::new(policy, topology, params, now_ns)?;
-    let mut none = Evaluator::new(PolicyKind::None, topology, params, now_ns)?;
+fn break_even(scenario: &Scenario, counts: &[u32]) -> Result<Option<u64>, CliError> {
+    let mut ours = Evaluator::new(scenario, now_ns)?;
+    let mut none = Evaluator::new(&Scenario { kind: PolicyKind::None, ..scenario.clone() }, now_ns)?;
     let total: u64 = counts.iter().map(|&c| u64::from(c)).sum();
     // Sizes are powers of two over and under this one.
     let tokens = |size: i32| if size < 0 { total >> -size } else { total << size };
     let mut pays = |size: i32| -> Result<bool, CliError> {
         let scaled = |&c: &u32| if size < 0 { c >> -size } else { c << size };
         let counts: Vec<u32> = counts.iter().map(scaled).collect();
-        let (ours, none) = (ours.microbatch(&counts, 1)?, none.microbatch(&counts, 1)?);
-        Ok(ours.predicted_ps < none.predicted_ps)
+        ours.microbatch(&counts, 1)?;
+        none.microbatch(&counts, 1)?;
+        Ok(ours.predict().total_ps() < none.predict().total_ps())
     };
     let mut size = 0;
     if pays(size)? {
@@ -97,7 +99,7 @@ fn break_even(
             }
         }
     }
-    Ok(Some(tokens(size) / topology.ranks() as u64))
+    Ok(Some(tokens(size) / scenario.topology.ranks() as u64))
 }
 
 /// A plan and what it was made for.
@@ -107,8 +109,11 @@ struct Answer<'a> {
     counts: &'a [u32],
     plan: &'a Plan,
     outcome: &'a Evaluated,
+    prediction: Prediction,
     /// The break-even size, in routed tokens a rank.
     pays_from: Option<u64>,
+    /// What would do better.
+    hint: Option<String>,
 }
 
 /// `ultraep.plan/1`.
@@ -123,7 +128,12 @@ struct Json<'a> {
     domain: usize,
     #[serde(skip_serializing_if = "Option::is_none")]
     rank_speeds: Option<&'a [u32]>,
+    /// As asked for: tokens or "auto".
+    least_quota: LeastQuota,
+    /// What the plan kept to, in tokens.
+    min_quota: u32,
     threshold: Vec<u32>,
+    /// No plan with this least quota has a smaller threshold.
     lower_bound: Vec<u32>,
     stop_reason: &'static str,
     instances: Vec<JsonInstance>,
@@ -137,6 +147,8 @@ struct Json<'a> {
     remote_tokens: u64,
     total_tokens: u64,
     digest: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    hint: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     split: Option<Vec<JsonShare>>,
 }
@@ -175,7 +187,7 @@ impl<'a> Answer<'a> {
         found.unwrap_or_default()
     }
 
-    fn json(&self) -> Result<Json<'a>, CliError> {
+    fn json(&self) -> Result<Json<'_>, CliError> {
         let (topology, plan, report) = (self.topology, self.plan, self.report());
         let of = |e: usize| {
             let one = move |i: &ultraep_plan::Instance| JsonInstance {
@@ -195,20 +207,23 @@ impl<'a> Answer<'a> {
             slots_per_rank: PerRank::slots(topology),
             domain: topology.domain_ranks(),
             rank_speeds: topology.speeds().iter().any(|&s| s != FULL_SPEED).then(|| topology.speeds()),
+            least_quota: self.args.params.min_quota,
+            min_quota: self.outcome.min_quota,
             threshold: plan.domains().iter().map(|d| d.threshold).collect(),
             lower_bound: plan.domains().iter().map(|d| d.lower_bound).collect(),
             stop_reason: stop_name(self.stop()),
             instances: (0..topology.experts()).flat_map(of).collect(),
             rank_load_before: &report.rank_load_before,
             rank_load_after: &report.rank_load_after,
-            imbalance_before: quotient(report.imbalance_before()),
-            imbalance_after: quotient(report.imbalance_after()),
+            imbalance_before: quotient(self.outcome.imbalance_before),
+            imbalance_after: quotient(self.outcome.imbalance_after),
             replicas: report.replicas,
             max_fanout: report.max_fanout,
             max_sends: report.max_sends,
             remote_tokens: report.remote_tokens,
             total_tokens: report.total_tokens,
             digest: format!("{:016x}", self.outcome.digest),
+            hint: self.hint.as_deref(),
             split: if self.args.split { Some(self.split()?) } else { None },
         })
     }
@@ -241,6 +256,13 @@ impl<'a> Answer<'a> {
             topology.domain_ranks()
         )?;
         out.table(&self.summary())?;
+        if self.args.policy.has_min_quota() {
+            let tokens = self.outcome.min_quota.to_string();
+            writeln!(out, "least quota of a replica: {}", quota_words(self.args.params.min_quota, &tokens))?;
+        }
+        if let Some(hint) = &self.hint {
+            writeln!(out, "hint: {hint}")?;
+        }
         self.print_bars(out)?;
         if report.replicas > 0 {
             out.table(&self.replicas())?;
@@ -267,12 +289,15 @@ impl<'a> Answer<'a> {
             Some(tokens) => format!("from about {tokens} routed tokens a rank ({here} here)"),
             None => "at no size".to_owned(),
         };
+        let has_quota = self.args.policy.has_min_quota();
+        let quota = if has_quota { self.outcome.min_quota.to_string() } else { "none".to_owned() };
+        let bound = if has_quota { "lower bound at this quota" } else { "lower bound" };
         let mut table = Table::new([
             Column::text("what", "loads in tokens; imbalance is the largest over the mean rank load"),
             Column::text("before", "with masters only"),
             Column::text("after", "as planned"),
         ]);
-        let (before, after) = (quotient(report.imbalance_before()), quotient(report.imbalance_after()));
+        let (before, after) = (quotient(self.outcome.imbalance_before), quotient(self.outcome.imbalance_after));
         table.row([Cell::text("imbalance"), Cell::number(before, 4), Cell::number(after, 4)]);
         table.row([
             "largest rank load".to_owned(),
@@ -280,14 +305,15 @@ impl<'a> Answer<'a> {
             largest(&report.rank_load_after),
         ]);
         for (name, value) in [
+            ("least quota", quota),
             ("threshold", domains(|d| d.threshold)),
-            ("lower bound", domains(|d| d.lower_bound)),
+            (bound, domains(|d| d.lower_bound)),
             ("stop reason", stop_name(self.stop()).to_owned()),
             ("replicas", report.replicas.to_string()),
             ("largest fan-out", report.max_fanout.to_string()),
             ("most sends of a rank", report.max_sends.to_string()),
             ("remote tokens", format!("{} of {} ({remote:.1}%)", report.remote_tokens, report.total_tokens)),
-            ("predicted time", pretty(self.outcome.predicted_ps / 1000)),
+            ("predicted time", pretty(self.prediction.total_ps() / 1000)),
             ("balancing pays", pays),
             ("digest", format!("{:016x}", self.outcome.digest)),
         ] {

@@ -10,6 +10,7 @@ use std::time::Duration;
 use indicatif::{ProgressBar, ProgressStyle};
 use ultraep_baselines::PolicyKind;
 use ultraep_plan::Ratio;
+use ultraep_replay::LeastQuota;
 use ultraep_view::{Settings, ViewError, Viewer};
 
 use super::recordings::SourceArgs;
@@ -42,9 +43,9 @@ pub(crate) struct ViewSettings {
     #[arg(long, value_name = "RATIO", value_parser = options::imbalance,
           help = format!("{} [default: as the run had it, else 1.01]", options::BETA))]
     beta: Option<Ratio>,
-    #[arg(long, value_name = "TOKENS", value_parser = options::tokens(),
-          help = format!("{} [default: as the run had it, else 1024]", options::MIN_QUOTA))]
-    min_quota: Option<u32>,
+    #[arg(long, value_name = "TOKENS", value_parser = options::least_quota,
+          help = format!("{} [default: as the run had it, else auto]", options::LEAST_QUOTA))]
+    min_quota: Option<LeastQuota>,
     /// Hardware to predict times for: a file, or one that comes with the program [default: gb200-nvl72]
     #[arg(long, value_name = "NAME|FILE")]
     hardware: Option<String>,

@@ -7,6 +7,7 @@ use std::ops::RangeInclusive;
 
 use ultraep_baselines::PolicyKind;
 use ultraep_plan::{MAX_EXPERTS, MAX_RANKS, MAX_SLOTS, MAX_TOKENS, Ratio};
+use ultraep_replay::LeastQuota;
 use ultraep_runtime::Link;
 
 #[cfg(test)]
@@ -29,6 +30,9 @@ pub(crate) const TOP_K: &str = "Experts that a token chooses";
 pub(crate) const BETA: &str = "Tolerated imbalance (largest rank load over the mean), as 1.01 or 101/100";
 /// `--min-quota <TOKENS>`
 pub(crate) const MIN_QUOTA: &str = "Least tokens worth a replica";
+/// `--min-quota <TOKENS>` where plans are made of loads that are known.
+pub(crate) const LEAST_QUOTA: &str = "Least tokens worth a replica; auto is 1/32 of a microbatch's mean load of a rank, in \
+                                      powers of two from 1 to 1024";
 /// `--policy <NAME>`
 pub(crate) const POLICY: &str = "Policy that plans";
 /// `--policies <NAME,...>`
@@ -111,6 +115,12 @@ pub(crate) fn top_k<T: TryFrom<u64>>() -> impl Fn(&str) -> Result<T, String> + C
 /// `--min-quota`, `--tokens`, `--max-tokens`: at least one token, at most what one problem may have.
 pub(crate) fn tokens() -> impl Fn(&str) -> Result<u32, String> + Clone {
     numbers(1..=u64::from(MAX_TOKENS))
+}
+
+/// `--min-quota` where `auto` is allowed too.
+pub(crate) fn least_quota(text: &str) -> Result<LeastQuota, String> {
+    let parsed = text.parse().ok().filter(|&quota| quota <= LeastQuota::Tokens(MAX_TOKENS));
+    parsed.ok_or_else(|| format!("allowed are auto and 1 to {MAX_TOKENS}"))
 }
 
 /// `--hidden`, `--expert-width`.

@@ -125,10 +125,10 @@ fn matrix(topology: &Topology, counts: Vec<u32>) -> Result<LoadMatrix, GenerateE
     Ok(LoadMatrix::new(topology.ranks(), topology.experts(), counts)?)
 }
 
-/// Largest rank load times ranks, and all tokens: their quotient is the imbalance.
+/// The imbalance as a quotient, to be multiplied out.
 fn imbalance(matrix: &LoadMatrix, topology: &Topology) -> (u128, u128) {
-    let largest = matrix.rank_loads(topology).into_iter().max().unwrap_or(0);
-    (u128::from(largest) * topology.ranks() as u128, u128::from(matrix.total()).max(1))
+    let (largest, total) = ultraep_plan::measure::imbalance(matrix.rank_loads(topology));
+    (largest.into(), total.into())
 }
 
 fn imbalance_permille(matrix: &LoadMatrix, topology: &Topology) -> u64 {

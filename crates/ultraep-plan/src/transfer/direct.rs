@@ -4,7 +4,7 @@
 use alloc::vec;
 use alloc::vec::Vec;
 
-use crate::draft::total_slots;
+use crate::draft::{Move, total_slots};
 use crate::{Expert, PhysicalIndex, Plan, Rank, Topology};
 
 /// One expert's weights to one slot (in backward: that slot's gradients to the master).
@@ -37,20 +37,38 @@ impl Transfers {
 
     /// Lists the transfers of `plan`, a plan for `topology`.
     pub fn list(&mut self, topology: &Topology, plan: &Plan) {
+        self.clear(topology);
+        for expert in (0..plan.experts()).map(Expert::new) {
+            let Some((master, replicas)) = plan.of(expert).split_first() else { continue };
+            for replica in replicas {
+                let (from, to, physical) = (master.rank, replica.rank, replica.physical);
+                self.push(Transfer { expert, from, to, physical });
+            }
+        }
+    }
+
+    /// Lists the transfers of replicas that are not in a plan yet; their places on their ranks are left open.
+    pub(crate) fn list_moves(&mut self, topology: &Topology, moves: &[Move]) {
+        self.clear(topology);
+        for m in moves {
+            let (expert, to) = (Expert::new(m.expert as usize), Rank::new(m.rank as usize));
+            self.push(Transfer { expert, from: topology.home(expert), to, physical: PhysicalIndex::default() });
+        }
+        self.all.sort_unstable_by_key(|t| (t.expert, t.to));
+    }
+
+    fn clear(&mut self, topology: &Topology) {
         self.all.clear();
         for counts in [&mut self.sends, &mut self.receives] {
             counts.clear();
             counts.resize(topology.ranks(), 0);
         }
-        for expert in (0..plan.experts()).map(Expert::new) {
-            let Some((master, replicas)) = plan.of(expert).split_first() else { continue };
-            for replica in replicas {
-                self.sends[master.rank.index()] += 1;
-                self.receives[replica.rank.index()] += 1;
-                let (from, to, physical) = (master.rank, replica.rank, replica.physical);
-                self.all.push(Transfer { expert, from, to, physical });
-            }
-        }
+    }
+
+    fn push(&mut self, transfer: Transfer) {
+        self.sends[transfer.from.index()] += 1;
+        self.receives[transfer.to.index()] += 1;
+        self.all.push(transfer);
     }
 
     /// The transfers, ordered.
@@ -76,5 +94,10 @@ impl Transfers {
     /// Copies each rank receives, `[N]`.
     pub fn receives(&self) -> &[u32] {
         &self.receives
+    }
+
+    /// Copies on the busiest link, sent or received.
+    pub fn busiest_copies(&self) -> u32 {
+        self.sends.iter().chain(&self.receives).copied().max().unwrap_or(0)
     }
 }

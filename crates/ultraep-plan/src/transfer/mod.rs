@@ -4,6 +4,7 @@
 //! * [`TransferPlanner`]: a tree of copies for every expert, so that replicas forward what they have (relays), and from
 //!   it each rank's ordered tasks, a [`TransferPlan`].
 //! * [`TransferClock`]: what a plan takes, chunk by chunk, under a [`TransferModel`].
+//! * [`SyncPlanner`]: the three together, for one weight sync after another.
 //! * [`TransferBound`]: what no plan can beat.
 
 mod bound;
@@ -14,6 +15,7 @@ mod planner;
 mod relieve;
 mod schedule;
 mod sharing;
+mod sync;
 mod trees;
 
 pub use bound::{BoundTables, TransferBound};
@@ -25,3 +27,4 @@ pub use model::{
 };
 pub use planner::{Choice, TransferPlanner};
 pub use schedule::{Stripe, TransferPlan, TransferTask};
+pub use sync::{PlannedTransfers, SyncPlanner};

@@ -13,8 +13,8 @@ use ultraep_device::cache::{CacheWorkspace, KvCache};
 use ultraep_device::{ExpertWorkspace, math};
 use ultraep_fabric::{Fabric, run_threads};
 use ultraep_model::Wanted;
-use ultraep_plan::{Plan, Problem, SplitWorkspace, split_all};
-use ultraep_runtime::{Part, PlannedTransfers, SyncPlanner, VirtualClock};
+use ultraep_plan::{Plan, PlannedTransfers, Problem, SplitWorkspace, split_all};
+use ultraep_runtime::{Part, VirtualClock};
 use ultraep_schedule::{Batch, Limits, Request, RequestId, Scheduler};
 
 use super::replay::PolicySettings;
@@ -167,7 +167,7 @@ impl Costs {
         loads: &[Vec<u32>],
     ) -> Result<(), ServeError> {
         self.plan_ranks = settings.topology.ranks();
-        let mut sync = SyncPlanner::new(&settings.runtime(model)?)?;
+        let mut sync = settings.runtime(model)?.sync_planner()?;
         let mut transfers = PlannedTransfers::new(&settings.topology);
         for &kind in &settings.policies {
             let mut policy = build(kind, &settings.topology, &settings.params)?;

@@ -17,8 +17,9 @@ use std::sync::Arc;
 
 use ultraep_baselines::ideal::balanced_counts;
 use ultraep_baselines::{PolicyKind, PolicyParams, build};
-use ultraep_plan::{Plan, Policy, Problem, Rank, SplitWorkspace, Topology, split_all};
-use ultraep_runtime::{Link, PlannedTransfers, RuntimeConfig, SyncPlanner};
+use ultraep_plan::measure::{Measure, imbalance, master_loads};
+use ultraep_plan::{Plan, PlannedTransfers, Policy, Problem, Rank, SplitWorkspace, SyncPlanner, Topology, split_all};
+use ultraep_runtime::{Link, RuntimeConfig};
 use ultraep_schedule::{Batch, BatchTime, Limits, Request, RequestId, Scheduler};
 
 use super::costs::Costs;
@@ -184,6 +185,7 @@ pub struct Replay<'w> {
     workspace: SplitWorkspace,
     sync: SyncPlanner,
     transfers: PlannedTransfers,
+    measure: Measure,
     counts: Vec<u32>,
     split: Vec<u32>,
     balance: Balance,
@@ -210,8 +212,9 @@ impl<'w> Replay<'w> {
             full_batch_tokens,
             plan: Plan::default(),
             workspace: SplitWorkspace::new(topology),
-            sync: SyncPlanner::new(&world.runtime)?,
+            sync: world.runtime.sync_planner()?,
             transfers: PlannedTransfers::new(topology),
+            measure: Measure::default(),
             counts: vec![0; topology.ranks() * topology.experts()],
             split: Vec::new(),
             balance: Balance::default(),
@@ -291,10 +294,10 @@ impl<'w> Replay<'w> {
         let sync_ns = self.charged_sync_ns(layer);
         let reroute = tokens.iter().map(|&t| costs.reroute.ns(t)).max().unwrap_or(0);
         let exposed = sync_ns.saturating_sub(reroute);
-        let Work { rows, expert_ns, busiest_rows } = self.work();
-        let there = link.transfer_ns(busiest_rows * world.row_bytes);
-        let experts = rows.iter().zip(&expert_ns).map(|(&rows, ns)| costs.rows.ns(rows) + ns).max().unwrap_or(0);
-        self.note(&rows, exposed);
+        self.measure.take_split(topology.ranks(), self.plan.instances(), &self.split);
+        let there = link.transfer_ns(self.measure.busiest_link() * world.row_bytes);
+        let experts = self.experts_ns();
+        self.note(exposed);
         let plan_ns = costs.plan_ns.get(self.kind.name()).copied().unwrap_or(0);
         Ok(plan_ns + reroute + exposed + there + experts + there)
     }
@@ -308,64 +311,39 @@ impl<'w> Replay<'w> {
         if self.kind.is_historical() && !is_new {
             return 0;
         }
-        self.sync.measure(&mut self.transfers);
-        self.transfers.sync_ns()
+        self.sync.measure(&mut self.transfers)
     }
 
-    fn work(&self) -> Work {
-        let world = self.world;
-        let ranks = world.settings.topology.ranks();
-        let instances = self.plan.instances();
-        let mut work = Work { rows: vec![0; ranks], expert_ns: vec![0; ranks], busiest_rows: 0 };
-        let (mut sent, mut received) = (vec![0u64; ranks], vec![0u64; ranks]);
-        for (i, instance) in instances.iter().enumerate() {
-            let to = instance.rank.index();
-            let mut rows = 0;
-            for (from, (shares, sent)) in self.split.chunks_exact(instances.len()).zip(&mut sent).enumerate() {
-                let share = u64::from(shares[i]);
-                rows += share;
-                if from != to {
-                    *sent += share;
-                    received[to] += share;
-                }
-            }
-            work.rows[to] += rows;
-            work.expert_ns[to] += world.costs.expert.ns(rows.next_multiple_of(ultraep_device::ROW_TILE as u64));
+    /// The slowest rank's rows in and out and its experts.
+    fn experts_ns(&self) -> u64 {
+        let costs = &self.world.costs;
+        let mut ns: Vec<u64> = self.measure.processed().iter().map(|&rows| costs.rows.ns(rows)).collect();
+        for (instance, rows) in self.plan.instances().iter().zip(self.measure.instances()) {
+            ns[instance.rank.index()] += costs.expert.ns(rows.next_multiple_of(ultraep_device::ROW_TILE as u64));
         }
-        work.busiest_rows = sent.into_iter().chain(received).max().unwrap_or(0);
-        work
+        ns.into_iter().max().unwrap_or(0)
     }
 
-    fn note(&mut self, after: &[u64], exposed_sync_ns: u64) {
+    fn note(&mut self, exposed_sync_ns: u64) {
         let topology = &self.world.settings.topology;
-        let ranks = topology.ranks();
-        let mut before = vec![0u64; ranks];
-        for row in self.counts.chunks_exact(topology.experts()) {
-            topology.homes().iter().zip(row).for_each(|(home, &count)| before[home.index()] += u64::from(count));
-        }
-        let total: u64 = after.iter().sum();
-        let largest = |loads: &[u64]| loads.iter().copied().max().unwrap_or(0);
+        let (total, largest) = (self.measure.total_tokens(), self.measure.largest());
+        let (before, after) = (imbalance(master_loads(topology, &self.counts)), self.measure.imbalance());
         let b = &mut self.balance;
         // Tokens times imbalance: the largest load times the number of ranks.
-        b.weighted_before += (largest(&before) * ranks as u64) as f64;
-        b.weighted_after += (largest(after) * ranks as u64) as f64;
+        if total > 0 {
+            b.weighted_before += before.0 as f64;
+            b.weighted_after += after.0 as f64;
+        }
         b.tokens += total;
-        b.peak_tokens = b.peak_tokens.max(largest(after));
-        b.even_peak_tokens = b.even_peak_tokens.max(total.div_ceil(ranks as u64));
-        b.replicas += (self.plan.instances().len() - topology.experts()) as u64;
+        b.peak_tokens = b.peak_tokens.max(largest);
+        b.even_peak_tokens = b.even_peak_tokens.max(total.div_ceil(topology.ranks() as u64));
+        b.replicas += self.plan.replicas() as u64;
         b.layers += 1;
         b.exposed_sync_ns += exposed_sync_ns;
         if total >= self.full_batch_tokens * self.world.top_k as u64 {
-            b.worst_after = b.worst_after.max(largest(after) as f64 * ranks as f64 / total.max(1) as f64);
+            b.worst_after = b.worst_after.max(after.0 as f64 / after.1 as f64);
         }
     }
-}
-
-/// Work of a layer on every rank.
-struct Work {
-    rows: Vec<u64>,
-    expert_ns: Vec<u64>,
-    busiest_rows: u64,
 }
 
 impl BatchTime for Replay<'_> {

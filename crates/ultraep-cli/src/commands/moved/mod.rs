@@ -11,6 +11,7 @@ use ultraep_baselines::{HistoryParams, PolicyKind, build, plan_for};
 use ultraep_fabric::stream::{EngineSpec, TileSizes, WeightFormat};
 use ultraep_load::{LoadParams, Workload, generate};
 use ultraep_plan::{MAX_STRIPES, Problem, Ratio, Topology, TransferMode, TransferModel, TransferParams, Transfers};
+use ultraep_replay::quotient;
 
 use crate::error::CliError;
 use crate::input::{GroupArgs, PolicyArgs};
@@ -168,7 +169,7 @@ impl LoadArgs {
         let params = LoadParams { tokens_per_rank, top_k, ratio, seed, microbatch: 7 };
         let load = generate(self.workload, topology, &params).map_err(CliError::input)?;
         let problem = Problem::new(topology, load.counts()).map_err(CliError::input)?;
-        let mut params = self.params.params();
+        let mut params = self.params.params_for(&load);
         params.eplb.history = HistoryParams { window: 1, interval: 1 };
         params.lplb.history = params.eplb.history;
         let mut policy = build(self.policy, topology, &params).map_err(CliError::input)?;
@@ -177,8 +178,7 @@ impl LoadArgs {
         policy.solve(&problem, &mut plan).map_err(CliError::input)?;
         let mut transfers = Transfers::new(topology);
         transfers.list(topology, &plan);
-        let largest = load.rank_loads(topology).into_iter().max().unwrap_or(0);
-        let imbalance_before = f64::from(largest) * topology.ranks() as f64 / f64::from(load.total().max(1));
+        let imbalance_before = quotient(ultraep_plan::measure::imbalance(load.rank_loads(topology)));
         Ok(Planned { imbalance_before, transfers })
     }
 }

@@ -1,8 +1,10 @@
 //! `ultraep replay`: every policy on every layer and microbatch of a recording.
 
+mod plot;
 mod report;
 mod single;
 
+use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -10,7 +12,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use ultraep_baselines::{HistoryParams, PolicyKind, PolicyParams};
 use ultraep_import::{Leftover, Microbatches, OpenOptions, RecordingInfo};
 use ultraep_plan::{HardwareModel, Ratio, Topology, TopologySpec};
-use ultraep_replay::{ExpertShape, Hardware, Outcomes, Scenario, replay};
+use ultraep_replay::{ExpertShape, Hardware, LeastQuota, Outcomes, Scenario, replay};
 
 use self::report::Replay;
 use super::recordings::{RecordingArgs, SourceArgs, grouping_error};
@@ -42,9 +44,9 @@ pub(crate) struct Args {
     policies: Vec<PolicyKind>,
     #[arg(long, default_value = "1.01", value_name = "RATIO", value_parser = options::imbalance, help = options::BETA)]
     beta: Ratio,
-    #[arg(long, value_delimiter = ',', default_value = "1024", value_name = "TOKENS,...", value_parser = options::tokens(),
-          help = options::MIN_QUOTA)]
-    min_quota: Vec<u32>,
+    #[arg(long, value_delimiter = ',', default_value = "auto", value_name = "TOKENS,...", value_parser = options::least_quota,
+          help = options::LEAST_QUOTA)]
+    min_quota: Vec<LeastQuota>,
     #[arg(long, default_value_t = 1, value_name = "MICROBATCHES", value_parser = options::history(), help = options::WINDOW)]
     window: usize,
     #[arg(long, default_value_t = 1, value_name = "MICROBATCHES", value_parser = options::history(), help = options::INTERVAL)]
@@ -58,6 +60,9 @@ pub(crate) struct Args {
     #[arg(long, default_value_t = 1536, value_name = "SIZE", value_parser = options::width::<u32>(), requires = "hardware",
           help = format!("{}, for predicted times", options::EXPERT_WIDTH))]
     expert_width: u32,
+    /// Draw imbalance over microbatches and by layer, a line for each policy
+    #[arg(long, value_name = "FILE", conflicts_with = "only")]
+    svg: Option<PathBuf>,
     /// Plan this microbatch alone, with all that follows from each plan
     #[arg(long, value_name = "STEP/MICROBATCH/LAYER")]
     only: Option<Place>,
@@ -104,6 +109,7 @@ const DEFAULT_POLICIES: &str = "none,eplb,eplb-exact,llep,greedy,ultraep-v1,ultr
 const EXAMPLES: &str = "Examples:
   ultraep replay runs/2026-11-24T14-39-16Z
   ultraep replay log.jsonl.gz --drop-dummy-run --ranks 8,16,32 --slots 1,2,4 --min-quota 1
+  ultraep replay runs/2026-11-24T14-39-16Z --policies none,eplb,ultraep --slots 2 --svg replay.svg
   ultraep replay runs/2026-11-24T14-39-16Z --only 12/0/3 --slots 1,2,4
   ultraep replay prompts/ --ranks 32 --microbatch-tokens 512 --scale 16 --hardware h100x8 --domain 8";
 
@@ -143,6 +149,12 @@ pub(crate) fn run(args: &Args, out: &mut Output<'_>) -> Result<(), CliError> {
         return Err(CliError::Input(replay.notes.join("; ")));
     }
     replay.finish(start.elapsed());
+    if let Some(path) = &args.svg {
+        if let Some(left_out) = plot::write(path, &replay.title(), &replay.plot_groups())? {
+            note(left_out);
+        }
+        note(format_args!("wrote {}", path.display()));
+    }
     if args.json { write_json(out, &replay) } else { replay.print(out) }
 }
 
@@ -178,12 +190,17 @@ impl Args {
                         continue;
                     }
                 };
-                for (quota_index, &min_quota) in self.min_quota.iter().enumerate() {
+                for (quota_index, &least_quota) in self.min_quota.iter().enumerate() {
                     let kinds = self.policies.iter().filter(|kind| {
-                        (slots_index == 0 || has_slots(**kind)) && (quota_index == 0 || has_min_quota(**kind))
+                        (slots_index == 0 || has_slots(**kind)) && (quota_index == 0 || kind.has_min_quota())
                     });
-                    let params = self.params(min_quota, model);
-                    scenarios.extend(kinds.map(|&kind| Scenario { kind, topology: topology.clone(), params }));
+                    let params = self.params(model);
+                    scenarios.extend(kinds.map(|&kind| Scenario {
+                        kind,
+                        topology: topology.clone(),
+                        params,
+                        least_quota,
+                    }));
                 }
             }
         }
@@ -195,9 +212,9 @@ impl Args {
         scenarios
     }
 
-    fn params(&self, min_quota: u32, hardware: HardwareModel) -> PolicyParams {
+    fn params(&self, hardware: HardwareModel) -> PolicyParams {
         let history = HistoryParams { window: self.window, interval: self.interval };
-        let mut params = PolicyParams { beta: self.beta, min_quota, hardware, ..PolicyParams::default() };
+        let mut params = PolicyParams { beta: self.beta, hardware, ..PolicyParams::default() };
         params.eplb.history = history;
         params.lplb.history = history;
         params
@@ -235,11 +252,6 @@ impl Args {
 /// Whether slots make a difference to a policy.
 fn has_slots(kind: PolicyKind) -> bool {
     !matches!(kind, PolicyKind::None | PolicyKind::Ideal | PolicyKind::Llep | PolicyKind::MoonEp)
-}
-
-/// Whether `--min-quota` makes a difference to a policy.
-fn has_min_quota(kind: PolicyKind) -> bool {
-    matches!(kind, PolicyKind::Greedy | PolicyKind::UltraepV1 | PolicyKind::Ultraep | PolicyKind::UltraepCost)
 }
 
 fn leftover_note(leftover: Leftover) -> Option<String> {

@@ -7,8 +7,12 @@ use serde::Serialize;
 use ultraep_baselines::PolicyKind;
 use ultraep_import::RecordingInfo;
 use ultraep_plan::Rank;
-use ultraep_replay::{Hardware, Outcomes, Scenario, Worst, quotient};
+use ultraep_replay::{Hardware, LeastQuota, Outcomes, Scenario, Series, Worst, quotient};
 
+use super::has_slots;
+use super::plot::{Curve, Group};
+
+use crate::commands::quota_words;
 use crate::error::CliError;
 use crate::output::Output;
 use crate::table::{Cell, Column, Table};
@@ -37,9 +41,16 @@ struct Line {
     ranks: usize,
     domain: usize,
     slots_per_rank: usize,
-    min_quota: u32,
+    /// As asked for: tokens or "auto".
+    min_quota: LeastQuota,
+    /// Smallest and largest that the plans kept to, in tokens; `None` for policies without one.
+    min_quota_tokens: Option<(u32, u32)>,
     policy: &'static str,
     historical: bool,
+    #[serde(skip)]
+    has_slots: bool,
+    #[serde(skip)]
+    has_quota: bool,
     /// No other scenario of these ranks is at least as good in imbalance, replicas and remote tokens, and better in one.
     on_frontier: bool,
     plans: u64,
@@ -62,8 +73,13 @@ struct Line {
     predicted_ns_mean: f64,
     /// Predicted time of `none` in the same group over this one's.
     predicted_speedup: Option<f64>,
+    /// Plans that a least quota of one token would make more even, and the mean imbalance that would lead to.
+    finer_plans: u64,
+    finer_imbalance_mean: f64,
     worst: Vec<Worst>,
     layers: Vec<LayerLine>,
+    #[serde(skip)]
+    series: Series,
 }
 
 #[derive(Debug, Serialize)]
@@ -107,7 +123,7 @@ impl Replay {
             let speedup = none.map(|none| none.predicted_ns_mean / lines[index].predicted_ns_mean);
             lines[index].predicted_speedup = speedup.filter(|s| s.is_finite());
         }
-        self.notes.extend(small_load_note(lines, scenarios));
+        self.notes.extend(least_quota_notes(lines));
         let mut seen = std::collections::HashSet::new();
         self.notes.retain(|note| seen.insert(note.clone()));
     }
@@ -115,6 +131,34 @@ impl Replay {
     pub(super) fn finish(&mut self, elapsed: Duration) {
         self.elapsed_ns = elapsed.as_nanos() as u64;
         self.plans_per_s = self.plans as f64 / elapsed.as_secs_f64().max(1e-9);
+    }
+
+    pub(super) fn title(&self) -> String {
+        format!("{}, {} experts", self.recording, self.experts)
+    }
+
+    /// Curves of every group; policies that slots and least quota make no difference to are in all groups of their ranks.
+    pub(super) fn plot_groups(&self) -> Vec<Group> {
+        let planned = || self.scenarios.iter().filter(|line| line.plans > 0);
+        let mut keys: Vec<_> = planned().map(Line::group).collect();
+        keys.dedup();
+        let mut seen = std::collections::HashSet::new();
+        keys.retain(|key| seen.insert(*key));
+        let group = |key: (usize, usize, usize, LeastQuota)| {
+            let (ranks, domain, slots, quota) = key;
+            let is_in = |line: &&Line| {
+                let same = (line.ranks, line.domain) == (ranks, domain);
+                same && (line.group() == key || !line.has_slots || (line.slots_per_rank == slots && !line.has_quota))
+            };
+            let domain = if domain == ranks { String::new() } else { format!(", domains of {domain}") };
+            let quota = if quota == LeastQuota::OfLoad { String::new() } else { format!(", least quota {quota}") };
+            Group {
+                title: format!("EP{ranks}{domain}, {slots} slots{quota}"),
+                width: planned().filter(is_in).map(|line| line.series.width()).max().unwrap_or(1),
+                curves: planned().filter(is_in).map(Line::curve).collect(),
+            }
+        };
+        keys.into_iter().map(group).collect()
     }
 
     pub(super) fn print(&self, out: &mut Output<'_>) -> Result<(), CliError> {
@@ -173,7 +217,7 @@ impl Replay {
             let mut row = vec![Cell::count(line.ranks)];
             row.extend(has_domains.then(|| Cell::count(line.domain)));
             row.push(Cell::count(line.slots_per_rank));
-            row.extend(has_quotas.then(|| Cell::count(line.min_quota)));
+            row.extend(has_quotas.then(|| Cell::text(line.min_quota.to_string())));
             row.extend([
                 Cell::text(format!("{}{marks}", line.policy)),
                 Cell::number(line.imbalance_mean, 4),
@@ -207,7 +251,8 @@ impl Replay {
         let mut slots: Vec<usize> = of_policy.iter().map(|line| line.slots_per_rank).collect();
         slots.sort_unstable();
         slots.dedup();
-        let mut groups: Vec<(usize, usize, u32)> = of_policy.iter().map(|l| (l.ranks, l.domain, l.min_quota)).collect();
+        let mut groups: Vec<(usize, usize, LeastQuota)> =
+            of_policy.iter().map(|l| (l.ranks, l.domain, l.min_quota)).collect();
         groups.dedup();
         groups.sort_unstable();
         groups.dedup();
@@ -254,6 +299,18 @@ impl Replay {
 }
 
 impl Line {
+    fn group(&self) -> (usize, usize, usize, LeastQuota) {
+        (self.ranks, self.domain, self.slots_per_rank, self.min_quota)
+    }
+
+    fn curve(&self) -> Curve {
+        Curve {
+            policy: self.policy,
+            microbatches: self.series.means().map(|(place, mean)| (place as f64, mean)).collect(),
+            layers: self.layers.iter().map(|layer| (f64::from(layer.layer), layer.imbalance_mean)).collect(),
+        }
+    }
+
     fn of(scenario: &Scenario, outcomes: Outcomes) -> Self {
         let is_search = matches!(scenario.kind, PolicyKind::Greedy | PolicyKind::Ultraep);
         let plans = outcomes.plans();
@@ -261,9 +318,12 @@ impl Line {
             ranks: scenario.topology.ranks(),
             domain: scenario.topology.domain_ranks(),
             slots_per_rank: scenario.topology.slots(Rank::new(0)),
-            min_quota: scenario.params.min_quota,
+            min_quota: scenario.least_quota,
+            min_quota_tokens: outcomes.min_quotas.filter(|_| scenario.kind.has_min_quota()),
             policy: scenario.kind.name(),
             historical: scenario.kind.is_historical(),
+            has_slots: has_slots(scenario.kind),
+            has_quota: scenario.kind.has_min_quota(),
             on_frontier: false,
             plans,
             refused: outcomes.refused,
@@ -282,6 +342,8 @@ impl Line {
             solve_ns_p95: outcomes.solve_ns.quantile(95),
             predicted_ns_mean: outcomes.predicted_ns_mean(),
             predicted_speedup: None,
+            finer_plans: outcomes.finer.0,
+            finer_imbalance_mean: outcomes.finer_mean(),
             layers: outcomes
                 .layers
                 .iter()
@@ -292,6 +354,7 @@ impl Line {
                     imbalance_worst: of_layer.largest,
                 })
                 .collect(),
+            series: outcomes.series,
             refusal: outcomes.refusal,
             worst: outcomes.worst,
         }
@@ -312,16 +375,32 @@ fn mark_frontier(lines: &mut [Line]) {
     }
 }
 
-/// Where the least quota is over what a rank has in all, no replica can be made: say so.
-fn small_load_note(lines: &[Line], scenarios: &[Scenario]) -> Option<String> {
-    let line =
-        lines.iter().find(|l| l.policy == PolicyKind::Ultraep.name() && l.replicas_mean == 0.0 && l.plans > 0)?;
-    let beta = scenarios.first()?.params.beta;
-    let is_needed = line.imbalance_mean > f64::from(beta.num()) / f64::from(beta.den());
-    is_needed.then(|| {
-        format!(
-            "no replica of at least {} tokens pays at this load: try --min-quota 1, larger microbatches or --scale",
-            line.min_quota
-        )
-    })
+/// What the least quota was, and where a smaller one would have made plans more even.
+fn least_quota_notes(lines: &[Line]) -> Vec<String> {
+    let ours = || lines.iter().filter(|line| line.policy == PolicyKind::Ultraep.name() && line.plans > 0);
+    let mut notes = Vec::new();
+    if let Some((least, most)) = ours().find(|l| l.min_quota == LeastQuota::OfLoad).and_then(|l| l.min_quota_tokens) {
+        let tokens = if least == most { least.to_string() } else { format!("{least} to {most}") };
+        notes.push(format!(
+            "EP{}: least quota of a replica {}",
+            lines[0].ranks,
+            quota_words(LeastQuota::OfLoad, &tokens)
+        ));
+    }
+    let most_gained = ours().filter(|line| line.finer_plans > 0).max_by(|a, b| {
+        let gain = |line: &Line| line.imbalance_mean - line.finer_imbalance_mean;
+        gain(a).total_cmp(&gain(b))
+    });
+    if let Some(line) = most_gained {
+        notes.push(format!(
+            "with --min-quota 1, {} of {} plans of ultraep (EP{}, {} slots) would be more even: imbalance {:.4} instead of {:.4}",
+            line.finer_plans,
+            line.plans,
+            line.ranks,
+            line.slots_per_rank,
+            line.finer_imbalance_mean,
+            line.imbalance_mean
+        ));
+    }
+    notes
 }

@@ -6,7 +6,7 @@ use std::io::Write;
 use serde::Serialize;
 use ultraep_import::{Microbatch, Microbatches, OpenOptions};
 use ultraep_plan::Rank;
-use ultraep_replay::{Hardware, Replan, ReplanError, Scenario, quotient, replan};
+use ultraep_replay::{Hardware, LeastQuota, Replan, ReplanError, Scenario, quotient, replan};
 
 use super::{Args, Place};
 use crate::commands::recordings::grouping_error;
@@ -33,6 +33,9 @@ struct Line {
     ranks: usize,
     domain: usize,
     slots_per_rank: usize,
+    /// As asked for: tokens or "auto".
+    least_quota: LeastQuota,
+    /// What the plan kept to, in tokens.
     min_quota: u32,
     policy: &'static str,
     /// Why there is no plan; the rest is 0 then.
@@ -101,7 +104,8 @@ impl Line {
             ranks: topology.ranks(),
             domain: topology.domain_ranks(),
             slots_per_rank: topology.slots(Rank::new(0)),
-            min_quota: scenario.params.min_quota,
+            least_quota: scenario.least_quota,
+            min_quota: 0,
             policy: scenario.kind.name(),
             refusal: None,
             imbalance_before: 0.0,
@@ -115,7 +119,8 @@ impl Line {
             digest: None,
         };
         match planned {
-            Ok(Replan { anatomy, digest, max_fanout }) => {
+            Ok(Replan { anatomy, digest, max_fanout, min_quota }) => {
+                line.min_quota = min_quota;
                 line.imbalance_before = anatomy.imbalance_before();
                 line.imbalance_after = anatomy.imbalance_after();
                 line.replicas = anatomy.plan.replicas();
@@ -148,7 +153,7 @@ impl Replans {
             Column::number("remote", "tokens processed away from their source").minor(2),
             Column::time("weight sync", "by the planned transfers, chunk by chunk").minor(1),
             Column::time("if direct", "the same if home ranks sent everything").minor(5),
-            Column::time("predicted", "forward of the layer without relays"),
+            Column::time("predicted", "forward of the layer by the hardware model"),
         ]);
         for line in self.plans.iter().filter(|line| line.refusal.is_none()) {
             table.row([

@@ -1,7 +1,6 @@
 //! SVG plots of a record: bars of the paper beside bars of the simulation, one file a metric; lines where a case was run along an
 //! axis, one file a case and metric, the paper's points as circles.
 
-use std::fmt::Display;
 use std::path::{Path, PathBuf};
 
 use plotters::coord::Shift;
@@ -11,23 +10,11 @@ use ultraep_run::write_atomically;
 use super::plan_file::Metric;
 use super::record::{CaseRecord, Record};
 use crate::error::CliError;
+use crate::svg::{GRID, LINES, legend, text};
 
 const SIZE: (u32, u32) = (1100, 480);
 const PAPER: RGBColor = RGBColor(0xb8, 0xbe, 0xc6);
 const SIMULATED: RGBColor = RGBColor(0x1f, 0x6f, 0xb2);
-const GRID: RGBColor = RGBColor(0xe3, 0xe6, 0xea);
-/// Lines of systems, in order; distinguishable without color vision by their order at the right end.
-const LINES: [RGBColor; 8] = [
-    RGBColor(0x4d, 0x4d, 0x4d),
-    RGBColor(0xd5, 0x5e, 0x00),
-    RGBColor(0xe6, 0x9f, 0x00),
-    RGBColor(0xcc, 0x79, 0xa7),
-    RGBColor(0x56, 0xb4, 0xe9),
-    RGBColor(0x00, 0x72, 0xb2),
-    RGBColor(0x00, 0x9e, 0x73),
-    RGBColor(0x99, 0x99, 0x33),
-];
-
 /// A bar: case, system, the paper's value, the simulated one.
 type Bar<'a> = (&'a str, &'a str, Option<f64>, f64);
 
@@ -100,11 +87,6 @@ fn lines_of<'a>(cases: &'a [CaseRecord], case: &str, metric: Metric) -> (&'stati
     (axis, lines)
 }
 
-/// Any error of drawing, in words.
-fn text(error: impl Display) -> String {
-    error.to_string()
-}
-
 fn tallest(values: impl Iterator<Item = f64>) -> f64 {
     (values.fold(0.0, f64::max) * 1.15).max(1e-9)
 }
@@ -137,24 +119,11 @@ fn bar_plot(title: &str, metric: Metric, bars: &[Bar<'_>]) -> Result<String, Str
                 .label(if paper { "paper" } else { "simulated" })
                 .legend(move |(x, y)| Rectangle::new([(x, y - 5), (x + 12, y + 5)], color.filled()));
         }
-        legend(&mut chart)?;
+        legend(&mut chart, SeriesLabelPosition::UpperLeft)?;
         names(&area, |place| chart.backend_coord(&(place, 0.0)), bars)?;
         area.present().map_err(text)?;
     }
     Ok(svg)
-}
-
-/// A chart over two axes of numbers.
-type Chart<'a, 'b> = ChartContext<
-    'a,
-    SVGBackend<'b>,
-    Cartesian2d<plotters::coord::types::RangedCoordf64, plotters::coord::types::RangedCoordf64>,
->;
-
-fn legend<'a, 'b: 'a>(chart: &mut Chart<'a, 'b>) -> Result<(), String> {
-    let mut labels = chart.configure_series_labels();
-    labels.position(SeriesLabelPosition::UpperLeft).background_style(WHITE).border_style(GRID);
-    labels.draw().map_err(text)
 }
 
 /// The system under each bar, in one of two lines so that neighbours do not touch; the case under the first of its bars.
@@ -211,7 +180,7 @@ fn line_plot(title: &str, (axis, metric): (&str, Metric), lines: &[Line<'_>]) ->
                 points.iter().filter_map(|&(x, paper, _)| Some(Circle::new((x, paper?), 5, color.stroke_width(2))));
             chart.draw_series(paper).map_err(text)?;
         }
-        legend(&mut chart)?;
+        legend(&mut chart, SeriesLabelPosition::UpperLeft)?;
         area.present().map_err(text)?;
     }
     Ok(svg)

@@ -51,7 +51,7 @@ use alloc::vec::Vec;
 use crate::draft::{Emitter, Move, total_slots};
 use crate::{
     Domain, DomainOutcome, HardwareModel, Plan, PlanRules, Policy, PolicyFactory, PolicyRefused, Problem, Ratio,
-    SlotRule, SolveError, SplitRule, StopReason, Topology,
+    SlotRule, SolveError, SplitRule, StopReason, Topology, TransferModelError,
 };
 use construct::{Builder, Order, Small, Style, Waste};
 use field::Field;
@@ -159,8 +159,15 @@ impl Ultraep {
 
     /// The cost-aware planner, policy `ultraep-cost`: of masters only and of plans at many thresholds from `params.beta`
     /// up, the one with the least predicted time under `model`.
-    pub fn cost_aware(topology: &Topology, params: UltraepParams, model: HardwareModel) -> Self {
-        Self { pricer: Some(Pricer::new(topology, model)), ..Self::new(topology, params) }
+    ///
+    /// # Errors
+    /// [`TransferModelError`] when an expert of `model` has no size or takes longer than transfers may.
+    pub fn cost_aware(
+        topology: &Topology,
+        params: UltraepParams,
+        model: HardwareModel,
+    ) -> Result<Self, TransferModelError> {
+        Ok(Self { pricer: Some(Pricer::new(topology, model)?), ..Self::new(topology, params) })
     }
 
     fn solve_domain(&mut self, domain: Domain) -> DomainOutcome {
@@ -273,7 +280,7 @@ impl Ultraep {
 
     /// Keeps the candidate with the least predicted time; returns its threshold.
     fn cheapest(&mut self, pricer: &mut Pricer, goal: u32, largest: u32) -> u32 {
-        let (price, sends) = pricer.price(&self.topology, &self.field, &[]);
+        let (price, sends) = pricer.price(&self.topology, &self.field, &[], u64::MAX);
         let mut best = ((price, 0, sends), largest);
         let (mut low, mut high) = (goal, largest);
         for pass in 0..PASSES {
@@ -298,7 +305,7 @@ impl Ultraep {
                 }
                 fits = true;
                 self.leveller.level(&self.topology, &self.field, tau, &mut self.builder.moves);
-                let (price, sends) = pricer.price(&self.topology, &self.field, &self.builder.moves);
+                let (price, sends) = pricer.price(&self.topology, &self.field, &self.builder.moves, best.0.0);
                 let score = (price, self.builder.moves.len(), sends);
                 if score < best.0 {
                     *best = (score, tau);

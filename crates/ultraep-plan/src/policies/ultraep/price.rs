@@ -7,15 +7,19 @@
 //! ties: fewer replicas, then fewer sends of a rank, then the earlier candidate
 //! ```
 //!
-//! Every candidate is a plan within its threshold; the prediction (module `cost`) decides what the threshold is worth.
-//! Each domain is priced alone. Cost: about `POINTS * PASSES` times a plain solve.
+//! Every candidate is a plan within its threshold; the prediction (module `cost`) decides what the threshold is worth: tokens
+//! as the exact split leaves them, weight sync by the transfer planner's estimate with its relays (within 5% of the clock's
+//! time). Each domain is priced alone. Cost: about `POINTS * PASSES` times a plain solve and an estimate of its transfers.
 
 use alloc::vec;
 use alloc::vec::Vec;
 
 use crate::draft::Move;
 use crate::policies::ultraep::field::Field;
-use crate::{Domain, HardwareModel, Problem, Rank, Topology};
+use crate::{
+    Domain, HardwareModel, Prediction, Problem, Rank, Topology, TransferModelError, TransferParams, TransferPlanner,
+    Transfers,
+};
 
 /// Thresholds of one pass.
 const POINTS: usize = 6;
@@ -26,67 +30,111 @@ pub(crate) const PASSES: usize = 3;
 #[derive(Clone, Debug)]
 pub(crate) struct Pricer {
     pub(crate) model: HardwareModel,
-    /// Most tokens that a source rank of the domain sends.
-    sent_tokens: u32,
+    planner: TransferPlanner,
+    transfers: Transfers,
+    /// Experts of the domain.
+    width: usize,
+    /// Counts of the domain's ranks for the domain's experts, `[G, E of the domain]`.
+    counts: Vec<u32>,
+    /// Tokens of each source of the domain, `[G]`.
+    sources: Vec<u64>,
     /// What is left on masters, `[E]` of the domain.
     left: Vec<u32>,
-    /// Work at full speed, tokens, copies sent and received, `[G]`.
+    /// Work at full speed, tokens, tokens that stay on their source's rank, copies sent, `[G]`.
     work_ps: Vec<u64>,
-    tokens: Vec<u32>,
+    tokens: Vec<u64>,
+    local: Vec<u64>,
     sends: Vec<u32>,
     receives: Vec<u32>,
 }
 
 impl Pricer {
-    pub(crate) fn new(topology: &Topology, model: HardwareModel) -> Self {
+    pub(crate) fn new(topology: &Topology, model: HardwareModel) -> Result<Self, TransferModelError> {
         let ranks = topology.domain_ranks();
-        Self {
+        let experts = |d| topology.domain_experts(Domain::new(d)).len();
+        let width = (0..topology.domains()).map(experts).max().unwrap_or(0);
+        Ok(Self {
             model,
-            sent_tokens: 0,
+            planner: TransferPlanner::new(topology, model.transfer_model(), TransferParams::default())?,
+            transfers: Transfers::new(topology),
+            width: 0,
+            counts: Vec::with_capacity(ranks * width),
+            sources: vec![0; ranks],
             left: Vec::with_capacity(topology.experts()),
             work_ps: vec![0; ranks],
             tokens: vec![0; ranks],
+            local: vec![0; ranks],
             sends: vec![0; ranks],
             receives: vec![0; ranks],
-        }
+        })
     }
 
     /// Takes what the sources of a domain send.
     pub(crate) fn enter(&mut self, problem: &Problem<'_>, domain: Domain) {
-        let ranks = problem.topology().domain_range(domain);
-        self.sent_tokens = ranks.map(|r| problem.row(r).iter().sum()).max().unwrap_or(0);
+        let topology = problem.topology();
+        let experts = topology.domain_experts(domain);
+        self.width = experts.len();
+        self.counts.clear();
+        for (rank, source) in topology.domain_range(domain).zip(&mut self.sources) {
+            let row = problem.row(rank);
+            *source = row.iter().map(|&count| u64::from(count)).sum();
+            self.counts.extend_from_slice(&row[experts.clone()]);
+        }
     }
 
-    /// Predicted time with these replicas, and the most copies that a rank sends.
-    pub(crate) fn price(&mut self, topology: &Topology, field: &Field, moves: &[Move]) -> (u64, u32) {
+    /// Predicted time with these replicas, and the most copies that a rank sends. A candidate that is slower than `limit_ps`
+    /// before its transfers are looked at costs `u64::MAX`.
+    pub(crate) fn price(&mut self, topology: &Topology, field: &Field, moves: &[Move], limit_ps: u64) -> (u64, u32) {
         self.left.clear();
         self.left.extend_from_slice(&field.experts);
         self.work_ps.fill(0);
-        self.tokens.copy_from_slice(&field.load);
+        self.local.fill(0);
+        self.tokens.iter_mut().zip(&field.load).for_each(|(tokens, &load)| *tokens = u64::from(load));
         self.sends.fill(0);
         self.receives.fill(0);
         for m in moves {
             let (expert, to) = (m.expert as usize - field.first_expert, m.rank as usize - field.first_rank);
             let home = topology.homes()[m.expert as usize].index() - field.first_rank;
             self.left[expert] -= m.quota;
-            self.tokens[home] -= m.quota;
-            self.tokens[to] += m.quota;
+            self.tokens[home] -= u64::from(m.quota);
+            self.tokens[to] += u64::from(m.quota);
+            self.local[to] += u64::from(m.quota.min(self.counts[to * self.width + expert]));
             self.sends[home] += 1;
             self.receives[to] += 1;
-            self.work_ps[to] = self.work_ps[to].saturating_add(self.model.instance_ps(m.quota));
+            self.work_ps[to] = self.work_ps[to].saturating_add(self.model.instance_ps(m.quota.into()));
         }
-        let (mut experts_ps, mut tokens, mut copies) = (0, self.sent_tokens, 0);
+        let (mut experts_ps, mut busiest) = (0, 0);
         for r in 0..field.ranks() {
-            let masters = self.left[field.experts_of(r)].iter().map(|&l| self.model.instance_ps(l));
-            let work = masters.fold(self.work_ps[r], u64::saturating_add);
+            let mut work = self.work_ps[r];
+            for expert in field.experts_of(r) {
+                work = work.saturating_add(self.model.instance_ps(self.left[expert].into()));
+                self.local[r] += u64::from(self.left[expert].min(self.counts[r * self.width + expert]));
+            }
             experts_ps = experts_ps.max(self.model.at_speed_ps(work, topology.speed(Rank::new(field.first_rank + r))));
-            tokens = tokens.max(self.tokens[r]);
-            copies = copies.max(self.sends[r]).max(self.receives[r]);
+            busiest = busiest.max(self.sources[r] - self.local[r]).max(self.tokens[r] - self.local[r]);
         }
-        let sync = self.model.reroute_ps.max(self.model.weight_sync_ps(copies));
-        let total = self.model.plan_ps.saturating_add(sync);
-        let total = total.saturating_add(self.model.all_to_all_ps(tokens)).saturating_add(experts_ps);
-        (total, self.sends.iter().copied().max().unwrap_or(0))
+        let sends = self.sends.iter().copied().max().unwrap_or(0);
+        let overhead = self.model.overhead(topology, moves.len(), self.least_sync_ns());
+        let mut prediction = Prediction {
+            plan_ps: overhead.plan_ps,
+            reroute_ps: overhead.reroute_ps,
+            weight_sync_ps: overhead.sync_ns.saturating_mul(1000),
+            all_to_all_ps: self.model.all_to_all_ps(busiest),
+            experts_ps,
+        };
+        if prediction.total_ps() > limit_ps {
+            return (u64::MAX, sends);
+        }
+        self.transfers.list_moves(topology, moves);
+        prediction.weight_sync_ps = self.planner.estimate_ns(&self.transfers).saturating_mul(1000);
+        (prediction.total_ps(), sends)
+    }
+
+    /// What the busiest receiver takes at least.
+    fn least_sync_ns(&self) -> u64 {
+        let most = self.receives.iter().copied().max().unwrap_or(0);
+        let model = self.planner.model();
+        u64::from(most) * model.chunks() * model.receive_ns
     }
 }
 
