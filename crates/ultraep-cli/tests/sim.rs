@@ -201,3 +201,99 @@ fn bad_plans_name_the_line_the_field_and_what_is_allowed() {
     sim(&["no-such-plan"]).assert().code(2).stderr(predicate::str::contains("allowed are a file or calibrate"));
     sim(&[]).assert().code(2).stderr(predicate::str::contains("no plan"));
 }
+
+/// One layer of 16 sources and 128 experts, `scale` times as many tokens of the same routing.
+fn recorded(folder: &std::path::Path, name: &str, scale: u32) -> String {
+    let row =
+        |rank: u32| (0..128).map(|e| (scale * (4 + (e * 7 + rank * 3) % 61 / 10)).to_string()).collect::<Vec<_>>();
+    let rows: Vec<String> = (0..16).map(|rank| row(rank).join(",")).collect();
+    let path = folder.join(name);
+    fs::write(&path, rows.join("\n") + "\n").expect("written");
+    format!("load = {{ recording = {:?} }}", path.to_str().expect("UTF-8"))
+}
+
+#[test]
+fn a_recording_is_simulated_at_the_size_of_the_case() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let figures = |scale: u32| {
+        let load = recorded(folder.path(), &format!("{scale}.csv"), scale);
+        let (_folder, path) = plan(&SMALL.replace("load = { none = 1.8 }", &load));
+        let record = json(&[&path]);
+        let rows = record["cases"][0]["rows"].as_array().expect("rows").clone();
+        let none = |metric: &str| {
+            let row = rows.iter().find(|r| r["system"] == "none" && r["metric"] == metric).expect("a row");
+            row["simulated"].as_f64().expect("a number")
+        };
+        (none("tflops"), none("imbalance"))
+    };
+    let (small, large) = (figures(1), figures(64));
+    assert!((small.0 / large.0 - 1.0).abs() < 0.01, "{small:?} {large:?}");
+    assert!((small.1 / large.1 - 1.0).abs() < 0.01, "{small:?} {large:?}");
+}
+
+#[test]
+fn a_recording_of_another_model_is_refused() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("log.jsonl");
+    let line = |token: u32| {
+        let ids: Vec<String> = (0..4).map(|k| ((token * 13 + k * 17) % 60).to_string()).collect();
+        format!("{{\"type\": \"route\", \"layer\": 0, \"token_idx\": {token}, \"topk_ids\": [{}]}}\n", ids.join(", "))
+    };
+    fs::write(&path, (0..400).map(line).collect::<String>()).expect("written");
+    let load = |more: &str| format!("tokens = 16\nload = {{ recording = {:?}{more} }}", path.to_str().expect("UTF-8"));
+    for (more, words) in [
+        ("", "experts up to 59 occur in it, the case has 128: give `experts = 60`"),
+        (", recorded_experts = 128", "top-4 is recorded, the case has top-8: give `top_k = 4`"),
+        (", recorded_experts = 64", "64 experts are recorded, the case has 128"),
+    ] {
+        let (_folder, plan) = plan(&SMALL.replace("load = { none = 1.8 }", &load(more)));
+        let one_line = predicate::str::contains(words).and(predicate::str::contains("\n").count(1));
+        sim(&[&plan]).assert().code(2).stdout("").stderr(one_line);
+    }
+    let (_folder, fits) =
+        plan(&SMALL.replace("load = { none = 1.8 }", &format!("experts = 60\ntop_k = 4\n{}", load(""))));
+    sim(&[&fits]).assert().success();
+}
+
+#[test]
+fn a_shipped_plan_is_printed() {
+    sim(&["--print", "figure-11"]).assert().success().stdout(include_str!("../../../sims/figure-11.toml"));
+    sim(&["figure-15", "--print"]).assert().success().stdout(predicate::str::contains("[grid]"));
+    sim(&["--print", "mine.toml"])
+        .assert()
+        .code(2)
+        .stderr(predicate::str::contains("allowed are calibrate, figure-11"));
+}
+
+#[test]
+fn what_an_experiment_cannot_show_is_refused_before_it_runs() {
+    for plan in ["figure-15", "figure-16", "sweep", "figure-12"] {
+        let words = "which has no step to show: allowed are plans of training\n";
+        sim(&[plan, "--trace", "t.json"]).assert().code(2).stdout("").stderr(predicate::str::contains(words));
+    }
+    sim(&["sweep", "--svg", "plots"]).assert().code(2).stderr(predicate::str::contains("which has no plots"));
+}
+
+#[test]
+fn calibration_is_json_where_json_is_asked_for() {
+    let text = include_str!("../../../sims/paper-rack.toml");
+    let record = json(&["calibrate"]);
+    assert_eq!(record["schema"], "ultraep.sim-calibration/1");
+    let rate = record["calibrated"]["forward_flops_per_s"].as_u64().expect("a rate");
+    assert!(text.replace('_', "").contains(&format!("forwardflopspers = {rate}")), "{rate}");
+}
+
+/// Slots cost memory: of the two groups only one has configurations in which all systems fit, and only they are compared.
+#[test]
+fn columns_of_a_sweep_are_means_over_the_same_configurations() {
+    let text = SMALL
+        .replace("\"training\"", "\"sweep\"")
+        .replace("load = { none = 1.8 }", "load = { none = 1.8, eplb = 1.4 }");
+    let (_folder, path) = plan(&format!("{text}\n[sweep]\nranks = [8, 64]\nslots = [1, 4]\n"));
+    let record = json(&[&path]);
+    let points = record["points"].as_array().expect("points");
+    let none = |point: &Value| point["imbalance"]["none"].as_f64().expect("a number");
+    assert_eq!(none(&points[0]), none(&points[1]), "one load for all slots: {record}");
+    assert_eq!(none(&points[2]), none(&points[3]), "one load for all slots: {record}");
+    sim(&[&path]).assert().success().stdout(predicate::str::contains("all fit").and(predicate::str::contains("-")));
+}

@@ -90,7 +90,7 @@ impl LoadProcess {
         })
     }
 
-    /// One that gives recorded counts; of `params` only the shape and the seed matter.
+    /// One that gives recorded choices, scaled to the tokens of a rank; of `params` only the shape and the tokens matter.
     pub fn recorded(params: ProcessParams, loads: Arc<RecordedLoads>) -> Result<Self, SimError> {
         let (ranks, experts) = (loads.ranks() as u64, loads.experts() as u64);
         within("ranks of a load process", u64::from(params.ranks), ranks, ranks)?;
@@ -119,6 +119,8 @@ impl LoadProcess {
     ) {
         let ProcessParams { ranks, experts, seed, skew_milli, drift_milli, spread_milli, .. } = self.params;
         if let Some(recorded) = self.recorded.clone() {
+            let tokens_per_rank = self.params.tokens_per_rank;
+            let tokens = |source| tokens(source).unwrap_or(tokens_per_rank);
             return self.as_recorded(recorded.counts(layer, step, microbatch), tokens, out);
         }
         let moment = u64::from(step) << 32 | u64::from(microbatch);
@@ -142,16 +144,15 @@ impl LoadProcess {
         }
     }
 
-    /// Recorded counts; a source with tokens of its own shares their choices as the recorded ones are shared, those of all
-    /// sources where it has none recorded.
-    fn as_recorded(&mut self, recorded: &[u32], tokens: impl Fn(usize) -> Option<u32>, out: &mut Vec<u32>) {
+    /// Every source shares the choices of its tokens as the recorded ones are shared, those of all sources where it has none
+    /// recorded: what is simulated is the recorded routing at the size of the case, not the size of the recording.
+    fn as_recorded(&mut self, recorded: &[u32], tokens: impl Fn(usize) -> u32, out: &mut Vec<u32>) {
         let experts = self.params.experts as usize;
         out.clear();
         out.extend_from_slice(recorded);
         let mut all = Vec::new();
         expert_loads(recorded, experts, &mut all);
         for (source, row) in out.chunks_mut(experts).enumerate() {
-            let Some(tokens) = tokens(source) else { continue };
             let own = row.iter().any(|&count| count > 0);
             let of = |(&count, &sum): (&u32, &u64)| if own { u64::from(count) } else { sum };
             self.weights.clear();
@@ -162,7 +163,7 @@ impl LoadProcess {
                 self.weights.iter_mut().for_each(|weight| *weight = (*weight << 20).max(1));
             }
             row.fill(0);
-            self.fill(source, tokens, row);
+            self.fill(source, tokens(source), row);
         }
     }
 
@@ -275,9 +276,13 @@ mod tests {
         let mut process = LoadProcess::recorded(shape, loads).unwrap();
         let mut counts = Vec::new();
         process.counts(0, 0, 0, &mut counts);
-        assert_eq!(counts, recorded, "as they are where no source has tokens of its own");
+        assert_eq!(counts, [30, 10, 0, 0, 30, 10, 0, 0], "the second source has none recorded, but 40 tokens like all");
+        let small = Arc::new(RecordedLoads::new((2, 4), 1, vec![vec![vec![3, 1, 0, 0, 0, 0, 2, 2]]]).unwrap());
+        let mut scaled = LoadProcess::recorded(shape, small).unwrap();
+        scaled.counts(0, 0, 0, &mut counts);
+        assert_eq!(counts, [30, 10, 0, 0, 0, 0, 20, 20], "a tenth of the tokens recorded is the same load");
         process.counts_of(0, (0, 0), |_| Some(8), &mut counts);
-        assert_eq!(counts, [6, 2, 0, 0, 6, 2, 0, 0], "the second source has none recorded");
+        assert_eq!(counts, [6, 2, 0, 0, 6, 2, 0, 0], "batches of other sizes");
         let both = ProcessParams { top_k: 2, ..shape };
         process.params = both;
         process.counts_of(0, (0, 0), |source| Some(10 * source as u32), &mut counts);

@@ -92,7 +92,7 @@ pub struct StepSpec {
     pub layers_sampled: u32,
     /// The load.
     pub process: ProcessParams,
-    /// Recorded counts instead; `process` then only gives the shape and the seed.
+    /// Recorded routing instead, scaled to the tokens of the batch; `process` then only gives shape and tokens.
     pub recorded: Option<Arc<RecordedLoads>>,
     /// Speed weights of the ranks, `[N]`; empty for full speed.
     pub speeds: Vec<u32>,

@@ -2,11 +2,13 @@
 
 use std::io::Write;
 
+use serde::Serialize;
 use ultraep_sim::Calibrated;
 use ultraep_sim::calibrate::{Breakdown, Target, calibrate};
 
 use super::plan_file::{Calibration, Plan};
 use super::training::prepare;
+use crate::commands::write_json;
 use crate::error::CliError;
 use crate::output::Output;
 
@@ -32,9 +34,24 @@ fn target(from: &Calibration) -> Target {
     }
 }
 
-/// Prints the section of the machine file.
-pub(super) fn run(plan: &Plan, out: &mut Output<'_>) -> Result<(), CliError> {
-    let c = constants(plan)?;
+/// `ultraep.sim-calibration/1`.
+#[derive(Debug, Serialize)]
+struct Json<'a> {
+    schema: &'static str,
+    title: &'a str,
+    machine: &'a str,
+    /// As `[calibrated]` of a machine file has them.
+    calibrated: Calibrated,
+}
+
+/// Prints the section of the machine file, or JSON.
+pub(super) fn run(plan: &Plan, json: bool, out: &mut Output<'_>) -> Result<(), CliError> {
+    let calibrated = constants(plan)?;
+    if json {
+        let (title, machine) = (plan.title.as_str(), plan.machine.as_str());
+        return write_json(out, &Json { schema: "ultraep.sim-calibration/1", title, machine, calibrated });
+    }
+    let c = calibrated;
     writeln!(out, "[calibrated]")?;
     for (name, value) in [
         ("forward_flops_per_s", c.forward_flops_per_s),

@@ -12,6 +12,7 @@ mod sweep;
 mod timeline;
 mod training;
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use self::files::{PLANS, machine, plan, systems};
@@ -30,6 +31,7 @@ pub(crate) const EXAMPLES: &str = "Examples:
   ultraep sim figure-13 --svg plots        with plots
   ultraep sim figure-11 --trace step.json  with a timeline of a step
   ultraep sim my-plan.toml --json          a plan of your own
+  ultraep sim --print figure-11 > my.toml  a shipped plan, to start your own from
   ultraep sim calibrate                    how the machine's constants were fitted";
 
 /// Plan file and output.
@@ -39,7 +41,10 @@ pub(crate) struct Args {
     /// A plan file, or the name of one that comes with the program
     #[arg(value_name = "PLAN")]
     plan: Option<String>,
-    /// JSON (schema ultraep.sim/1) instead of tables
+    /// Print the plan file as it comes with the program, and run nothing
+    #[arg(long, conflicts_with_all = ["json", "svg", "trace", "fidelity", "seed", "threads"])]
+    print: bool,
+    /// JSON (schemas ultraep.sim/1, ultraep.sim-sweep/1, ultraep.sim-calibration/1) instead of tables
     #[arg(long)]
     json: bool,
     /// Write SVG plots into this folder, one a metric
@@ -63,12 +68,20 @@ pub(crate) fn run(args: &Args, out: &mut Output<'_>) -> Result<(), CliError> {
     let Some(name) = &args.plan else {
         return Err(CliError::Input(format!("no plan: allowed are a file or one of {}", known())));
     };
+    if args.print {
+        let Some((_, text)) = PLANS.iter().find(|(shipped, _)| shipped == name) else {
+            return Err(CliError::Input(format!("--print {name}: allowed are {}", known())));
+        };
+        write!(out, "{text}")?;
+        return Ok(());
+    }
     let mut plan = plan(name)?;
+    has_outputs(args, name, plan.experiment)?;
     plan.fidelity = args.fidelity.unwrap_or(plan.fidelity);
     plan.seed = args.seed.unwrap_or(plan.seed);
     let threads = args.threads.unwrap_or_else(cores);
     if plan.experiment == Experiment::Calibration {
-        return calibration::run(&plan, out);
+        return calibration::run(&plan, args.json, out);
     }
     if plan.experiment == Experiment::Sweep {
         let record = sweep::run(&plan, threads)?;
@@ -90,6 +103,23 @@ pub(crate) fn run(args: &Args, out: &mut Output<'_>) -> Result<(), CliError> {
         trace(&plan, path)?;
     }
     if args.json { write_json(out, &record) } else { record.print(out) }
+}
+
+/// Refuses what an experiment of this kind has no output for, before anything is run.
+fn has_outputs(args: &Args, name: &str, experiment: Experiment) -> Result<(), CliError> {
+    let kind = experiment.name();
+    if args.trace.is_some() && experiment != Experiment::Training {
+        return Err(CliError::Input(format!(
+            "--trace: {name} is an experiment of {kind}, which has no step to show: allowed are plans of training"
+        )));
+    }
+    if args.svg.is_some() && matches!(experiment, Experiment::Sweep | Experiment::Calibration) {
+        return Err(CliError::Input(format!(
+            "--svg: {name} is an experiment of {kind}, which has no plots: allowed are plans of training, balancing and \
+             prefill"
+        )));
+    }
+    Ok(())
 }
 
 fn fidelity(text: &str) -> Result<Fidelity, String> {

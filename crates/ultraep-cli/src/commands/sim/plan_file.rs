@@ -72,6 +72,9 @@ pub(super) struct Paper {
 pub(super) struct Load {
     /// A recording instead: a file or folder that `ultraep replay` reads.
     pub(super) recording: Option<PathBuf>,
+    /// Routed experts of the recorded model, where the recording does not say and its last experts never occur.
+    #[serde(default, deserialize_with = "optional::<1, 4096, _>")]
+    pub(super) recorded_experts: Option<u32>,
     /// Mean imbalance as routed, to fit to.
     #[serde(default, deserialize_with = "imbalance")]
     pub(super) none: Option<u64>,
@@ -299,4 +302,71 @@ fn imbalance<'de, D: Deserializer<'de>>(from: D) -> Result<Option<u64>, D::Error
         return Ok(Some(permille as u64));
     }
     Err(D::Error::custom(format!("imbalance {got}: allowed are 1.0 (even) to 64.0")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde::de::DeserializeOwned;
+
+    const DOCS: &str = include_str!("../../../../../docs/simulator.md");
+
+    /// Rows of the table under a heading: key and default.
+    fn documented(heading: &str) -> Vec<(String, String)> {
+        let (_, rest) = DOCS.split_once(&format!("\n### {heading}\n")).expect(heading);
+        let section = rest.split("\n### ").next().expect("a section");
+        let cells =
+            |line: &str| line.split('|').map(|cell| cell.trim().trim_matches('`').to_owned()).collect::<Vec<_>>();
+        let rows = section.lines().filter(|line| line.starts_with("| `"));
+        rows.map(|line| (cells(line)[1].clone(), cells(line)[3].clone())).collect()
+    }
+
+    /// Keys are those of the parser, defaults what it takes where a key is not given.
+    fn check<T: DeserializeOwned + PartialEq + std::fmt::Debug>(heading: &str, least: &str) {
+        let documented = documented(heading);
+        let refused = toml::from_str::<T>(&format!("{least}\nno_such_key = 1\n")).expect_err("unknown").to_string();
+        let known: Vec<&str> = refused.split('`').skip(1).step_by(2).filter(|word| *word != "no_such_key").collect();
+        let keys: Vec<&str> = documented.iter().map(|(key, _)| key.as_str()).collect();
+        let mut sorted = (keys.clone(), known.iter().copied().filter(|k| !k.contains(' ')).collect::<Vec<_>>());
+        sorted.0.sort_unstable();
+        sorted.1.sort_unstable();
+        sorted.1.dedup();
+        assert_eq!(sorted.0, sorted.1, "{heading}: {refused}");
+        let plain: T = toml::from_str(least).expect(heading);
+        for (key, default) in &documented {
+            let is_required = least.lines().any(|line| line.starts_with(&format!("{key} = ")));
+            assert_eq!(default == "-", is_required, "{heading}: {key}");
+            if is_required {
+                let without: Vec<&str> = least.lines().filter(|line| !line.starts_with(&format!("{key} = "))).collect();
+                assert!(toml::from_str::<T>(&without.join("\n")).is_err(), "{heading}: {key} is not required");
+            } else if !default.is_empty() {
+                let given: T = toml::from_str(&format!("{least}\n{key} = {default}\n")).expect(key);
+                assert_eq!(given, plain, "{heading}: {key} = {default} is not the default");
+            }
+        }
+    }
+
+    #[test]
+    fn every_key_is_documented_with_its_default() {
+        check::<Plan>("Top level", "title = \"\"\nexperiment = \"training\"\nmachine = \"m\"");
+        check::<Case>("`[[case]]`", "name = \"\"\nmodel = \"m\"");
+        check::<Load>("`load`", "");
+        check::<SlowRank>("`slow`", "rank = 1\nspeed_percent = 50");
+        check::<Paper>("`paper`", "system = \"none\"\nmetric = \"tflops\"\nvalue = 1.0");
+        check::<Grid>("`[grid]`", "ratios = [2.0]\nworkload = \"process\"");
+        check::<Sweep>("`[sweep]`", "");
+        check::<Prefill>("`[prefill]`", "rates = [10]");
+        let times = |name| format!("{name} = [1.0, 1.0, 1.0]\n");
+        let names = ["ideal_forward_ms", "ideal_backward_ms", "none_forward_ms", "none_backward_ms"];
+        check::<Calibration>("`[calibration]`", &format!("ideal_tflops = 1.0\n{}", names.map(times).concat()));
+    }
+
+    #[test]
+    fn the_plans_in_the_docs_are_plans() {
+        let blocks: Vec<&str> = DOCS.split("```toml\n").skip(1).filter_map(|rest| rest.split("```").next()).collect();
+        let kinds: Vec<Experiment> =
+            blocks.iter().map(|text| toml::from_str::<Plan>(text).expect(text).experiment).collect();
+        let all = [Experiment::Training, Experiment::Balancing, Experiment::Sweep, Experiment::Prefill];
+        assert_eq!(kinds, all);
+    }
 }

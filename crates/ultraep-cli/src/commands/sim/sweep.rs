@@ -1,13 +1,13 @@
 //! A grid of configurations: where balancing pays, what slots, domains and links are worth.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io::Write;
 
 use serde::Serialize;
 
 use super::files::{model, systems};
 use super::plan_file::{Case, Metric, Plan, Sweep};
-use super::training::{figures, in_parallel, prepare, relate, step};
+use super::training::{Ready, figures, in_parallel, prepare, prepare_like, relate, step};
 use crate::error::{CliError, note};
 use crate::output::Output;
 use crate::table::{Cell, Column, Table};
@@ -46,8 +46,16 @@ struct Point {
     imbalance: BTreeMap<String, f64>,
     /// By system: memory of the fullest rank.
     memory_bytes: BTreeMap<String, u64>,
-    /// Systems that a rank has too little memory for; they are in no mean.
+    /// Systems that a rank has too little memory for. Tables take means over the points where this has none of the systems
+    /// shown.
     does_not_fit: Vec<String>,
+}
+
+impl Point {
+    /// Whether a rank has memory enough for all of `systems`, and for `ideal`, which they are compared with.
+    fn fits(&self, systems: &[&String]) -> bool {
+        !self.does_not_fit.iter().any(|name| name == "ideal" || systems.contains(&name))
+    }
 }
 
 /// One value of a configuration.
@@ -75,9 +83,9 @@ pub(super) fn run(plan: &Plan, threads: usize) -> Result<SweepRecord, CliError> 
     }
     let mut cases = Vec::new();
     let mut left_out = 0;
-    for base in &plan.case {
+    for (index, base) in plan.case.iter().enumerate() {
         for case in combinations(base, sweep) {
-            if exists(&case)? { cases.push(case) } else { left_out += 1 }
+            if exists(&case)? { cases.push((index, case)) } else { left_out += 1 }
         }
     }
     if cases.is_empty() || cases.len() > MAX_CONFIGURATIONS {
@@ -87,10 +95,25 @@ pub(super) fn run(plan: &Plan, threads: usize) -> Result<SweepRecord, CliError> 
             plan.title
         )));
     }
+    // One load for all that differ in slots, domain and links only: fitted anew, each would have another.
+    let (mut origins, mut of_case, mut known) = (Vec::new(), Vec::with_capacity(cases.len()), HashMap::new());
+    for (base, case) in &cases {
+        // All that a combination may change beside slots, domain and links.
+        let key = (*base, case.ranks, case.tokens, case.top_k);
+        of_case.push(*known.entry(key).or_insert_with(|| {
+            origins.push(origin(&plan.case[*base], case));
+            origins.len() - 1
+        }));
+    }
+    let fit = |index: usize| prepare(&origins[index], &plan.machine, plan.seed);
+    let fitted = in_parallel(origins.len(), threads, fit)?;
     // Large groups first, so that no thread is left with one at the end.
     let mut order: Vec<usize> = (0..cases.len()).collect();
-    order.sort_by_key(|&index| std::cmp::Reverse(u64::from(cases[index].ranks).pow(2)));
-    let run = |place: usize| point(plan, &cases[order[place]]).map(|point| (order[place], point));
+    order.sort_by_key(|&index| std::cmp::Reverse(u64::from(cases[index].1.ranks).pow(2)));
+    let run = |place: usize| {
+        let index = order[place];
+        point(plan, &cases[index].1, &fitted[of_case[index]]).map(|point| (index, point))
+    };
     let mut points = in_parallel(order.len(), threads, run)?;
     points.sort_by_key(|(index, _)| *index);
     Ok(SweepRecord {
@@ -139,8 +162,14 @@ fn exists(case: &Case) -> Result<bool, CliError> {
     Ok(domain > 0 && case.ranks.is_multiple_of(domain) && experts >= case.ranks)
 }
 
-fn point(plan: &Plan, case: &Case) -> Result<Point, CliError> {
-    let ready = prepare(case, &plan.machine, plan.seed)?;
+/// The case whose load a configuration has: with the base's slots, domain and links.
+fn origin(base: &Case, case: &Case) -> Case {
+    let domain = base.domain.filter(|&domain| case.ranks.is_multiple_of(domain));
+    Case { slots: base.slots, domain, bandwidth_percent: base.bandwidth_percent, ..case.clone() }
+}
+
+fn point(plan: &Plan, case: &Case, fitted: &Ready) -> Result<Point, CliError> {
+    let ready = prepare_like(case, fitted, &plan.machine, plan.seed)?;
     let mut all = Vec::new();
     let (mut memory_bytes, mut does_not_fit) = (BTreeMap::new(), Vec::new());
     let mut before = 1.0;
@@ -174,16 +203,16 @@ fn point(plan: &Plan, case: &Case) -> Result<Point, CliError> {
     })
 }
 
-/// A system's mean share of `ideal` over the configurations that fit, and how many do not.
-fn share(points: &[&Point], system: &str) -> String {
-    let fits = |p: &&&Point| !p.does_not_fit.iter().any(|name| name == system);
-    let shares: Vec<f64> = points.iter().filter(fits).filter_map(|p| p.of_ideal.get(system).copied()).collect();
-    let mean = 100.0 * shares.iter().sum::<f64>() / shares.len() as f64;
-    match points.len() - shares.len() {
-        0 => format!("{mean:.1}%"),
-        all if all == points.len() => "does not fit".to_string(),
-        some => format!("{mean:.1}% ({some})"),
+/// A system's mean share of `ideal` over the configurations that all shown systems fit in, `common` of `points`; and in
+/// brackets how many of `points` it does not fit in itself.
+fn share(points: &[&Point], common: &[&Point], system: &str) -> String {
+    let too_large = points.iter().filter(|p| p.does_not_fit.iter().any(|name| name == system)).count();
+    let left_out = if too_large == 0 { String::new() } else { format!(" ({too_large})") };
+    if common.is_empty() {
+        return format!("-{left_out}");
     }
+    let shares = common.iter().filter_map(|p| p.of_ideal.get(system));
+    format!("{:.1}%{left_out}", 100.0 * shares.sum::<f64>() / common.len() as f64)
 }
 
 impl SweepRecord {
@@ -194,16 +223,21 @@ impl SweepRecord {
             note(format!("{} combinations cannot exist and are left out", self.left_out));
         }
         if self.points.iter().any(|point| !point.does_not_fit.is_empty()) {
-            writeln!(out, "In brackets: configurations that a rank has too little memory for; they are in no mean.")?;
+            writeln!(
+                out,
+                "Means are over the configurations that every system shown fits in (\"all fit\"), so that columns compare. In \
+                 brackets: configurations that a rank has too little memory for under that system."
+            )?;
         }
         let shown: Vec<&String> = self.systems.iter().filter(|name| *name != "ideal").collect();
         let mut columns = vec![
             Column::text("axis", "what is varied"),
             Column::number("value", "its value"),
             Column::number("configurations", "configurations with that value").minor(2),
-            Column::number("imbalance", "as routed, mean over them").minor(1),
+            Column::number("all fit", "of these, those that every system shown fits in: means are over them"),
+            Column::number("imbalance", "as routed, mean").minor(1),
         ];
-        let share_help = |at: usize| if at == 0 { "share of ideal throughput, mean over them" } else { "" };
+        let share_help = |at: usize| if at == 0 { "share of ideal throughput, mean" } else { "" };
         columns.extend(shown.iter().enumerate().map(|(at, name)| Column::number(name.as_str(), share_help(at))));
         let mut table = Table::new(columns).grouped_by(1);
         for (axis, value) in AXES {
@@ -215,14 +249,16 @@ impl SweepRecord {
             }
             for wanted in values {
                 let of: Vec<&Point> = self.points.iter().filter(|p| value(p) == wanted).collect();
-                let mean = |figure: &dyn Fn(&Point) -> f64| of.iter().map(|p| figure(p)).sum::<f64>() / of.len() as f64;
+                let common: Vec<&Point> = of.iter().copied().filter(|point| point.fits(&shown)).collect();
+                let before = common.iter().map(|point| point.imbalance_before).sum::<f64>() / common.len() as f64;
                 let mut row = vec![
                     Cell::text(axis),
                     Cell::count(wanted),
                     Cell::count(of.len()),
-                    Cell::number(mean(&|p| p.imbalance_before), 2),
+                    Cell::count(common.len()),
+                    if common.is_empty() { Cell::text("-") } else { Cell::number(before, 2) },
                 ];
-                row.extend(shown.iter().map(|name| Cell::text(share(&of, name))));
+                row.extend(shown.iter().map(|name| Cell::text(share(&of, &common, name))));
                 table.row(row);
             }
         }

@@ -29,6 +29,36 @@ pub(super) struct Ready {
 
 /// Prepares a case: reads its files and fits its load.
 pub(super) fn prepare(case: &Case, machine_name: &str, seed: u32) -> Result<Ready, CliError> {
+    let mut spec = spec(case, machine_name, seed)?;
+    if let Some(path) = &case.load.recording {
+        let shape = recording::Shape { ranks: spec.ranks, experts: spec.model.experts, top_k: spec.model.top_k };
+        let recorded = recording::read(path, case, shape)?;
+        spec.layers_sampled = spec.layers_sampled.min(recorded.layers() as u32);
+        spec.recorded = Some(Arc::new(recorded));
+        return Ok(Ready { spec, fit: None });
+    }
+    let fit = fit(case, &spec)?;
+    Ok(prepared(spec, fit))
+}
+
+/// As [`prepare`], with the load that `fitted` was fitted to: what differs between two cases must not change their load.
+pub(super) fn prepare_like(case: &Case, fitted: &Ready, machine_name: &str, seed: u32) -> Result<Ready, CliError> {
+    let mut spec = spec(case, machine_name, seed)?;
+    spec.recorded.clone_from(&fitted.spec.recorded);
+    spec.layers_sampled = spec.layers_sampled.min(fitted.spec.layers_sampled);
+    spec.process = fitted.spec.process;
+    Ok(Ready { spec, fit: fitted.fit })
+}
+
+fn prepared(mut spec: StepSpec, fit: Option<Fit>) -> Ready {
+    if let Some(fit) = fit {
+        spec.process = fit.params;
+    }
+    Ready { spec, fit }
+}
+
+/// A case without its load.
+fn spec(case: &Case, machine_name: &str, seed: u32) -> Result<StepSpec, CliError> {
     let mut model = model(&case.model)?;
     model.top_k = case.top_k.unwrap_or(model.top_k);
     model.experts = case.experts.unwrap_or(model.experts);
@@ -92,13 +122,13 @@ pub(super) fn prepare(case: &Case, machine_name: &str, seed: u32) -> Result<Read
     if case.recompute == Recomputation::Auto {
         spec.recompute = spec.least_recompute().map_err(in_case)?;
     }
-    if let Some(path) = &case.load.recording {
-        let recorded = recording::read(path, case, spec.ranks, spec.model.experts)?;
-        spec.layers_sampled = spec.layers_sampled.min(recorded.layers() as u32);
-        spec.recorded = Some(Arc::new(recorded));
-        return Ok(Ready { spec, fit: None });
-    }
-    let fit = match case.load.none {
+    Ok(spec)
+}
+
+/// Fits the load process of a case; `None` where it is given.
+fn fit(case: &Case, spec: &StepSpec) -> Result<Option<Fit>, CliError> {
+    let in_case = |error: ultraep_sim::SimError| CliError::Input(format!("case {:?}: {error}", case.name));
+    Ok(match case.load.none {
         None if case.load.skew.is_some() => None,
         None => {
             return Err(CliError::Input(format!(
@@ -117,13 +147,9 @@ pub(super) fn prepare(case: &Case, machine_name: &str, seed: u32) -> Result<Read
             let eplb = systems(&["eplb".to_string()], case.microbatches)?;
             let topology = spec.topology().map_err(in_case)?;
             let historical = (&eplb[0], &topology, spec.machine.transfer_model(&spec.model));
-            Some(fit_process(process, &target, Some(historical)).map_err(in_case)?)
+            Some(fit_process(spec.process, &target, Some(historical)).map_err(in_case)?)
         }
-    };
-    if let Some(fit) = fit {
-        spec.process = fit.params;
-    }
-    Ok(Ready { spec, fit })
+    })
 }
 
 /// Runs `work` on every index below `count` on `threads` threads; the results are in order, whatever the threads did.
