@@ -84,9 +84,10 @@ fn write_json(out: &mut Output<'_>, value: &impl Serialize) -> Result<(), CliErr
 
 /// A least quota, for people; `tokens` is what it came to.
 fn quota_words(asked: LeastQuota, tokens: &str) -> String {
+    let tokens = if tokens == "1" { "1 token".to_owned() } else { format!("{tokens} tokens") };
     match asked {
-        LeastQuota::OfLoad => format!("{tokens} tokens (auto: 1/32 of the mean load of a rank, at most 1024)"),
-        LeastQuota::Tokens(_) => format!("{tokens} tokens"),
+        LeastQuota::OfLoad => format!("{tokens} (auto: 1/32 of the mean load of a rank, at most 1024)"),
+        LeastQuota::Tokens(_) => tokens,
     }
 }
 
@@ -104,8 +105,8 @@ fn finer(evaluator: &mut Evaluator, counts: &[u32], planned: &Evaluated) -> Resu
     }
     Ok(best.map(|Finer { min_quota, imbalance, replicas, .. }| {
         format!(
-            "--min-quota {min_quota} would reach an imbalance of {:.4} with {replicas} replicas, where replicas of at least {} \
-             tokens reach {:.4} with {}",
+            "--min-quota {min_quota} would reach an imbalance of {:.4} (replicas: {replicas}), where replicas of at least {} tokens \
+             reach {:.4} (replicas: {})",
             quotient(imbalance),
             planned.min_quota,
             quotient(planned.imbalance_after),
