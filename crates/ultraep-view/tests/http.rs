@@ -14,6 +14,7 @@ use serde_json::Value;
 use served::Served;
 use tempfile::TempDir;
 use ultraep_plan::{Topology, TopologySpec};
+use ultraep_replay::LeastQuota;
 use ultraep_trace::{Record, TraceMeta, TraceWriter};
 use ultraep_view::{ANSWER_BYTES_MAX, Settings, report};
 
@@ -223,7 +224,12 @@ fn recordings_of_others_are_brought_to_a_group() {
         text += &format!("3,0,t,\"[{}, {}]\"\n", token % 5, 5 + token % 55);
     }
     std::fs::write(&path, text).unwrap();
-    let settings = Settings { ranks: Some(16), microbatch_tokens: 128, min_quota: Some(4), ..Settings::default() };
+    let settings = Settings {
+        ranks: Some(16),
+        microbatch_tokens: 128,
+        min_quota: Some(LeastQuota::Tokens(4)),
+        ..Settings::default()
+    };
     let served = Served::with(std::slice::from_ref(&path), &settings);
     let about = overview(&served);
     // 60 experts on 16 ranks: uneven masters, said in a note.
@@ -278,7 +284,12 @@ fn real_recordings_are_viewed_and_reported() {
         println!("SKIP real recordings: set ULTRAEP_TRACES to their folder");
         return;
     };
-    let settings = Settings { microbatch_tokens: 256, min_quota: Some(4), drop_dummy_run: true, ..Settings::default() };
+    let settings = Settings {
+        microbatch_tokens: 256,
+        min_quota: Some(LeastQuota::Tokens(4)),
+        drop_dummy_run: true,
+        ..Settings::default()
+    };
     for (name, layers, ranks) in
         [("deepseek-v2-lite", 26, 16), ("qwen1.5-moe", 3, 12), ("qwen1.5-moe", 3, 16), ("olmoe", 3, 8)]
     {

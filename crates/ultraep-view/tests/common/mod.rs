@@ -5,7 +5,7 @@ use std::path::Path;
 use ultraep_baselines::{PolicyKind, PolicyParams};
 use ultraep_load::{LoadParams, Workload, generate};
 use ultraep_plan::{Ratio, Topology, TopologySpec, digest_plan};
-use ultraep_replay::{Scenario, replan};
+use ultraep_replay::{LeastQuota, Scenario, replan};
 use ultraep_run::{
     Imbalance, Metric, PolicyMeasurement, RunInfo, RunTrace, RunWriter, StepMetrics, StepParts, UtcTime,
 };
@@ -29,8 +29,8 @@ pub(crate) fn counts(topology: &Topology, step: u64, layer: u32) -> Vec<u32> {
 
 /// The record with its plan and split.
 pub(crate) fn record(topology: &Topology, step: u64, layer: u32) -> Record {
-    let params = PolicyParams { min_quota: 64, ..PolicyParams::default() };
-    let scenario = Scenario { kind: PolicyKind::Ultraep, topology: topology.clone(), params };
+    let (params, least_quota) = (PolicyParams::default(), LeastQuota::Tokens(64));
+    let scenario = Scenario { kind: PolicyKind::Ultraep, topology: topology.clone(), params, least_quota };
     let before = counts(topology, step, layer);
     let anatomy = replan(&scenario, &before, &[]).unwrap().anatomy;
     let mut plan = PlanRecord::default();
