@@ -254,10 +254,12 @@ fn reduce(fabric: &mut dyn Fabric, subject: &Subject) -> Report {
     let want =
         masters(grads, &subject.grad_shards, subject, rank, |expert, at| sum(expert, at / 4).to_ne_bytes()[at % 4])?;
     let mut seen = 0;
-    for (shard, (got, want)) in masters_of.shards().iter().zip(want.shards()).enumerate() {
-        let (got, want) = (got.region.read::<u8>().map_err(text)?, want.region.read::<u8>().map_err(text)?);
-        ensure(*got == *want, || format!("gradients of shard {shard} are not the sums"))?;
-        seen = digest(seen, &got);
+    for master in 0..masters_of.experts() {
+        for (shard, (got, want)) in masters_of.of(master).iter().zip(want.of(master)).enumerate() {
+            let (got, want) = (got.region.read::<u8>().map_err(text)?, want.region.read::<u8>().map_err(text)?);
+            ensure(*got == *want, || format!("gradients of master {master}, shard {shard} are not the sums"))?;
+            seen = digest(seen, &got);
+        }
     }
     let words = set.read::<f32>().map_err(text)?;
     for transfer in transfers.received_by(rank) {
@@ -305,13 +307,13 @@ fn refusals(mut fabric: Box<dyn Fabric>, seed: u64) -> Report {
     let open = fabric.run(Operation::Open { window: WEIGHTS });
     ensure(matches!(open, Err(FabricError::Access { .. })), || format!("opened under a stream: {open:?}"))?;
     if fabric.direct().is_some() {
-        let own = masters.shards()[0].region.write::<f32>();
+        let own = masters.of(0)[0].region.write::<f32>();
         ensure(own.is_err(), || "masters can be written while they are sent".to_owned())?;
     }
     set.join(&mut *fabric).map_err(text)?;
     set.join(&mut *fabric).map_err(text)?;
     set.drain(&mut *fabric).map_err(text)?;
-    ensure(masters.shards()[0].region.write::<f32>().is_ok(), || "masters are still in use".to_owned())?;
+    ensure(masters.of(0)[0].region.write::<f32>().is_ok(), || "masters are still in use".to_owned())?;
     ensure(window.read::<u8>().is_err(), || "the window can be read beside the set".to_owned())?;
     set.read::<u8>().map_err(text)?;
     fabric.leave().map_err(text)?;

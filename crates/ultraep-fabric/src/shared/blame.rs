@@ -20,6 +20,18 @@ impl Endpoint {
         Ok(())
     }
 
+    /// That a rank whose tiles or credit are awaited has not gone without giving them; `ready` is what is waited for.
+    pub(crate) fn check_sender(&mut self, peer: Rank, ready: &dyn Fn() -> bool) -> Result<(), FabricError> {
+        let gone = (peer != self.rank).then(|| self.segment.control(peer).status.gone()).flatten();
+        match gone {
+            // What it did before it went is there by now.
+            Some(gone) if !ready() => {
+                Err(self.fail(OperationKind::Stream, &Failure::Lost { rank: peer, loss: gone.loss() }))
+            }
+            _ => Ok(()),
+        }
+    }
+
     fn has_departed(&self, rank: Rank) -> bool {
         !self.segment.control(rank).status.is_in_group()
     }

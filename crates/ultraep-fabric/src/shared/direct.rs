@@ -61,6 +61,9 @@ impl Direct for Endpoint {
             if self.segment.has_failed() {
                 break Err(self.group_error(kind));
             }
+            if let Err(lost) = self.check_sender(peer, ready) {
+                break Err(lost);
+            }
             if left.is_zero() {
                 let failure = self.tiles_timed_out(peer, since.elapsed());
                 break Err(self.fail(kind, &failure));

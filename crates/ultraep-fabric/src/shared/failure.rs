@@ -12,6 +12,16 @@ use ultraep_plan::Rank;
 const REPORTER_SHIFT: u32 = 24;
 const REPORTER: u64 = 0xffff << REPORTER_SHIFT;
 
+impl Gone {
+    /// As others are told.
+    pub(super) fn loss(self) -> Loss {
+        match self {
+            Self::Left => Loss::Left,
+            Self::Dropped => Loss::Dropped,
+        }
+    }
+}
+
 impl Segment {
     /// Ends the group, unless it has failed before, and wakes every sleeper. Each rank reports at most once with details
     /// (it makes no further step after its first); the supervisor, which has no record of its own, reports losses, or with the
@@ -78,12 +88,6 @@ impl Segment {
 
     /// The first rank that has departed, and how.
     pub(crate) fn departed(&self) -> Option<(Rank, Loss)> {
-        self.ranks().find_map(|rank| {
-            let loss = match self.control(rank).status.gone()? {
-                Gone::Left => Loss::Left,
-                Gone::Dropped => Loss::Dropped,
-            };
-            Some((rank, loss))
-        })
+        self.ranks().find_map(|rank| self.control(rank).status.gone().map(|gone| (rank, gone.loss())))
     }
 }

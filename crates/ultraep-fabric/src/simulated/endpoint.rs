@@ -162,6 +162,10 @@ impl Direct for SimulatedEndpoint {
             let (waited, timeout) = (self.scheduler.now() - since, self.timeout);
             let inner = self.inner()?;
             inner.check(kind)?;
+            if let Err(lost) = inner.check_sender(peer, ready) {
+                self.scheduler.changed();
+                return Err(lost);
+            }
             if waited >= timeout {
                 let error = inner.expire_tiles(peer, waited);
                 self.scheduler.changed();

@@ -1,7 +1,7 @@
 //! One piece of work, ready for workers: streams with addresses, flags, and the rights that make touching them sound.
 
 use super::kernel::{self, Stores, Vectors};
-use super::layout::Masters;
+use super::layout::{MasterTensor, Masters, PackedShard};
 use super::reach::Reach;
 use super::schedule::{Geometry, Schedule, Tile};
 use super::slots::Slots;
@@ -50,7 +50,7 @@ pub struct Moved {
 
 #[derive(Clone, Copy)]
 enum Source {
-    /// A master of this rank, the n-th.
+    /// A master of this rank: where its shards begin among the job's.
     Master(usize),
     /// A packed expert.
     Packed(NonNull<u8>),
@@ -73,11 +73,10 @@ struct Target {
     rank: Rank,
 }
 
-/// A shard of the masters as workers see it.
+/// A shard of a master as workers see it.
 #[derive(Clone, Copy)]
 struct ShardView {
     base: NonNull<u8>,
-    expert_stride: usize,
     row_stride: usize,
     row_bytes: usize,
     /// Its place in the packed form.
@@ -96,7 +95,11 @@ pub(crate) struct Job {
     pub(crate) schedule: Schedule,
     streams: Vec<Stream>,
     targets: Vec<Target>,
+    /// Shards of the masters in use, one master after another.
     shards: Vec<ShardView>,
+    /// Which master has its shards where.
+    masters: Vec<(usize, usize)>,
+    shards_per_master: usize,
     kind: Kind,
     vectors: Vectors,
     holds: Vec<Hold>,
@@ -122,6 +125,8 @@ impl Job {
             streams: Vec::with_capacity(tasks),
             targets: Vec::with_capacity(tasks),
             shards: Vec::with_capacity(8),
+            masters: Vec::with_capacity(8),
+            shards_per_master: 0,
             kind: Kind::Reduce,
             vectors: Vectors::detect(),
             holds: Vec::with_capacity(8),
@@ -138,6 +143,7 @@ impl Job {
         self.streams.clear();
         self.targets.clear();
         self.shards.clear();
+        self.masters.clear();
         self.holds.clear();
         self.reach = None;
     }
@@ -187,13 +193,13 @@ impl Job {
         let units = plan.tasks().len() as u64 / u64::from(stripes);
         let moved = 2 * units * slots.layout().bytes() as u64;
         let stores = if moved >= streaming_from { Stores::Streaming } else { Stores::Cached };
-        self.begin(Kind::Copy(stores), slots, stripes as usize, masters, rank)?;
+        self.begin(Kind::Copy(stores), slots, stripes as usize);
         let mut task = plan.tasks().partition_point(|task| task.transfer.from < rank);
         let mut result = Moved::default();
         for stream in plan.streams(rank) {
             let first = &stream[0];
             let (source, waits) = match first.waits_for {
-                None => (self.master(&first.transfer, topology, masters, rank)?, None),
+                None => (self.master(&first.transfer, slots, topology, masters, rank)?, None),
                 Some(physical) => {
                     let slot = slot_of(slots, topology, rank, physical)?;
                     let place = reach.place(rank, slots.range(slot).start, slots.layout().bytes())?;
@@ -226,22 +232,13 @@ impl Job {
     ) -> Result<Moved, FabricError> {
         let GradReduce { topology, transfers, masters } = *reduce;
         let rank = reach.rank();
-        let refused = |subject, source| FabricError::Access { operation: OperationKind::Stream, rank, subject, source };
-        self.begin(Kind::Reduce, slots, 1, masters, rank)?;
-        let align = align_of::<f32>();
-        let aligned = |shard: &ShardView| {
-            let steps = [shard.base.as_ptr() as usize, shard.expert_stride, shard.row_stride];
-            steps.iter().all(|step| step.is_multiple_of(align))
-        };
-        if !self.shards.iter().all(aligned) {
-            return Err(refused("gradients of masters", AccessError::Misaligned { align }));
-        }
+        self.begin(Kind::Reduce, slots, 1);
         let mut result = Moved::default();
         for of_expert in transfers.all().chunk_by(|a, b| a.expert == b.expert) {
             if of_expert[0].from != rank {
                 continue;
             }
-            let source = self.master(&of_expert[0], topology, masters, rank)?;
+            let source = self.master(&of_expert[0], slots, topology, masters, rank)?;
             let start = self.targets.len();
             of_expert.iter().try_for_each(|transfer| self.target(reach, slots, topology, transfer))?;
             self.schedule.push(0);
@@ -260,67 +257,73 @@ impl Job {
         self.streams.push(Stream { source, targets, waits, admitted: AtomicU32::new(0) });
     }
 
-    fn begin(
-        &mut self,
-        kind: Kind,
-        slots: &Slots,
-        stripes: usize,
-        masters: &Masters,
-        rank: Rank,
-    ) -> Result<(), FabricError> {
+    fn begin(&mut self, kind: Kind, slots: &Slots, stripes: usize) {
         self.clear();
         self.kind = kind;
+        self.shards_per_master = slots.layout().shards();
         self.schedule.begin(slots.geometry(), stripes);
-        let packed = slots.layout().packed();
-        let refused = |source| FabricError::Access {
-            operation: OperationKind::Stream,
-            rank,
-            subject: "region of the masters",
-            source,
-        };
-        if packed.len() != masters.shards().len() {
-            let (asked, limit) = (masters.shards().len(), packed.len());
-            let what = "shards of the masters";
-            return Err(FabricError::OutOfRange { operation: OperationKind::Stream, rank, what, asked, limit });
-        }
-        for (index, (packed, master)) in packed.iter().zip(masters.shards()).enumerate() {
-            let earlier = masters.shards()[..index].iter().any(|other| other.region.same(&master.region));
-            if !earlier {
-                self.holds.push(hold(&master.region, kind).map_err(refused)?);
-            }
-            let held = self.holds.iter().find(|hold| hold.region().same(&master.region));
-            let start = held.map_or(Err(AccessError::NoHostView), Hold::start).map_err(refused)?;
-            self.shards.push(ShardView {
-                // SAFETY: `Masters::new` has shown that all masters lie within the region. (With none, or no rows, nothing is
-                // ever read at this address, which wrapping keeps harmless.)
-                base: unsafe { NonNull::new_unchecked(start.as_ptr().wrapping_add(master.offset)) },
-                expert_stride: master.expert_stride,
-                row_stride: if packed.rows <= 1 { packed.row_bytes } else { master.row_stride },
-                row_bytes: packed.row_bytes,
-                start: packed.start,
-                end: packed.start + packed.bytes(),
-            });
-        }
-        Ok(())
     }
 
-    /// The source of a stream from a master: which of this rank's it is.
+    /// The source of a stream from a master of this rank, whose memory is held from now on.
     fn master(
-        &self,
+        &mut self,
         transfer: &Transfer,
+        slots: &Slots,
         topology: &Topology,
         masters: &Masters,
         rank: Rank,
     ) -> Result<Source, FabricError> {
         let own = topology.masters(rank);
         let expert = transfer.expert.index();
-        match expert.checked_sub(own.start) {
-            Some(index) if expert < own.end && index < masters.experts() => Ok(Source::Master(index)),
-            _ => {
-                let (what, limit) = ("expert of a master", own.end.saturating_sub(1));
-                Err(FabricError::OutOfRange { operation: OperationKind::Stream, rank, what, asked: expert, limit })
-            }
+        let index = expert.checked_sub(own.start).filter(|&index| expert < own.end && index < masters.experts());
+        let Some(index) = index else {
+            let (what, limit) = ("expert of a master", own.end.saturating_sub(1));
+            return Err(FabricError::OutOfRange { operation: OperationKind::Stream, rank, what, asked: expert, limit });
+        };
+        if let Some(&(_, first)) = self.masters.iter().rev().find(|&&(master, _)| master == index) {
+            return Ok(Source::Master(first));
         }
+        let first = self.shards.len();
+        for (packed, tensor) in slots.layout().packed().iter().zip(masters.of(index)) {
+            let view = self.view(packed, tensor).map_err(|source| {
+                let (operation, subject) = (OperationKind::Stream, "masters");
+                FabricError::Access { operation, rank, subject, source }
+            })?;
+            self.shards.push(view);
+        }
+        if self.shards.len() - first != self.shards_per_master {
+            let (what, asked, limit) = ("shards of a master", self.shards.len() - first, self.shards_per_master);
+            return Err(FabricError::OutOfRange { operation: OperationKind::Stream, rank, what, asked, limit });
+        }
+        self.masters.push((index, first));
+        Ok(Source::Master(first))
+    }
+
+    /// A shard of a master, held.
+    fn view(&mut self, packed: &PackedShard, tensor: &MasterTensor) -> Result<ShardView, AccessError> {
+        let held = self.holds.iter().position(|hold| hold.region().same(&tensor.region));
+        let held = match held {
+            Some(index) => index,
+            None => {
+                self.holds.push(hold(&tensor.region, self.kind)?);
+                self.holds.len() - 1
+            }
+        };
+        let (start, align) = (self.holds[held].start()?, align_of::<f32>());
+        // SAFETY: `Masters::tensors` has shown that the tensor lies within its region. (With no rows nothing is ever read at this
+        // address, which wrapping keeps harmless.)
+        let base = unsafe { NonNull::new_unchecked(start.as_ptr().wrapping_add(tensor.offset)) };
+        let aligned = [base.as_ptr() as usize, tensor.row_stride].iter().all(|step| step.is_multiple_of(align));
+        if self.kind == Kind::Reduce && !aligned {
+            return Err(AccessError::Misaligned { align });
+        }
+        Ok(ShardView {
+            base,
+            row_stride: if packed.rows <= 1 { packed.row_bytes } else { tensor.row_stride },
+            row_bytes: packed.row_bytes,
+            start: packed.start,
+            end: packed.start + packed.bytes(),
+        })
     }
 
     fn target(
@@ -338,9 +341,10 @@ impl Job {
         Ok(())
     }
 
-    /// Calls `with(address, place in the packed form, bytes)` for the pieces of a tile of a master that lie together.
-    fn pieces(&self, master: usize, tile: &Tile, mut with: impl FnMut(*mut u8, usize, usize)) {
-        for shard in &self.shards {
+    /// Calls `with(address, place in the packed form, bytes)` for the pieces of a tile of a master that lie together; `first` is
+    /// where the master's shards begin.
+    fn pieces(&self, first: usize, tile: &Tile, mut with: impl FnMut(*mut u8, usize, usize)) {
+        for shard in &self.shards[first..first + self.shards_per_master] {
             let (mut at, end) = (tile.start.max(shard.start), (tile.start + tile.bytes).min(shard.end));
             while at < end {
                 let within = at - shard.start;
@@ -350,7 +354,7 @@ impl Job {
                     let (row, column) = (within / shard.row_bytes, within % shard.row_bytes);
                     (row * shard.row_stride + column, (end - at).min(shard.row_bytes - column))
                 };
-                with(shard.base.as_ptr().wrapping_add(master * shard.expert_stride + offset), at, bytes);
+                with(shard.base.as_ptr().wrapping_add(offset), at, bytes);
                 at += bytes;
             }
         }

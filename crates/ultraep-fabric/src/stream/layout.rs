@@ -113,13 +113,13 @@ pub enum LayoutError {
         row_stride: usize,
     },
     /// A master that does not lie within its region.
-    #[error("shard {shard}: {experts} masters end at byte {end}, the region has {bytes}")]
+    #[error("shard {shard} of master {expert} ends at byte {end}, its region has {bytes}")]
     Region {
         /// Which shard.
         shard: usize,
-        /// Masters of the rank.
-        experts: usize,
-        /// Where the last of them ends.
+        /// Which of the rank's masters.
+        expert: usize,
+        /// Where it ends.
         end: usize,
         /// What the region has.
         bytes: usize,
@@ -263,7 +263,7 @@ impl FromStr for WeightFormat {
     }
 }
 
-/// Where one shard of a rank's masters is.
+/// Where one shard of a rank's masters is, when they lie at one stride in one region.
 #[derive(Clone, Debug)]
 pub struct MasterShard {
     /// The framework's memory.
@@ -276,45 +276,73 @@ pub struct MasterShard {
     pub row_stride: usize,
 }
 
-/// A rank's masters of one layer, as registered: weights, or gradients.
+/// Where one tensor of one master is.
+#[derive(Clone, Debug)]
+pub struct MasterTensor {
+    /// The framework's memory.
+    pub region: Region,
+    /// Its first byte.
+    pub offset: usize,
+    /// Bytes from row to row.
+    pub row_stride: usize,
+}
+
+/// A rank's masters of one layer, as registered: weights, or gradients. They stay where the framework has them: one tensor each,
+/// packed, at strides, in one region or in many.
 #[derive(Clone, Debug)]
 pub struct Masters {
-    shards: Vec<MasterShard>,
-    experts: usize,
+    /// `[experts][shards]`.
+    experts: Vec<Vec<MasterTensor>>,
 }
 
 impl Masters {
-    /// `experts` masters with this layout; one entry for each of its shards.
+    /// One tensor for each shard of each master, `[experts][shards]`.
     ///
     /// # Errors
-    /// [`LayoutError`] when a master does not lie within its region, or rows overlap.
+    /// [`LayoutError`] when a tensor does not lie within its region, rows overlap, or shards are missing.
+    pub fn tensors(layout: &ExpertLayout, experts: Vec<Vec<MasterTensor>>) -> Result<Self, LayoutError> {
+        for (expert, tensors) in experts.iter().enumerate() {
+            if tensors.len() != layout.shards() {
+                return Err(LayoutError::Shards { got: tensors.len(), expected: layout.shards() });
+            }
+            for (shard, (packed, tensor)) in layout.packed().iter().zip(tensors).enumerate() {
+                let PackedShard { rows, row_bytes, .. } = *packed;
+                if rows > 1 && tensor.row_stride < row_bytes {
+                    return Err(LayoutError::Stride { shard, row_bytes, row_stride: tensor.row_stride });
+                }
+                let last_row = rows.saturating_sub(1).checked_mul(tensor.row_stride);
+                let end = last_row.and_then(|last| last.checked_add(row_bytes)?.checked_add(tensor.offset));
+                let (end, bytes) = (end.unwrap_or(usize::MAX), tensor.region.bytes());
+                if rows > 0 && end > bytes {
+                    return Err(LayoutError::Region { shard, expert, end, bytes });
+                }
+            }
+        }
+        Ok(Self { experts })
+    }
+
+    /// `experts` masters at a stride; one entry for each shard of the layout.
+    ///
+    /// # Errors
+    /// As for [`Masters::tensors`].
     pub fn new(layout: &ExpertLayout, experts: usize, shards: Vec<MasterShard>) -> Result<Self, LayoutError> {
         if shards.len() != layout.shards() {
             return Err(LayoutError::Shards { got: shards.len(), expected: layout.shards() });
         }
-        for (shard, (packed, master)) in layout.packed().iter().zip(&shards).enumerate() {
-            let PackedShard { rows, row_bytes, .. } = *packed;
-            if rows > 1 && master.row_stride < row_bytes {
-                return Err(LayoutError::Stride { shard, row_bytes, row_stride: master.row_stride });
-            }
-            let last_of = |count: usize, stride: usize| count.saturating_sub(1).checked_mul(stride);
-            let end = || {
-                let last_row = last_of(rows, master.row_stride)?.checked_add(row_bytes)?;
-                let last = master.offset.checked_add(last_of(experts, master.expert_stride)?)?;
-                last.checked_add(last_row)
-            };
-            let (end, bytes) = (end().unwrap_or(usize::MAX), master.region.bytes());
-            if experts > 0 && rows > 0 && end > bytes {
-                return Err(LayoutError::Region { shard, experts, end, bytes });
-            }
-        }
-        Ok(Self { shards, experts })
+        let tensor = |shard: &MasterShard, expert: usize| {
+            let offset = expert.checked_mul(shard.expert_stride).and_then(|step| step.checked_add(shard.offset));
+            // An offset that no address has is refused as one beyond the region.
+            let offset = offset.unwrap_or(usize::MAX);
+            MasterTensor { region: shard.region.clone(), offset, row_stride: shard.row_stride }
+        };
+        let of = |expert: usize| shards.iter().map(|shard| tensor(shard, expert)).collect();
+        Self::tensors(layout, (0..experts).map(of).collect())
     }
 
     /// `experts` masters packed one after another in one region, `stride` bytes from one to the next.
     ///
     /// # Errors
-    /// As for [`Masters::new`].
+    /// As for [`Masters::tensors`].
     pub fn packed(layout: &ExpertLayout, experts: usize, region: &Region, stride: usize) -> Result<Self, LayoutError> {
         let of = |shard: &PackedShard| MasterShard {
             region: region.clone(),
@@ -328,13 +356,13 @@ impl Masters {
     /// Number of masters.
     #[must_use]
     pub fn experts(&self) -> usize {
-        self.experts
+        self.experts.len()
     }
 
-    /// Where its shards are.
+    /// Where the tensors of the n-th master are, `[shards]`; none for a master that there is not.
     #[must_use]
-    pub fn shards(&self) -> &[MasterShard] {
-        &self.shards
+    pub fn of(&self, expert: usize) -> &[MasterTensor] {
+        self.experts.get(expert).map_or(&[], Vec::as_slice)
     }
 }
 
@@ -370,7 +398,7 @@ mod tests {
         };
         assert_eq!(of(0, 100, 20), Ok(2));
         assert_eq!(of(24, 100, 20), Ok(2));
-        assert_eq!(of(25, 100, 20), Err(LayoutError::Region { shard: 0, experts: 2, end: 201, bytes: 200 }));
+        assert_eq!(of(25, 100, 20), Err(LayoutError::Region { shard: 0, expert: 1, end: 201, bytes: 200 }));
         assert!(matches!(of(0, usize::MAX, 20), Err(LayoutError::Region { .. })));
         assert_eq!(of(0, 100, 15), Err(LayoutError::Stride { shard: 0, row_bytes: 16, row_stride: 15 }));
         assert!(matches!(Masters::new(&layout, 1, vec![]), Err(LayoutError::Shards { got: 0, expected: 1 })));

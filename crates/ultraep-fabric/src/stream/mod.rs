@@ -49,7 +49,8 @@ mod worker;
 pub use engine::EngineSpec;
 pub use job::{GradReduce, Moved, WeightSync};
 pub use layout::{
-    Element, ExpertLayout, LayoutError, MasterShard, Masters, SHARD_ALIGN, Shard, UnknownFormat, WeightFormat,
+    Element, ExpertLayout, LayoutError, MasterShard, MasterTensor, Masters, SHARD_ALIGN, Shard, UnknownFormat,
+    WeightFormat,
 };
 pub use plain::{PlainCopy, plain_add_and_zero};
 pub(crate) use reach::Credit;

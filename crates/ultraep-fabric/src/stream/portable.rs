@@ -2,7 +2,7 @@
 //! work is started. No relays, no overlap.
 
 use super::job::{GradReduce, Moved, WeightSync};
-use super::layout::{MasterShard, Masters};
+use super::layout::{MasterTensor, Masters};
 use super::slots::Slots;
 use crate::{Fabric, FabricError, Operation, OperationKind, Region, RemoteSpan, Span};
 use core::ops::Range;
@@ -17,19 +17,19 @@ pub(crate) struct Portable {
 
 /// A piece of a master that lies together: where it is in its region, and where in the packed form.
 struct Piece<'a> {
-    master: &'a MasterShard,
+    master: &'a MasterTensor,
     offset: usize,
     packed: Range<usize>,
 }
 
 /// The pieces of the n-th master.
 fn pieces<'a>(slots: &'a Slots, masters: &'a Masters, n: usize) -> impl Iterator<Item = Piece<'a>> {
-    slots.layout().packed().iter().zip(masters.shards()).flat_map(move |(packed, master)| {
+    slots.layout().packed().iter().zip(masters.of(n)).flat_map(move |(packed, master)| {
         let together = packed.rows <= 1 || master.row_stride == packed.row_bytes;
         let (rows, bytes) = if together { (1, packed.bytes()) } else { (packed.rows, packed.row_bytes) };
         (0..rows).map(move |row| Piece {
             master,
-            offset: master.offset + n * master.expert_stride + row * master.row_stride,
+            offset: master.offset + row * master.row_stride,
             packed: packed.start + row * bytes..packed.start + (row + 1) * bytes,
         })
     })
