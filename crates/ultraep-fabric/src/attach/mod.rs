@@ -13,8 +13,8 @@
 //!
 //! # How death is seen
 //! The kernel closes a process's sockets, however it ends. Whoever sees one close looks at the rank's status in the segment: a rank
-//! that has neither left nor dropped its endpoint has vanished, and the group ends with an error that names it. The leader sees that of
-//! everyone until it leaves; who hangs is named after the timeout, as in every group.
+//! that has neither left nor dropped its endpoint has vanished; either that or a dropped endpoint ends the group with an error that names
+//! it. The leader sees that of everyone until it leaves; who hangs is named after the timeout, as in every group.
 
 mod handshake;
 mod rendezvous;

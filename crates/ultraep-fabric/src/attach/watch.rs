@@ -1,7 +1,7 @@
 //! Sees ranks die: a thread that sleeps on their sockets, which the kernel closes whatever happens to a process.
 
 use crate::backend::Failure;
-use crate::shared::Segment;
+use crate::shared::{Gone, Segment};
 use crate::{FabricError, Loss};
 use rustix::event::{PollFd, PollFlags, poll};
 use std::os::unix::net::UnixStream;
@@ -60,8 +60,14 @@ fn watch(segment: &Segment, rank: Rank, mut peers: Vec<(Rank, UnixStream)>, stop
         drop(handles);
         let gone = peers.iter().zip(&closed).filter(|(_, closed)| **closed).map(|((peer, _), _)| *peer);
         for peer in gone {
-            if segment.control(peer).status.is_in_group() {
-                segment.fail(rank, &Failure::Lost { rank: peer, loss: Loss::Vanished });
+            // Who waits for tiles or a signal of a rank that dropped its endpoint waits where that rank could not see it.
+            let loss = match segment.control(peer).status.gone() {
+                None => Some(Loss::Vanished),
+                Some(Gone::Dropped) => Some(Loss::Dropped),
+                Some(Gone::Left) => None,
+            };
+            if let Some(loss) = loss {
+                segment.fail(rank, &Failure::Lost { rank: peer, loss });
             } else if segment.has_failed() {
                 // It may have died before it woke the others.
                 segment.wake_all_failed();

@@ -21,3 +21,4 @@ pub(crate) use layout::Layout;
 #[cfg(test)]
 pub(crate) use segment::MAGIC;
 pub(crate) use segment::{SEALS, Segment};
+pub(crate) use status::Gone;
