@@ -98,6 +98,11 @@ struct Chunk {
     count: usize,
 }
 
+/// Whether bytes of a message lie within what they are for.
+pub(super) fn fits(at: usize, bytes: usize, limit: usize) -> bool {
+    at.checked_add(bytes).is_some_and(|end| end <= limit)
+}
+
 /// The elements that a rank sums.
 fn share(elements: usize, ranks: usize, rank: Rank) -> Range<usize> {
     let each = elements.div_ceil(ranks);
@@ -307,11 +312,13 @@ impl Machine {
             && let Some(at) = frame.size(1)
         {
             let written = match &flight.body {
-                Body::AllGather { recv, bytes: piece, .. } if at + bytes <= *piece => {
+                Body::AllGather { recv, bytes: piece, .. } if fits(at, bytes, *piece) => {
                     recv.hold.write_bytes(recv.offset + from.index() * *piece + at, frame.payload())
                 }
-                Body::AllToAll { window, places, .. } => {
-                    window.write_bytes(places[from.index()].saturating_add(at), frame.payload())
+                Body::AllToAll { sizes, window, places, .. }
+                    if fits(at, bytes, sizes[self.ranks + from.index()] as usize) =>
+                {
+                    window.write_bytes(places[from.index()] + at, frame.payload())
                 }
                 _ => Err(AccessError::Closed),
             };
@@ -384,7 +391,7 @@ impl Machine {
         if let Some(flight) = self.flight.as_mut().filter(|flight| flight.collective.sequence == frame.words[0])
             && let Body::AllReduce { data, elements, .. } = &flight.body
             && let Some(at) = frame.size(1)
-            && at + bytes <= *elements * F32_BYTES
+            && fits(at, bytes, *elements * F32_BYTES)
             && data.hold.write_bytes(data.offset + at, frame.payload()).is_ok()
         {
             flight.missing = flight.missing.saturating_sub(bytes);

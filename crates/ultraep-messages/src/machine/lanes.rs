@@ -81,7 +81,7 @@ impl Lane {
     /// The peer has taken messages with so many bytes of data.
     pub(super) fn acknowledge(&mut self, bytes: u64, messages: u64) {
         self.unacknowledged_bytes = self.unacknowledged_bytes.saturating_sub(bytes as usize);
-        self.acknowledged += messages;
+        self.acknowledged = self.acknowledged.saturating_add(messages);
         self.settle();
     }
 

@@ -7,6 +7,8 @@ mod failing;
 mod lanes;
 mod onesided;
 mod point_to_point;
+#[cfg(test)]
+mod simulated;
 
 use crate::frame::{Frame, Kind};
 use blame::Investigation;

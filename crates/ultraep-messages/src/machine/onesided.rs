@@ -1,5 +1,6 @@
 //! Put, get and signals.
 
+use super::collective::fits;
 use super::lanes::{CHUNK_BYTES, Item, Owner, Stream};
 use super::{Machine, Phase, TICKET_ONE_SIDED, TICKET_SIGNAL};
 use crate::frame::{Frame, HEAD_BYTES, Kind};
@@ -264,8 +265,10 @@ impl Machine {
     pub(super) fn got(&mut self, frame: &Frame) {
         let Some(index) = self.gets.iter().position(|get| get.number == frame.words[0]) else { return };
         let mut get = self.gets.swap_remove(index);
-        let at = frame.size(1).and_then(|at| at.checked_sub(get.from.offset)).filter(|&at| at < get.to.bytes);
-        let Some(at) = at else { return self.gets.push(get) };
+        let at = frame.size(1).and_then(|at| at.checked_sub(get.from.offset));
+        let Some(at) = at.filter(|&at| fits(at, frame.payload().len(), get.to.bytes)) else {
+            return self.gets.push(get);
+        };
         // Within what was asked for, as the chunk was cut here.
         let _ = get.to.hold.write_bytes(get.to.offset + at, frame.payload());
         get.arrived += frame.payload().len();

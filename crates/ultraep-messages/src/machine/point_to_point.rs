@@ -1,5 +1,6 @@
 //! Send and receive: a receive that is posted is a credit at the sender, and what it allows goes out like any other data.
 
+use super::collective::fits;
 use super::lanes::{Item, Owner, Stream};
 use super::onesided::{Local, copy};
 use super::{Machine, TICKET_ONE_SIDED};
@@ -162,8 +163,7 @@ impl Machine {
         let recv = recvs.iter().position(|recv| recv.number == frame.words[0] && recv.from == from);
         if let (Some(index), Some(at)) = (recv, frame.size(1)) {
             let recv = &mut recvs[index];
-            if at.checked_add(bytes).is_some_and(|end| end <= recv.to.bytes)
-                && recv.to.hold.write_bytes(recv.to.offset + at, frame.payload()).is_ok()
+            if fits(at, bytes, recv.to.bytes) && recv.to.hold.write_bytes(recv.to.offset + at, frame.payload()).is_ok()
             {
                 recv.arrived += bytes;
             }
