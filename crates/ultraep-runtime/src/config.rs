@@ -3,10 +3,13 @@
 use std::fmt;
 use std::sync::Arc;
 
+use ultraep_balancer::{BalancerConfig, Release, TransferConfig};
 use ultraep_device::ExpertShape;
-use ultraep_fabric::stream::{Element, EngineSpec, ExpertLayout, LayoutError, Shard, Slots, TileSizes};
+use ultraep_fabric::stream::{Element, ExpertLayout, LayoutError, Shard};
 use ultraep_fabric::{WindowId, WindowSpec};
-use ultraep_plan::{PolicyFactory, Rank, Topology, TransferParams};
+use ultraep_plan::{PolicyFactory, SyncPlanner, Topology};
+
+use crate::RuntimeError;
 
 /// Bandwidth of a rank's link to the scale-up fabric, one direction.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -44,41 +47,6 @@ impl Default for Link {
 impl fmt::Display for Link {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} Gbit/s", self.gbps)
-    }
-}
-
-/// How expert state is moved.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct TransferConfig {
-    /// Who sends: mode, relay trees and their knobs.
-    pub params: TransferParams,
-    /// How weights are cut.
-    pub weights: TileSizes,
-    /// How gradients are cut.
-    pub gradients: TileSizes,
-    /// Latency of a hop in the model of the fabric that transfers are planned by, nanoseconds.
-    pub hop_ns: u64,
-    /// Worker threads of each rank that take part in weight sync, beside the rank's own.
-    pub sync_workers: usize,
-    /// Worker threads of each rank that do grad reduce beside its computation. With none, the rank's own thread does it when it
-    /// needs the buffers again.
-    pub reduce_workers: usize,
-    /// See [`EngineSpec::streaming_from_bytes`].
-    pub streaming_from_bytes: u64,
-}
-
-impl Default for TransferConfig {
-    /// Adaptive; weight sync on the rank's own thread, for which it waits anyway, and one worker thread for grad reduce.
-    fn default() -> Self {
-        Self {
-            params: TransferParams::default(),
-            weights: TileSizes::WEIGHTS,
-            gradients: TileSizes::GRADIENTS,
-            hop_ns: 0,
-            sync_workers: 0,
-            reduce_workers: 1,
-            streaming_from_bytes: EngineSpec::STREAMING_FROM_BYTES,
-        }
     }
 }
 
@@ -133,58 +101,58 @@ impl RuntimeConfig {
         self.max_microbatches > 0
     }
 
-    /// Places in the ring of plans for each layer: an inference keeps its plan while it runs.
-    pub(crate) fn ring_places(&self) -> usize {
-        self.max_microbatches.max(1)
-    }
-
     /// Bytes of gradients beside this many bytes of weights.
     pub(crate) fn grad_bytes(&self, weight_bytes: usize) -> usize {
         if self.trains() { weight_bytes } else { 0 }
     }
 
-    /// Places for physical experts on each rank, over all policies: masters, then slots, or more where a baseline's rules
-    /// ask for it.
-    pub(crate) fn physical_per_rank(&self) -> usize {
-        self.policies.iter().map(|policy| policy.physical_per_rank(&self.topology)).max().unwrap_or(0)
+    /// The balancer of a rank.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Layout`] when an expert has no size.
+    pub fn balancer(&self) -> Result<BalancerConfig, RuntimeError> {
+        let weights = self.layout()?;
+        Ok(BalancerConfig {
+            topology: self.topology.clone(),
+            layers: self.layers,
+            // An inference keeps its plan while it runs.
+            in_flight: self.max_microbatches.max(1),
+            release: Release::Explicit,
+            gradients: self.trains().then(|| weights.clone()),
+            weights,
+            window_ids: [window::SLOT_WEIGHTS, window::SLOT_GRADS],
+            policies: self.policies.clone(),
+            link_bytes_per_s: self.link.bytes_per_s(),
+            transfer: self.transfer,
+            checked: self.checked,
+        })
     }
 
-    /// Places for replicas on each rank. Ranks with fewer masters have the more slots, so that all windows are equal.
-    pub fn slot_capacity(&self) -> usize {
-        let masters = (0..self.topology.ranks()).map(|r| self.topology.masters(Rank::new(r)).len());
-        self.physical_per_rank().saturating_sub(masters.min().unwrap_or(0))
+    /// As [`BalancerConfig::sync_planner`]: training, serving and the benchmarks that replay them ask this one.
+    ///
+    /// # Errors
+    /// [`RuntimeError`] when an expert has no size or more chunks than a transfer may have.
+    pub fn sync_planner(&self) -> Result<SyncPlanner, RuntimeError> {
+        self.balancer()?.sync_planner()
     }
 
     /// Symmetric windows to start the fabric with. Memory is taken page by page as it is touched, so the worst case
     /// (every row of the group on one rank) costs address space, not memory.
     pub fn windows(&self) -> Vec<WindowSpec> {
-        let slots = |slots: Result<Slots, LayoutError>| slots.ok().and_then(|slots| slots.window_bytes());
         // What has no size has more bytes than a group can be started with.
-        let weight_bytes = slots(self.weight_slots()).unwrap_or(usize::MAX);
-        let grad_bytes = self.grad_bytes(slots(self.grad_slots()).unwrap_or(usize::MAX));
-        let row_bytes = self.shape.hidden * size_of::<f32>();
-        let rows = self.rows_per_rank();
-        let window = |name: &'static str, bytes: usize| WindowSpec { name: name.into(), bytes };
-        vec![
-            window("slot_weights", weight_bytes),
-            window("slot_grads", grad_bytes),
-            window("expert_rows", self.topology.ranks() * rows * row_bytes),
-            window("source_rows", rows * row_bytes),
-        ]
+        let row_bytes = self.shape.hidden.checked_mul(size_of::<f32>());
+        let bytes = |rows: Option<usize>| rows.and_then(|rows| rows.checked_mul(row_bytes?)).unwrap_or(usize::MAX);
+        let rows = self.tokens_per_rank.checked_mul(self.top_k);
+        let window = |name: &str, bytes: usize| WindowSpec { name: name.into(), bytes };
+        let slots = self.balancer().map(|balancer| balancer.windows());
+        let slots = slots.unwrap_or_else(|_| [window("slot_weights", usize::MAX), window("slot_grads", usize::MAX)]);
+        let all_rows = rows.and_then(|rows| rows.checked_mul(self.topology.ranks()));
+        let rows = [window("expert_rows", bytes(all_rows)), window("source_rows", bytes(rows))];
+        slots.into_iter().chain(rows).collect()
     }
 
     /// Experts as they are here: `f32`, fc1 and fc2 in one piece ([`ExpertShape`]).
     pub(crate) fn layout(&self) -> Result<ExpertLayout, LayoutError> {
         ExpertLayout::new(&[Shard::new(Element::F32, 1, self.shape.weight_len())])
-    }
-
-    /// Where replicas' weights are.
-    pub(crate) fn weight_slots(&self) -> Result<Slots, LayoutError> {
-        Ok(Slots::new(window::SLOT_WEIGHTS, self.layout()?, self.transfer.weights, self.slot_capacity()))
-    }
-
-    /// Where replicas' gradients are.
-    pub(crate) fn grad_slots(&self) -> Result<Slots, LayoutError> {
-        Ok(Slots::new(window::SLOT_GRADS, self.layout()?, self.transfer.gradients, self.slot_capacity()))
     }
 }

@@ -84,6 +84,12 @@ impl Endpoint {
         Ok(())
     }
 
+    /// As [`Endpoint::all_gather`], beside the computation.
+    pub(crate) fn gather_aside(&mut self, send: &Region, recv: &Region) -> Result<(), RuntimeError> {
+        self.aside(Operation::AllGather { send: Span::whole(send), recv: Span::whole(recv) }, 0)?;
+        Ok(())
+    }
+
     /// Waits in virtual time for `deadline`.
     pub(crate) fn join(&mut self, deadline: Deadline, part: Part) {
         self.clock.join(deadline, part);

@@ -12,13 +12,11 @@
 
 use ultraep_device::{ExpertWorkspace, expert::Backward, math};
 use ultraep_fabric::{Operation, Region, Span, WindowId};
-use ultraep_plan::{Cursor, RouteTable, TokenChoice};
+use ultraep_plan::TokenChoice;
 
 use crate::config::window;
 use crate::exchange::{Exchange, Sizes};
-use crate::manager::{Manager, expect_size};
-use crate::ring::Ring;
-use crate::sync::Direction;
+use crate::manager::{Direction, Manager, expect_size};
 use crate::{Endpoint, LayerMasters, LayerRecord, Part, RuntimeConfig, RuntimeError, VirtualLayer};
 
 /// What a forward is for.
@@ -74,9 +72,8 @@ pub struct ExpertParallel {
     pub endpoint: Endpoint,
     /// Plans and expert state.
     pub manager: Manager,
-    saved: Ring<Saved>,
-    table: RouteTable,
-    cursor: Cursor,
+    /// By the place of the plan in the balancer's ring.
+    saved: Vec<Saved>,
     physical_per_rank: usize,
     counts: Vec<u32>,
     ids: Vec<i32>,
@@ -101,7 +98,7 @@ impl ExpertParallel {
     ) -> Result<Self, RuntimeError> {
         let manager = Manager::new(config.clone(), &mut endpoint, masters)?;
         let topology = &config.topology;
-        let physical_per_rank = config.physical_per_rank();
+        let physical_per_rank = config.balancer()?.physical_per_rank();
         let rows_bytes = config.rows_per_rank() * config.shape.hidden * size_of::<f32>();
         let mut window = |id| endpoint.fabric().window(id).ok_or(RuntimeError::NotHostMemory);
         Ok(Self {
@@ -109,9 +106,7 @@ impl ExpertParallel {
             source_rows: window(window::SOURCE_ROWS)?,
             endpoint,
             manager,
-            saved: Ring::new(config.layers, config.ring_places(), Saved::default),
-            table: RouteTable::new(topology, physical_per_rank),
-            cursor: Cursor::new(topology),
+            saved: (0..config.layers * config.max_microbatches.max(1)).map(|_| Saved::default()).collect(),
             physical_per_rank,
             counts: vec![0; topology.experts()],
             ids: Vec::with_capacity(config.rows_per_rank()),
@@ -148,7 +143,6 @@ impl ExpertParallel {
     /// Forgets all forwards in flight.
     pub fn abandon(&mut self) {
         self.manager.abandon();
-        self.saved.clear();
     }
 
     /// `y[t] = sum over k of gates[t,k] * expert[experts[t,k]](x[t])`, for `x` and `y` `[tokens, d]`.
@@ -166,32 +160,27 @@ impl ExpertParallel {
         self.check_sizes(routing, x, y)?;
         self.endpoint.clock.enter(Part::Router);
         self.count(routing.experts)?;
-        let (place, saved_place) = match pass {
-            Pass::Replay(_) => (self.manager.replayed(at, &self.counts)?, self.saved.kept(at)?),
+        let place = match pass {
+            Pass::Replay(_) => self.manager.replayed(at, &self.counts)?,
             Pass::Train(_) | Pass::Inference => self.plan(at)?,
         };
-        let mut saved = std::mem::take(self.saved.get_mut(saved_place));
-        let result = self.forward_planned(at.layer, place, &mut saved, pass, routing, x, y);
-        *self.saved.get_mut(saved_place) = saved;
+        let mut saved = std::mem::take(&mut self.saved[place]);
+        let result = self.forward_planned(at, &mut saved, pass, routing, x, y);
+        self.saved[place] = saved;
         if result.is_err() || pass == Pass::Inference {
-            self.manager.release(place);
-            self.saved.release(saved_place);
+            self.manager.release(at);
         }
         result
     }
 
-    /// Plans for the counted batch and takes places for what is kept.
-    fn plan(&mut self, at: VirtualLayer) -> Result<(usize, usize), RuntimeError> {
+    /// Plans for the counted batch; gives the place where the plan, and what is saved beside it, is kept.
+    fn plan(&mut self, at: VirtualLayer) -> Result<usize, RuntimeError> {
         let place = self.manager.plan(&mut self.endpoint, at, &self.counts)?;
         if let Some(records) = &mut self.records {
-            records.push(LayerRecord::new(
-                at,
-                self.manager.policy().name(),
-                self.manager.kept(place),
-                self.manager.config(),
-            ));
+            let (policy, planned) = (self.manager.policy().name(), self.manager.planned(at)?);
+            records.push(LayerRecord::new(at, policy, planned, &self.manager.config().topology));
         }
-        Ok((place, self.saved.claim(at)?))
+        Ok(place)
     }
 
     fn check_sizes(&self, routing: Routing<'_>, x: &[f32], y: &[f32]) -> Result<(), RuntimeError> {
@@ -222,20 +211,18 @@ impl ExpertParallel {
         Ok(())
     }
 
-    #[expect(clippy::too_many_arguments, reason = "the parts of one call, split from `forward` for its error path")]
     fn forward_planned(
         &mut self,
-        layer: usize,
-        place: usize,
+        at: VirtualLayer,
         saved: &mut Saved,
         pass: Pass,
         routing: Routing<'_>,
         x: &[f32],
         y: &mut [f32],
     ) -> Result<(), RuntimeError> {
-        let syncing = self.manager.start_sync(&mut self.endpoint, layer, place, Direction::Forward)?;
+        let syncing = self.manager.start_sync(&mut self.endpoint, at, Direction::Forward)?;
         self.endpoint.clock.enter(Part::Reroute);
-        self.assign(place, saved)?;
+        self.assign(at, saved)?;
         self.pack(saved, |row, token, _| row.copy_from_slice(token), x)?;
         let synced = self.manager.finish_sync(&mut self.endpoint, syncing)?;
         self.endpoint.join(synced, Part::WeightSync);
@@ -248,7 +235,7 @@ impl ExpertParallel {
         saved.fc1.resize(saved.exchange.grouped_rows * fc1_width, 0.0);
         self.grouped_out.resize(saved.exchange.grouped_rows * d, 0.0);
         {
-            let masters = self.manager.masters(layer).weights.read::<f32>()?;
+            let masters = self.manager.masters(at.layer).weights.read::<f32>()?;
             let (places, slots) = (self.manager.places(), self.manager.slot_weights()?);
             for local in &saved.exchange.local {
                 let rows = local.group.first_row..local.group.first_row + local.group.padded_rows();
@@ -291,21 +278,16 @@ impl ExpertParallel {
     }
 
     /// The physical expert of every (token, choice), and its row in the send order.
-    fn assign(&mut self, place: usize, saved: &mut Saved) -> Result<(), RuntimeError> {
-        let kept = self.manager.kept(place);
-        let config = self.manager.config();
-        let (rank, width) = (self.manager.rank(), kept.plan.instances().len());
-        let own = &kept.split[rank.index() * width..(rank.index() + 1) * width];
-        self.table.prepare(&kept.plan, own)?;
-        self.table.start(&mut self.cursor);
+    fn assign(&mut self, at: VirtualLayer, saved: &mut Saved) -> Result<(), RuntimeError> {
         self.targets.resize(self.ids.len(), 0);
-        self.table.assign(&mut self.cursor, &self.ids, &mut self.targets)?;
+        self.manager.reroute(at, &self.ids, &mut self.targets)?;
+        let (planned, config) = (self.manager.planned(at)?, self.manager.config());
         let sizes = Sizes {
             ranks: config.topology.ranks(),
             physical_per_rank: self.physical_per_rank,
             row_bytes: config.shape.hidden * size_of::<f32>(),
         };
-        saved.exchange.lay_out(&kept.plan, &kept.split, rank, sizes);
+        saved.exchange.lay_out(planned.plan(), planned.split(), self.manager.rank(), sizes);
         self.next_row.clone_from(&saved.exchange.first_row);
         saved.rows.clear();
         for &target in &self.targets {
@@ -379,33 +361,30 @@ impl ExpertParallel {
         d_gates: &mut [f32],
     ) -> Result<(), RuntimeError> {
         let place = self.manager.place(at)?;
-        let saved_place = self.saved.kept(at)?;
-        let chosen = self.saved.get(saved_place).rows.len();
+        let chosen = self.saved[place].rows.len();
         let elements = chosen / self.config().top_k * self.config().shape.hidden;
         expect_size("gates", gates.len(), chosen)?;
         expect_size("input", x.len(), elements)?;
         expect_size("gradient of the output", dy.len(), elements)?;
         expect_size("gradient of the input", dx.len(), elements)?;
         expect_size("gradient of the gates", d_gates.len(), chosen)?;
-        let mut saved = std::mem::take(self.saved.get_mut(saved_place));
-        let result = self.backward_planned(at.layer, place, &mut saved, (gates, x, dy), (dx, d_gates));
-        *self.saved.get_mut(saved_place) = saved;
-        self.manager.release(place);
-        self.saved.release(saved_place);
+        let mut saved = std::mem::take(&mut self.saved[place]);
+        let result = self.backward_planned(at, &mut saved, (gates, x, dy), (dx, d_gates));
+        self.saved[place] = saved;
+        self.manager.release(at);
         result
     }
 
     fn backward_planned(
         &mut self,
-        layer: usize,
-        place: usize,
+        at: VirtualLayer,
         saved: &mut Saved,
         (gates, x, dy): (&[f32], &[f32], &[f32]),
         (dx, d_gates): (&mut [f32], &mut [f32]),
     ) -> Result<(), RuntimeError> {
         let (shape, top_k) = (self.config().shape, self.config().top_k);
         let (d, fc1_width) = (shape.hidden, 2 * shape.intermediate);
-        let restoring = self.manager.start_sync(&mut self.endpoint, layer, place, Direction::Backward)?;
+        let restoring = self.manager.start_sync(&mut self.endpoint, at, Direction::Backward)?;
         self.endpoint.clock.enter(Part::Reroute);
         for (i, (d_gate, &row)) in d_gates.iter_mut().zip(&saved.rows).enumerate() {
             let (token, row) = (i / top_k * d, row as usize * d);
@@ -430,7 +409,7 @@ impl ExpertParallel {
         d_input.resize(saved.exchange.grouped_rows * d, 0.0);
         saved.fc1.resize(saved.exchange.grouped_rows * fc1_width, 0.0);
         {
-            let masters = self.manager.masters(layer).clone();
+            let masters = self.manager.masters(at.layer).clone();
             let (master_weights, mut master_grads) = (masters.weights.read::<f32>()?, masters.grads.write::<f32>()?);
             let places = self.manager.places();
             let (slot_weights, slot_grads) = self.manager.slot_weights_and_grads()?;
@@ -470,7 +449,7 @@ impl ExpertParallel {
                 }
             }
         }
-        self.manager.start_reduce(&mut self.endpoint, layer, place)
+        self.manager.start_reduce(&mut self.endpoint, at)
     }
 
     /// Waits for the last grad reduce: after this the masters' gradients are complete. On all ranks at the same place.

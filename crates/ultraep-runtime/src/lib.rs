@@ -14,23 +14,17 @@
 mod clock;
 mod config;
 mod endpoint;
-mod error;
 mod exchange;
 mod expert_parallel;
 mod manager;
 #[cfg(test)]
 mod no_allocation;
-mod observed;
 mod record;
-mod reduce;
-mod ring;
-mod sync;
 
 pub use clock::{Deadline, PARTS, Part, StepTime, VirtualClock};
-pub use config::{Link, RuntimeConfig, TransferConfig};
+pub use config::{Link, RuntimeConfig};
 pub use endpoint::Endpoint;
-pub use error::RuntimeError;
 pub use expert_parallel::{ExpertParallel, Pass, Recompute, Routing};
-pub use manager::{History, LayerMasters, Manager};
+pub use manager::{LayerMasters, Manager};
 pub use record::LayerRecord;
-pub use ring::VirtualLayer;
+pub use ultraep_balancer::{BalancerError as RuntimeError, History, TransferConfig, VirtualLayer};

@@ -7,8 +7,7 @@ use ultraep_device::ExpertShape;
 use ultraep_fabric::{GroupSpec, Region, run_threads};
 use ultraep_plan::{Topology, TopologySpec, TransferMode, TransferParams};
 
-use crate::manager::{LayerMasters, Manager};
-use crate::sync::Direction;
+use crate::manager::{Direction, LayerMasters, Manager};
 use crate::{Endpoint, Link, RuntimeConfig, RuntimeError, TransferConfig, VirtualLayer};
 
 const RANKS: usize = 4;
@@ -49,13 +48,13 @@ fn counted(config: &RuntimeConfig) -> Vec<(u64, usize)> {
                 let at = VirtualLayer { layer, microbatch: number * MICROBATCHES + m };
                 let mut own = [4_u32; EXPERTS];
                 own[(layer + m as usize * 3) % EXPERTS] += 64;
-                let place = manager.plan(&mut endpoint, at, &own)?;
-                *copies += manager.kept(place).plan.instances().len() - EXPERTS;
-                let syncing = manager.start_sync(&mut endpoint, layer, place, Direction::Forward)?;
+                manager.plan(&mut endpoint, at, &own)?;
+                *copies += manager.plan_of(at)?.instances().len() - EXPERTS;
+                let syncing = manager.start_sync(&mut endpoint, at, Direction::Forward)?;
                 manager.finish_sync(&mut endpoint, syncing)?;
-                manager.start_reduce(&mut endpoint, layer, place)?;
+                manager.start_reduce(&mut endpoint, at)?;
                 manager.join_reduce(&mut endpoint)?;
-                manager.release(place);
+                manager.release(at);
             }
             endpoint.clock.take_segments(&mut words);
             Ok(())

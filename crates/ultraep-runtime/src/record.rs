@@ -1,7 +1,8 @@
 //! What one MoE layer did in one microbatch, for run folders and reports.
 
+use ultraep_balancer::Planned;
 use ultraep_plan::measure::{self, Measure, master_loads};
-use ultraep_plan::{DomainOutcome, Instance, Plan};
+use ultraep_plan::{DomainOutcome, Instance, Plan, Topology};
 
 use crate::VirtualLayer;
 
@@ -31,23 +32,19 @@ pub struct LayerRecord {
 }
 
 impl LayerRecord {
-    pub(crate) fn new(
-        at: VirtualLayer,
-        policy: &'static str,
-        kept: &crate::manager::Kept,
-        config: &crate::RuntimeConfig,
-    ) -> Self {
-        let after = Measure::of_split(config.topology.ranks(), kept.plan.instances(), &kept.split);
+    pub(crate) fn new(at: VirtualLayer, policy: &'static str, planned: &Planned, topology: &Topology) -> Self {
+        let (plan, split) = (planned.plan(), planned.split());
+        let after = Measure::of_split(topology.ranks(), plan.instances(), split);
         Self {
             at,
             policy,
-            counts: kept.counts.clone(),
-            offsets: offsets(&kept.plan),
-            instances: kept.plan.instances().to_vec(),
-            split: kept.split.clone(),
-            domains: kept.plan.domains().to_vec(),
-            digest: ultraep_plan::digest_plan(&kept.plan),
-            rank_load_before: master_loads(&config.topology, &kept.counts),
+            counts: planned.counts().to_vec(),
+            offsets: offsets(plan),
+            instances: plan.instances().to_vec(),
+            split: split.to_vec(),
+            domains: plan.domains().to_vec(),
+            digest: ultraep_plan::digest_plan(plan),
+            rank_load_before: master_loads(topology, planned.counts()),
             rank_load_after: after.processed().to_vec(),
         }
     }

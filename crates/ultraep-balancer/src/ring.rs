@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::RuntimeError;
+use crate::BalancerError;
 
 /// (layer, microbatch): the key under which a forward's plan is kept until its backward.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -24,48 +24,73 @@ impl fmt::Display for VirtualLayer {
 pub(crate) struct Ring<T> {
     places: Vec<Place<T>>,
     max_microbatches: usize,
+    claims: u64,
 }
 
 #[derive(Debug)]
 struct Place<T> {
     microbatch: Option<u64>,
+    /// The how-manieth claim took it.
+    claimed: u64,
     content: T,
 }
 
 impl<T> Ring<T> {
+    /// `max_microbatches` (at least 1) places for each of `layers` layers.
     pub(crate) fn new(layers: usize, max_microbatches: usize, mut make: impl FnMut() -> T) -> Self {
-        let places = (0..layers * max_microbatches).map(|_| Place { microbatch: None, content: make() }).collect();
-        Self { places, max_microbatches }
+        let places = (0..layers * max_microbatches.max(1))
+            .map(|_| Place { microbatch: None, claimed: 0, content: make() })
+            .collect();
+        Self { places, max_microbatches: max_microbatches.max(1), claims: 0 }
     }
 
-    fn layer(&self, layer: usize) -> Result<std::ops::Range<usize>, RuntimeError> {
+    fn layer(&self, layer: usize) -> Result<std::ops::Range<usize>, BalancerError> {
         let layers = self.places.len() / self.max_microbatches;
         if layer >= layers {
-            return Err(RuntimeError::Layer { layer, layers });
+            return Err(BalancerError::Layer { layer, layers });
         }
         Ok(layer * self.max_microbatches..(layer + 1) * self.max_microbatches)
     }
 
-    fn find(&self, at: VirtualLayer) -> Result<Option<usize>, RuntimeError> {
+    fn find(&self, at: VirtualLayer) -> Result<Option<usize>, BalancerError> {
         Ok(self.layer(at.layer)?.find(|&i| self.places[i].microbatch == Some(at.microbatch)))
     }
 
     /// Takes a free place for a forward. A second forward of the same virtual layer without a backward between them is
     /// an error too: it would drop the first one's plan.
-    pub(crate) fn claim(&mut self, at: VirtualLayer) -> Result<usize, RuntimeError> {
-        let exhausted = RuntimeError::RingExhausted { at, max_microbatches: self.max_microbatches };
+    ///
+    /// # Errors
+    /// [`BalancerError::RingExhausted`], [`BalancerError::InFlight`], [`BalancerError::Layer`].
+    pub(crate) fn claim(&mut self, at: VirtualLayer) -> Result<usize, BalancerError> {
+        let exhausted = BalancerError::RingExhausted { at, max_microbatches: self.max_microbatches };
         if self.find(at)?.is_some() {
-            return Err(RuntimeError::InFlight { at });
+            return Err(BalancerError::InFlight { at });
         }
         let free = self.layer(at.layer)?.find(|&i| self.places[i].microbatch.is_none());
         let index = free.ok_or(exhausted)?;
-        self.places[index].microbatch = Some(at.microbatch);
+        self.claims += 1;
+        (self.places[index].microbatch, self.places[index].claimed) = (Some(at.microbatch), self.claims);
         Ok(index)
     }
 
+    /// As [`Ring::claim`], but when all places are taken the one that was claimed first is taken over: a ring without explicit release.
+    ///
+    /// # Errors
+    /// As for [`Ring::claim`], without the first.
+    pub(crate) fn claim_oldest(&mut self, at: VirtualLayer) -> Result<usize, BalancerError> {
+        if self.find(at)?.is_none() && self.layer(at.layer)?.all(|i| self.places[i].microbatch.is_some()) {
+            let oldest = self.layer(at.layer)?.min_by_key(|&i| self.places[i].claimed);
+            oldest.into_iter().for_each(|index| self.release(index));
+        }
+        self.claim(at)
+    }
+
     /// The place that a forward left.
-    pub(crate) fn kept(&self, at: VirtualLayer) -> Result<usize, RuntimeError> {
-        self.find(at)?.ok_or(RuntimeError::NoPlan { at })
+    ///
+    /// # Errors
+    /// [`BalancerError::NoPlan`], [`BalancerError::Layer`].
+    pub(crate) fn kept(&self, at: VirtualLayer) -> Result<usize, BalancerError> {
+        self.find(at)?.ok_or(BalancerError::NoPlan { at })
     }
 
     /// Frees a place.
@@ -78,10 +103,12 @@ impl<T> Ring<T> {
         self.places.iter_mut().for_each(|place| place.microbatch = None);
     }
 
+    /// What is kept at a place.
     pub(crate) fn get(&self, index: usize) -> &T {
         &self.places[index].content
     }
 
+    /// What is kept at a place, to change it.
     pub(crate) fn get_mut(&mut self, index: usize) -> &mut T {
         &mut self.places[index].content
     }
@@ -114,8 +141,19 @@ mod tests {
         ring.claim(at(1, 0)).unwrap();
         let message = ring.claim(at(1, 1)).unwrap_err().to_string();
         assert!(message.contains("layer 1") && message.contains("all 1 microbatches"), "{message}");
-        assert!(matches!(ring.claim(at(1, 0)), Err(RuntimeError::InFlight { .. })));
-        assert!(matches!(ring.kept(at(0, 0)), Err(RuntimeError::NoPlan { .. })));
-        assert!(matches!(ring.claim(at(2, 0)), Err(RuntimeError::Layer { layer: 2, layers: 2 })));
+        assert!(matches!(ring.claim(at(1, 0)), Err(BalancerError::InFlight { .. })));
+        assert!(matches!(ring.kept(at(0, 0)), Err(BalancerError::NoPlan { .. })));
+        assert!(matches!(ring.claim(at(2, 0)), Err(BalancerError::Layer { layer: 2, layers: 2 })));
+    }
+
+    #[test]
+    fn a_ring_without_release_forgets_the_oldest() {
+        let mut ring = Ring::new(1, 2, || ());
+        for microbatch in 0..5 {
+            ring.claim_oldest(at(0, microbatch)).unwrap();
+        }
+        assert!(ring.kept(at(0, 4)).is_ok() && ring.kept(at(0, 3)).is_ok());
+        assert!(matches!(ring.kept(at(0, 2)), Err(BalancerError::NoPlan { .. })));
+        assert!(matches!(ring.claim_oldest(at(0, 4)), Err(BalancerError::InFlight { .. })));
     }
 }

@@ -1,4 +1,4 @@
-//! Errors of the runtime.
+//! Errors of the balancer, and of the layers that use it.
 
 use ultraep_fabric::stream::LayoutError;
 use ultraep_fabric::{AccessError, FabricError};
@@ -8,10 +8,10 @@ use ultraep_plan::{
 
 use crate::VirtualLayer;
 
-/// Why a runtime operation failed.
+/// Why an operation failed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
-pub enum RuntimeError {
+pub enum BalancerError {
     /// Another rank is lost, late or out of step.
     #[error(transparent)]
     Fabric(#[from] FabricError),
@@ -136,6 +136,30 @@ pub enum RuntimeError {
         expert: u32,
         /// How many experts there are.
         experts: usize,
+    },
+    /// An id is neither an expert nor padding.
+    #[error("value {at}: expert {id}; allowed are -1 (padding) and 0 to {}", experts - 1)]
+    Id {
+        /// Place among the ids.
+        at: usize,
+        /// The id.
+        id: i64,
+        /// How many experts there are.
+        experts: usize,
+    },
+    /// Something was asked of a virtual layer that has been begun but not planned.
+    #[error("{at}: not planned yet")]
+    NotPlanned {
+        /// Where.
+        at: VirtualLayer,
+    },
+    /// A placement that is not one of this group.
+    #[error("{at}: the adopted placement is refused: {reason}")]
+    Placement {
+        /// Where.
+        at: VirtualLayer,
+        /// Why.
+        reason: String,
     },
     /// An input has the wrong size.
     #[error("{what}: {got} elements, expected {expected}")]
