@@ -2,7 +2,9 @@
 
 use crate::case::{Case, Need, Random, Report, all_equal, all_well, bytes, digest, ensure, plain, text};
 use crate::failures;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
+use ultraep_fabric::backend::{Hold, Use};
 use ultraep_fabric::{AccessError, Fabric, FabricError, GroupSpec, Operation, OperationKind, Region, Span, WindowId};
 use ultraep_plan::Rank;
 
@@ -26,6 +28,7 @@ pub(crate) const CASES: &[Case] = &[
     Case { seeds: &[1, 2], ..case("sends_meet_receives", sends_meet_receives) },
     Case { ranks: &[2, 5], ..case("sends_wait_for_credit_and_move_alone", sends_wait_for_credit) },
     Case { verify: all_equal, ..case("chunks_are_relayed", chunks_are_relayed) },
+    case("receives_fill_one_region", receives_fill_one_region),
     case("sends_are_refused", sends_are_refused),
     Case { ranks: &[2, 5], verify: failures::all_named, ..case("different_lengths", different_lengths) },
     Case {
@@ -161,6 +164,32 @@ fn chunks_are_relayed(mut fabric: Box<dyn Fabric>, seed: u64) -> Report {
     let seen = digest(0, &got);
     fabric.leave().map_err(text)?;
     Ok(seen)
+}
+
+/// Everyone's bytes into one region at a time, under a right that the caller holds; no window, no epoch.
+fn receives_fill_one_region(mut fabric: Box<dyn Fabric>, seed: u64) -> Report {
+    let (me, ranks) = (fabric.rank().index(), fabric.ranks());
+    let all = Region::zeroed(CHUNK * ranks);
+    let hold = Arc::new(Hold::take(&all, Use::Write).map_err(text)?);
+    let mine = Region::from_vec(bytes(seed, me, CHUNK));
+    let mut tickets = Vec::new();
+    for peer in 0..ranks {
+        let to = Span::held(&hold, peer * CHUNK, CHUNK);
+        tickets.push(fabric.submit(Operation::Recv { from: Rank::new(peer), key: 0, to }).map_err(text)?);
+    }
+    for peer in 0..ranks {
+        let operation = Operation::Send { to: Rank::new(peer), key: 0, from: Span::whole(&mine) };
+        tickets.push(fabric.submit(operation).map_err(text)?);
+    }
+    for ticket in tickets {
+        fabric.wait(ticket).map_err(text)?;
+    }
+    ensure(all.read::<u8>().is_err(), || "the caller's right is gone".to_owned())?;
+    drop(hold);
+    let expected: Vec<u8> = (0..ranks).flat_map(|rank| bytes(seed, rank, CHUNK)).collect();
+    ensure(all.read::<u8>().map_err(text)?[..] == expected[..], || "wrong content".to_owned())?;
+    fabric.leave().map_err(text)?;
+    Ok(0)
 }
 
 /// Wrong use changes nothing; a rank with messages in flight cannot leave.

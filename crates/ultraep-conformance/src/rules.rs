@@ -2,6 +2,7 @@
 
 use crate::case::{Case, Report, all_well, ensure, plain, stamp, text};
 use std::sync::Arc;
+use ultraep_fabric::backend::{Hold, Use};
 use ultraep_fabric::{
     AccessError, Fabric, FabricError, GroupSpec, Operation, OperationKind, Region, RemoteSpan, SIGNALS, Span, WindowId,
 };
@@ -123,6 +124,7 @@ fn access_rules(mut fabric: Box<dyn Fabric>, _seed: u64) -> Report {
     fabric.wait(ticket).map_err(text)?;
     ensure(window.write::<u8>().is_ok(), || "no writer after the epoch".to_owned())?;
     views(&mut fabric)?;
+    held_spans(&mut fabric)?;
     fabric.leave().map_err(text)?;
     Ok(0)
 }
@@ -140,6 +142,19 @@ fn views(fabric: &mut Box<dyn Fabric>) -> Result<(), String> {
     let ragged = AccessError::Ragged { bytes: 9, size: 4 };
     refused(fabric, Operation::AllReduceSumF32 { data: Span::whole(&odd) }, ragged)?;
     ensure(odd.write::<u8>().is_ok(), || "still held after a refusal".to_owned())
+}
+
+/// An operation uses the caller's right where a span carries one, and refuses one that does not suffice.
+fn held_spans(fabric: &mut Box<dyn Fabric>) -> Result<(), String> {
+    let region = Region::from_vec(vec![1.0f32; 4]);
+    let hold = Arc::new(Hold::take(&region, Use::Write).map_err(text)?);
+    refused(fabric, Operation::AllReduceSumF32 { data: Span::whole(&region) }, AccessError::BeingWritten)?;
+    run(fabric, Operation::AllReduceSumF32 { data: Span::held(&hold, 4, 8) })?;
+    drop(hold);
+    let sum = fabric.ranks() as f32;
+    ensure(region.read::<f32>().map_err(text)?[..] == [1.0, sum, sum, 1.0], || "wrong sums".to_owned())?;
+    let reading = Arc::new(Hold::take(&region, Use::Read).map_err(text)?);
+    refused(fabric, Operation::AllReduceSumF32 { data: Span::held(&reading, 0, 16) }, AccessError::BeingRead)
 }
 
 /// Regions of an operation in flight.

@@ -1,7 +1,10 @@
 //! Operations, their operands, and what comes back: plain structs, so that a backend can queue them.
 
-use crate::{Region, WindowId};
+use crate::region::{Hold, Use};
+use crate::{AccessError, Region, WindowId};
 use core::fmt;
+use core::ops::Deref;
+use std::sync::Arc;
 use ultraep_plan::Rank;
 
 /// A range of a local region.
@@ -13,19 +16,71 @@ pub struct Span {
     pub offset: usize,
     /// Length in bytes; 0 is allowed.
     pub bytes: usize,
+    /// The caller's right to use the region.
+    held: Option<Arc<Hold>>,
 }
 
 impl Span {
     /// The whole of `region`.
     #[must_use]
     pub fn whole(region: &Region) -> Self {
-        Self { region: region.clone(), offset: 0, bytes: region.bytes() }
+        Self::part(region, 0, region.bytes())
     }
 
     /// The `bytes` bytes of `region` from `offset` on.
     #[must_use]
     pub fn part(region: &Region, offset: usize, bytes: usize) -> Self {
-        Self { region: region.clone(), offset, bytes }
+        Self { region: region.clone(), offset, bytes, held: None }
+    }
+
+    /// A part of a region that the caller holds: operations use that right instead of taking one of their own, so that several at a
+    /// time can fill or send parts of one region. The caller sees to it that they do not overlap.
+    #[must_use]
+    pub fn held(hold: &Arc<Hold>, offset: usize, bytes: usize) -> Self {
+        Self { region: hold.region().clone(), offset, bytes, held: Some(Arc::clone(hold)) }
+    }
+
+    /// For backends: the right to use the region for [`Use::Read`] or [`Use::Write`], until it is dropped.
+    ///
+    /// # Errors
+    /// [`AccessError`]: what uses the region now, or that the caller's hold does not allow writing.
+    pub fn right(&self, usage: Use) -> Result<Right, AccessError> {
+        match &self.held {
+            Some(hold) if usage == Use::Read || hold.usage() != Use::Read => Ok(Right::Held(Arc::clone(hold))),
+            Some(_) => Err(AccessError::BeingRead),
+            None => Hold::take(&self.region, usage).map(Right::Own),
+        }
+    }
+}
+
+/// The right of an operation to use a span's region.
+#[derive(Debug)]
+pub enum Right {
+    /// Taken for the operation.
+    Own(Hold),
+    /// The caller's.
+    Held(Arc<Hold>),
+}
+
+impl Right {
+    /// For parts of an operation that go their own ways.
+    #[must_use]
+    pub fn shared(self) -> Arc<Hold> {
+        match self {
+            Self::Own(hold) => Arc::new(hold),
+            Self::Held(hold) => hold,
+        }
+    }
+}
+
+impl Deref for Right {
+    type Target = Hold;
+
+    fn deref(&self) -> &Hold {
+        match self {
+            Self::Own(hold) => hold,
+            Self::Held(hold) => hold,
+        }
     }
 }
 

@@ -251,10 +251,10 @@ impl Hold {
         Ok(Self { region: region.clone(), usage, returns: matches!(usage, Use::Read | Use::Write) })
     }
 
-    /// Takes the right to read or write memory of the host, and gives its start as well.
-    pub(crate) fn of_host(region: &Region, usage: Use) -> Result<(Self, NonNull<u8>), AccessError> {
-        let start = region.start()?;
-        Ok((Self::take(region, usage)?, start))
+    /// What it is for.
+    #[must_use]
+    pub fn usage(&self) -> Use {
+        self.usage
     }
 
     /// The region.

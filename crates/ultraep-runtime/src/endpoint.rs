@@ -67,7 +67,7 @@ impl Endpoint {
         let bytes = data.bytes();
         let ranks = self.ranks() as u64;
         let moved = 2 * bytes as u64 * (ranks - 1) / ranks;
-        let span = Span { region: data.clone(), offset: 0, bytes };
+        let span = Span::part(data, 0, bytes);
         self.collective(Operation::AllReduceSumF32 { data: span }, part, moved)?;
         Ok(())
     }
@@ -76,10 +76,7 @@ impl Endpoint {
     pub fn all_gather(&mut self, send: &Region, recv: &Region, part: Part) -> Result<(), RuntimeError> {
         let bytes = send.bytes();
         let moved = (bytes * (self.ranks() - 1)) as u64;
-        let op = Operation::AllGather {
-            send: Span { region: send.clone(), offset: 0, bytes },
-            recv: Span { region: recv.clone(), offset: 0, bytes: recv.bytes() },
-        };
+        let op = Operation::AllGather { send: Span::part(send, 0, bytes), recv: Span::whole(recv) };
         self.collective(op, part, moved)?;
         Ok(())
     }
@@ -103,10 +100,7 @@ impl Endpoint {
         let segments = self.clock.take_segments(&mut self.words);
         let send = Region::from_vec(std::mem::take(&mut self.words));
         let recv = Region::zeroed(send.bytes() * self.ranks());
-        let op = Operation::AllGather {
-            send: Span { region: send.clone(), offset: 0, bytes: send.bytes() },
-            recv: Span { region: recv.clone(), offset: 0, bytes: recv.bytes() },
-        };
+        let op = Operation::AllGather { send: Span::whole(&send), recv: Span::whole(&recv) };
         self.aside(op, 0)?;
         let time = StepTime::critical_path(&recv.read::<u64>()?, segments);
         Ok(time)

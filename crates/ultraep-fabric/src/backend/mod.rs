@@ -20,6 +20,7 @@
 //! | `AllToAll`       | [`Operands::all_to_all`]; each block has one size at both ends                  | `send`: `Read`; window: [`Use::Receive`], released when all is there |
 //! | `AllReduceSumF32`| [`Operands::all_reduce`]                                                        | `data`: `Write` |
 //!
+//! * The right to a span's memory comes from [`Span::right`](crate::Span::right): the caller may hold the region itself.
 //! * Collectives are compared over ranks ([`Collective`](crate::Collective)): a difference is [`Failure::Mismatch`] on every rank.
 //! * An operand that is refused leaves no hold behind. A receiving hold of a group that has failed is dropped, never released, when
 //!   a peer may still write.
@@ -31,6 +32,7 @@ mod identity;
 mod operands;
 
 pub use crate::failure::{FAILURE_WORDS, Failure};
+pub use crate::operation::Right;
 pub use crate::region::{Hold, Use};
 pub use identity::{Identity, VectorFamily};
 pub use operands::Operands;

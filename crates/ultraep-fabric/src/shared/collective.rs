@@ -18,7 +18,7 @@ use super::layout::{STAGING_BYTES, share_elements};
 use super::segment::Segment;
 use super::turnstile::Entered;
 use super::word::FAILED;
-use crate::backend::{Hold, Use};
+use crate::backend::{Hold, Right, Use};
 use crate::failure::Failure;
 use crate::operation::{Collective, OperationKind};
 use crate::sync::{self, Ordering};
@@ -52,7 +52,7 @@ impl InFlight {
 
 /// A held span.
 struct Piece {
-    _hold: Hold,
+    _right: Right,
     start: NonNull<u8>,
 }
 
@@ -62,9 +62,10 @@ unsafe impl Send for Piece {}
 impl Piece {
     /// For a span that lies within its region.
     fn new(span: &Span, usage: Use) -> Result<Self, AccessError> {
-        let (hold, start) = Hold::of_host(&span.region, usage)?;
+        let right = span.right(usage)?;
+        let start = right.start()?;
         // SAFETY: the span lies within the region.
-        Ok(Self { _hold: hold, start: unsafe { start.add(span.offset) } })
+        Ok(Self { _right: right, start: unsafe { start.add(span.offset) } })
     }
 
     /// `at` bytes into the piece; within the span that was checked when it was made.

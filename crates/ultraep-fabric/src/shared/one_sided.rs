@@ -2,7 +2,7 @@
 
 use super::endpoint::{Endpoint, Phase, Window};
 use super::segment::Segment;
-use crate::backend::{Hold, Use};
+use crate::backend::{Right, Use};
 use crate::operation::OperationKind;
 use crate::sync::Ordering;
 use crate::{AccessError, Completion, FabricError, RemoteSpan, Span, Ticket, copy};
@@ -12,7 +12,7 @@ use ultraep_plan::Rank;
 /// A local span that may be used: by a hold, or because it lies in the own part of an open window.
 struct Local {
     start: NonNull<u8>,
-    _hold: Option<Hold>,
+    _right: Option<Right>,
 }
 
 impl Endpoint {
@@ -20,12 +20,16 @@ impl Endpoint {
         self.operands.span(kind, span)?;
         let refused = self.operands.access(kind, "local span");
         let open = |window: &&super::endpoint::Window| window.phase == Phase::Open && window.region.same(&span.region);
-        let (hold, start) = match self.windows.iter().find(open) {
+        let (right, start) = match self.windows.iter().find(open) {
             Some(Window { open: Some(hold), .. }) => (None, hold.start().map_err(refused)?),
-            _ => Hold::of_host(&span.region, usage).map(|(hold, start)| (Some(hold), start)).map_err(refused)?,
+            _ => {
+                let right = span.right(usage).map_err(&refused)?;
+                let start = right.start().map_err(refused)?;
+                (Some(right), start)
+            }
         };
         // SAFETY: the offset lies within the region, as checked above.
-        Ok(Local { start: unsafe { start.add(span.offset) }, _hold: hold })
+        Ok(Local { start: unsafe { start.add(span.offset) }, _right: right })
     }
 
     /// Where a remote span starts, if its window is open and it lies within.

@@ -59,9 +59,9 @@ struct Piece {
 
 impl Piece {
     fn new(span: &Span, usage: Use) -> Result<Self, AccessError> {
-        let hold = Hold::take(&span.region, usage)?;
+        let hold = span.right(usage)?.shared();
         hold.start()?;
-        Ok(Self { hold: Arc::new(hold), offset: span.offset })
+        Ok(Self { hold, offset: span.offset })
     }
 }
 

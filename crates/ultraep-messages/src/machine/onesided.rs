@@ -73,7 +73,7 @@ impl Machine {
         let open = self.windows.iter().find(|window| window.phase == Phase::Open && window.region.same(&span.region));
         let hold = match open.and_then(|window| window.open.as_ref()) {
             Some(hold) => Arc::clone(hold),
-            None => Arc::new(Hold::take(&span.region, usage).map_err(&refused)?),
+            None => span.right(usage).map_err(&refused)?.shared(),
         };
         hold.start().map_err(refused)?;
         Ok(Local { hold, offset: span.offset, bytes: span.bytes })
