@@ -62,6 +62,9 @@ pub fn attach(
     if rank.index() == 0 { joining.lead(layout, store) } else { joining.follow(layout, store) }
 }
 
+/// How long rank 0 may take to write why it no longer listens.
+const WORD_WITHIN: Duration = Duration::from_secs(1);
+
 /// A rank on its way in.
 struct Joining<'a> {
     /// Of the leader's socket, in the store.
@@ -85,6 +88,22 @@ impl Joining<'_> {
         FabricError::Join { rank: self.rank, reason }
     }
 
+    /// The key under which rank 0 leaves the failure of a group that did not come together.
+    fn failed(&self) -> String {
+        format!("{}/failed", self.key)
+    }
+
+    /// Why rank 0 no longer listens, if it has said so.
+    fn why_closed(&self, store: &mut dyn Store, otherwise: FabricError) -> FabricError {
+        let said = store.get(&self.failed(), self.left().min(WORD_WITHIN)).ok();
+        let failure = said.and_then(|bytes| {
+            let (words, _) = bytes.as_chunks::<8>();
+            let words: Vec<u64> = words.iter().map(|word| u64::from_le_bytes(*word)).collect();
+            Failure::from_words(&words.try_into().ok()?)
+        });
+        failure.map_or(otherwise, |failure| failure.error(OperationKind::Join))
+    }
+
     /// The part of rank 0.
     fn lead(&self, layout: Layout, store: &mut dyn Store) -> Result<Box<dyn Fabric>, FabricError> {
         let identity = Identity::new(self.spec, layout.digest);
@@ -94,31 +113,36 @@ impl Joining<'_> {
         segment.control(self.rank).status.start();
         let (name, listener) = listen()?;
         store.set(&self.key, name.as_bytes()).map_err(store_failed)?;
-        match self.gather(&listener, &segment, &identity, &file) {
-            Ok(members) => {
+        // Their sockets close after the failure is there for them to see.
+        let mut members = Vec::new();
+        match self.gather(&mut members, &listener, &segment, &identity, &file) {
+            Ok(()) => {
                 let watch = Watch::start(&segment, self.rank, members)?;
                 self.start(segment, watch)
             }
             Err(failure) => {
                 segment.fail(self.rank, &failure);
+                // For those who come after this; that they cannot be told changes nothing here.
+                let words = failure.to_words();
+                let _ = store.set(&self.failed(), &words.map(u64::to_le_bytes).concat());
                 Err(failure.error(OperationKind::Join))
             }
         }
     }
 
-    /// Waits for all other ranks; their sockets.
+    /// Waits for all other ranks, and keeps their sockets.
     fn gather(
         &self,
+        members: &mut Vec<(Rank, UnixStream)>,
         listener: &UnixListener,
         segment: &Segment,
         identity: &Identity,
         file: &OwnedFd,
-    ) -> Result<Vec<(Rank, UnixStream)>, Failure> {
-        let mut members: Vec<(Rank, UnixStream)> = Vec::new();
+    ) -> Result<(), Failure> {
         let came = |members: &[(Rank, UnixStream)], rank: Rank| members.iter().any(|(member, _)| *member == rank);
         while members.len() + 1 < segment.layout.ranks {
             let Some(stream) = accept(listener, self.left()) else {
-                let missing = segment.ranks().filter(|&rank| rank != self.rank && !came(&members, rank));
+                let missing = segment.ranks().filter(|&rank| rank != self.rank && !came(members, rank));
                 return Err(self.timeout(missing.collect()));
             };
             // Who says nothing sensible is not a rank of ours: others may still come.
@@ -126,7 +150,7 @@ impl Joining<'_> {
             let rank = hello.rank;
             let answer = if rank == self.rank || rank.index() >= segment.layout.ranks {
                 Answer::NoSuchRank
-            } else if came(&members, rank) {
+            } else if came(members, rank) {
                 Answer::Taken
             } else if identity.admit(&hello.identity).is_err() {
                 Answer::Differs
@@ -140,7 +164,7 @@ impl Joining<'_> {
                 (Answer::Taken | Answer::NoSuchRank, _) => {}
             }
         }
-        Ok(members)
+        Ok(())
     }
 
     /// The part of every other rank.
@@ -151,11 +175,13 @@ impl Joining<'_> {
             name => name.map_err(store_failed)?,
         };
         let connected = SocketAddr::from_abstract_name(&name).and_then(|address| UnixStream::connect_addr(&address));
-        let stream = connected.map_err(|error| FabricError::os("connect to rank 0, on this host", error))?;
+        let refused = |error| FabricError::os("connect to rank 0, on this host", error);
+        let stream = connected.map_err(|error| self.why_closed(store, refused(error)))?;
         let identity = Identity::new(self.spec, layout.digest);
-        let lost = |_| Failure::Lost { rank: leader, loss: Loss::Vanished }.error(OperationKind::Join);
-        Hello { rank: self.rank, identity }.send(&stream).map_err(lost)?;
-        let (answer, group, file) = Answer::receive(&stream, self.left()).map_err(lost)?;
+        let greeted = Hello { rank: self.rank, identity }.send(&stream);
+        let answered = greeted.and_then(|()| Answer::receive(&stream, self.left()));
+        let lost = Failure::Lost { rank: leader, loss: Loss::Vanished }.error(OperationKind::Join);
+        let (answer, group, file) = answered.map_err(|_| self.why_closed(store, lost))?;
         match answer {
             Answer::Taken => return Err(self.refused(JoinError::Taken)),
             Answer::NoSuchRank => return Err(self.refused(JoinError::NoSuchRank { ranks: group.ranks })),

@@ -58,8 +58,6 @@ struct Shared {
     wake: Condvar,
     /// A worker's thread has started.
     start: Condvar,
-    /// The rank that a blocked background worker waits for, plus 1.
-    blocked_on: AtomicU32,
     /// Workers stop where they are.
     abort: AtomicU32,
 }
@@ -74,6 +72,8 @@ struct State {
     helpers: usize,
     /// The tile that the rank's own worker had in hand when it went.
     left: Option<Tile>,
+    /// The tile that a background worker is blocked on.
+    blocked: Option<Tile>,
     /// Workers at it.
     active: usize,
     /// Workers whose threads run.
@@ -103,7 +103,6 @@ impl TileEngine {
             state: Mutex::default(),
             wake: Condvar::new(),
             start: Condvar::new(),
-            blocked_on: AtomicU32::new(0),
             abort: AtomicU32::new(0),
         });
         let (threads, own) = (Vec::new(), Worker::default());
@@ -157,7 +156,7 @@ impl TileEngine {
         // Relaxed: workers see these after they have taken the state's lock below.
         shared.next.store(0, Ordering::Relaxed);
         shared.abort.store(0, Ordering::Relaxed);
-        shared.blocked_on.store(0, Ordering::Relaxed);
+        shared.state().blocked = None;
         self.own = Worker::default();
         self.helpers = if tiles > 0 { workers.min(self.spec.background) } else { 0 };
         if self.helpers > 0 {
@@ -219,7 +218,9 @@ impl TileEngine {
                     let rank = fabric.rank();
                     let peer = job.awaited(&tile).unwrap_or(rank);
                     let direct = fabric.direct().ok_or(FabricError::NoDirectAccess { rank })?;
-                    direct.wait_until(peer, &|| job.is_ready(&tile) || (others && enough()))?;
+                    // A tile may wait for one rank's chunk and then for another's credit: only the one that is awaited is to blame.
+                    let another = || peer != rank && job.awaited(&tile) != Some(peer);
+                    direct.wait_until(peer, &|| job.is_ready(&tile) || another() || (others && enough()))?;
                 }
             }
         }
@@ -247,12 +248,21 @@ impl TileEngine {
         shared.state().open = false;
         let rank = fabric.rank();
         loop {
-            let blocked_on = shared.blocked_on.load(Ordering::Relaxed);
-            let peer = blocked_on.checked_sub(1).map_or(rank, |peer| Rank::new(peer as usize));
-            if shared.state().active == 0 {
+            let (active, blocked) = {
+                let state = shared.state();
+                (state.active, state.blocked)
+            };
+            if active == 0 {
                 return Ok(());
             }
-            let moved = || shared.state().active == 0 || shared.blocked_on.load(Ordering::Relaxed) != blocked_on;
+            let job = shared.job();
+            let awaited = || blocked.as_ref().and_then(|tile| job.awaited(tile));
+            // A worker that has not noticed that its tile is ready waits for nobody but this rank's own processor.
+            let peer = awaited().unwrap_or(rank);
+            let moved = || {
+                let state = shared.state();
+                state.active == 0 || state.blocked != blocked || (peer != rank && awaited() != Some(peer))
+            };
             fabric.direct().ok_or(FabricError::NoDirectAccess { rank })?.wait_until(peer, &moved)?;
         }
     }
@@ -337,12 +347,11 @@ fn work(shared: &Shared, job: &Job) {
             Step::Moved if tries == 0 => {}
             Step::Moved => {
                 tries = 0;
-                shared.blocked_on.store(0, Ordering::Relaxed);
+                shared.state().blocked = None;
             }
             Step::Blocked(tile) => {
                 if tries == 0 {
-                    let peer = job.awaited(&tile).map_or(0, |peer| peer.index() as u32 + 1);
-                    shared.blocked_on.store(peer, Ordering::Relaxed);
+                    shared.state().blocked = Some(tile);
                 }
                 let failed = job.reach().is_none_or(super::Reach::has_failed);
                 if failed || shared.abort.load(Ordering::Relaxed) != 0 {
