@@ -156,7 +156,7 @@ fn a_replay_is_drawn() {
     ultraep(folder.path(), "replay loads.csv --slots 1,2 --policies none,ultraep --svg plot.svg").assert().success();
     let svg = fs::read_to_string(folder.path().join("plot.svg")).expect("written");
     for words in
-        ["microbatch, in the order", "imbalance (largest", "EP8, 1 slots", "EP8, 2 slots", "none", "ultraep", "layer"]
+        ["microbatch, in the order", "imbalance (largest", "EP8, slots 1", "EP8, slots 2", "none", "ultraep", "layer"]
     {
         assert!(svg.contains(words), "{words}");
     }

@@ -9,7 +9,7 @@
 //! ```
 //!
 //! A power of two, so that microbatches of nearly the same size have the same one; 1024 from 32,768 tokens a rank on, so that
-//! published settings stay what they are. Evidence for 1/32: docs/recordings.md.
+//! published settings stay what they are. Why 1/32: docs/recordings.md.
 
 use std::fmt;
 use std::str::FromStr;

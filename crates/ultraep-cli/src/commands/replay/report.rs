@@ -48,9 +48,7 @@ struct Line {
     policy: &'static str,
     historical: bool,
     #[serde(skip)]
-    has_slots: bool,
-    #[serde(skip)]
-    has_quota: bool,
+    kind: PolicyKind,
     /// No other scenario of these ranks is at least as good in imbalance, replicas and remote tokens, and better in one.
     on_frontier: bool,
     plans: u64,
@@ -148,12 +146,14 @@ impl Replay {
             let (ranks, domain, slots, quota) = key;
             let is_in = |line: &&Line| {
                 let same = (line.ranks, line.domain) == (ranks, domain);
-                same && (line.group() == key || !line.has_slots || (line.slots_per_rank == slots && !line.has_quota))
+                same && (line.group() == key
+                    || !has_slots(line.kind)
+                    || (line.slots_per_rank == slots && !line.kind.has_min_quota()))
             };
             let domain = if domain == ranks { String::new() } else { format!(", domains of {domain}") };
             let quota = if quota == LeastQuota::OfLoad { String::new() } else { format!(", least quota {quota}") };
             Group {
-                title: format!("EP{ranks}{domain}, {slots} slots{quota}"),
+                title: format!("EP{ranks}{domain}, slots {slots}{quota}"),
                 width: planned().filter(is_in).map(|line| line.series.width()).max().unwrap_or(1),
                 curves: planned().filter(is_in).map(Line::curve).collect(),
             }
@@ -305,7 +305,7 @@ impl Line {
 
     fn curve(&self) -> Curve {
         Curve {
-            policy: self.policy,
+            policy: self.kind,
             microbatches: self.series.means().map(|(place, mean)| (place as f64, mean)).collect(),
             layers: self.layers.iter().map(|layer| (f64::from(layer.layer), layer.imbalance_mean)).collect(),
         }
@@ -322,8 +322,7 @@ impl Line {
             min_quota_tokens: outcomes.min_quotas.filter(|_| scenario.kind.has_min_quota()),
             policy: scenario.kind.name(),
             historical: scenario.kind.is_historical(),
-            has_slots: has_slots(scenario.kind),
-            has_quota: scenario.kind.has_min_quota(),
+            kind: scenario.kind,
             on_frontier: false,
             plans,
             refused: outcomes.refused,
@@ -387,17 +386,24 @@ fn least_quota_notes(lines: &[Line]) -> Vec<String> {
             quota_words(LeastQuota::OfLoad, &tokens)
         ));
     }
-    let most_gained = ours().filter(|line| line.finer_plans > 0).max_by(|a, b| {
+    // Where a smaller one was replayed too, and no plan can gain, the table says it.
+    let is_shown = |line: &&Line| {
+        let group = |l: &Line| (l.ranks, l.domain, l.slots_per_rank);
+        ours().any(|other| group(other) == group(line) && other.finer_plans == 0)
+    };
+    let most_gained = ours().filter(|line| line.finer_plans > 0 && !is_shown(line)).max_by(|a, b| {
         let gain = |line: &Line| line.imbalance_mean - line.finer_imbalance_mean;
         gain(a).total_cmp(&gain(b))
     });
     if let Some(line) = most_gained {
         notes.push(format!(
-            "with --min-quota 1, {} of {} plans of ultraep (EP{}, {} slots) would be more even: imbalance {:.4} instead of {:.4}",
+            "with --min-quota 1, {} of {} plans of ultraep (EP{}, {} slots, least quota {}) would be more even: imbalance {:.4} \
+             instead of {:.4}",
             line.finer_plans,
             line.plans,
             line.ranks,
             line.slots_per_rank,
+            line.min_quota,
             line.finer_imbalance_mean,
             line.imbalance_mean
         ));
