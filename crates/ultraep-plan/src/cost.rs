@@ -19,12 +19,11 @@
 use alloc::vec;
 
 use crate::measure::Measure;
+use crate::time::{GemmTime, at_rate_ps, at_speed_ps};
 use crate::{
-    FULL_SPEED, MAX_CHUNKS, Plan, PlannedTransfers, Problem, Rank, SplitError, SplitWorkspace, SyncPlanner, Topology,
+    MAX_CHUNKS, Plan, PlannedTransfers, Problem, Rank, SplitError, SplitWorkspace, SyncPlanner, Topology,
     TransferModel, TransferModelError, TransferParams,
 };
-
-const PS_PER_S: u128 = 1_000_000_000_000;
 
 /// Bytes of a chunk of weights: 8 tiles of 32 KiB, the paper's unit of relays. Larger where an expert has too many of them.
 const CHUNK_BYTES: u64 = 8 * 32 * 1024;
@@ -142,35 +141,15 @@ impl HardwareModel {
         Overhead { plan_ps: self.plan_ps_of(topology, replicas), reroute_ps: self.reroute_ps, sync_ns }
     }
 
-    fn carried_ps(&self, bytes: u128) -> u64 {
-        let time = bytes.saturating_mul(PS_PER_S).div_ceil(u128::from(self.link_bytes_per_s.max(1)));
-        u64::try_from(time).unwrap_or(u64::MAX)
-    }
-
     /// `T_all_to_all` when the busiest link carries `tokens`.
     pub fn all_to_all_ps(&self, tokens: u64) -> u64 {
-        self.carried_ps(u128::from(tokens) * u128::from(self.token_bytes))
+        at_rate_ps(u128::from(tokens) * u128::from(self.token_bytes), self.link_bytes_per_s)
     }
 
     /// Time of an instance with `tokens` tokens at full speed.
     #[inline]
     pub fn instance_ps(&self, tokens: u64) -> u64 {
-        if tokens == 0 {
-            return 0;
-        }
-        let tile = u64::from(self.tile_rows.max(1));
-        let rows = tokens.div_ceil(tile).saturating_mul(tile);
-        self.gemm_ps.saturating_add(rows.saturating_mul(self.row_ps))
-    }
-
-    /// `full_ps` of work at full speed on a rank with speed weight `speed` (weight 0 counts as full speed).
-    pub fn at_speed_ps(&self, full_ps: u64, speed: u32) -> u64 {
-        let speed = if speed == 0 { FULL_SPEED } else { speed };
-        if speed == FULL_SPEED {
-            return full_ps;
-        }
-        let slowed = (u128::from(full_ps) * u128::from(FULL_SPEED)).div_ceil(u128::from(speed));
-        u64::try_from(slowed).unwrap_or(u64::MAX)
+        GemmTime { start_ps: self.gemm_ps, row_ps: self.row_ps, tile_rows: self.tile_rows }.of(tokens)
     }
 
     /// Predicts the layer under `plan`, which comes to `measure`, with what balancing costs.
@@ -180,7 +159,7 @@ impl HardwareModel {
             let work = &mut work[instance.rank.index()];
             *work = work.saturating_add(self.instance_ps(tokens));
         }
-        let at_speed = |(rank, &work): (usize, &u64)| self.at_speed_ps(work, topology.speed(Rank::new(rank)));
+        let at_speed = |(rank, &work): (usize, &u64)| at_speed_ps(work, topology.speed(Rank::new(rank)));
         Prediction {
             plan_ps: overhead.plan_ps,
             reroute_ps: overhead.reroute_ps,

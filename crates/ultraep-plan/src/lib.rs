@@ -31,6 +31,7 @@ mod ratio;
 mod reroute;
 mod split;
 mod tally;
+pub mod time;
 mod topology;
 mod transfer;
 

@@ -214,10 +214,7 @@ mod tests {
             let fields: Vec<&str> = line.split(',').collect();
             let shape = ExpertShape { hidden: fields[0].parse().unwrap(), width: fields[1].parse().unwrap() };
             let model = hardware.model(shape);
-            let instance = |rows: &str| {
-                let tiles = rows.parse::<u64>().unwrap().div_ceil(model.tile_rows.into());
-                model.gemm_ps + tiles * u64::from(model.tile_rows) * model.row_ps
-            };
+            let instance = |rows: &str| model.instance_ps(rows.parse().unwrap());
             let predicted_us = fields[2].split(' ').map(instance).sum::<u64>() as f64 / 1e6;
             differences.push((predicted_us / fields[3].parse::<f64>().unwrap()).ln().abs());
         }

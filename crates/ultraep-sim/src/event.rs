@@ -12,12 +12,12 @@
 //! again (DeepEP: `notify_dispatch`, `cached_notify_dispatch`, `cached_notify_combine`; so does this project's fabric). Between
 //! barriers every rank is on its own. Near and far peers have links of their own. `O(chunks log N)` a pass.
 
+use ultraep_plan::time::at_speed_ps;
+
 use crate::balancer::LayerLoad;
 use crate::layer::{Direction, LayerModel, LayerTimes, LayerWork, PassWork};
-use crate::machine::at_speed_ps;
 use crate::queue::EventQueue;
 use crate::span::{Span, Stream};
-
 /// What happens. The order of variants does not matter: the queue orders by time and age.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Event {

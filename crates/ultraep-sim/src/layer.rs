@@ -9,9 +9,10 @@
 
 use serde::{Deserialize, Serialize};
 use ultraep_plan::Topology;
+use ultraep_plan::time::{GemmTime, at_rate_ps, at_speed_ps};
 
 use crate::balancer::{LayerLoad, SyncRule, System};
-use crate::machine::{Machine, at_rate_ps, at_speed_ps};
+use crate::machine::Machine;
 use crate::model::ModelSpec;
 
 /// Which way a pass goes.
@@ -77,7 +78,7 @@ pub struct LayerWork {
     /// Start of an instance's GEMMs.
     pub gemm_ps: u64,
     /// Rows of a tile.
-    pub tile_rows: u64,
+    pub tile_rows: u32,
     /// Latency of a hop.
     pub hop_ps: u64,
     /// Rows of a chunk of the all-to-all.
@@ -149,7 +150,7 @@ impl LayerWork {
             collective_ps,
             reduce_ps: at_rate_ps(2 * REDUCE_LINK_FRACTION * model.expert_bytes(), machine.link_bytes_per_s),
             gemm_ps: machine.gemm_ns * 1000,
-            tile_rows: u64::from(machine.tile_rows.max(1)),
+            tile_rows: machine.tile_rows,
             hop_ps: machine.hop_ns * 1000,
             chunk_rows: machine.chunk_tokens.max(1),
             domain_ranks: topology.domain_ranks(),
@@ -173,11 +174,8 @@ impl LayerWork {
 
     /// An instance with `rows` rows, whole tiles, at full speed.
     pub fn instance_ps(&self, rows: u32, direction: Direction) -> u64 {
-        if rows == 0 {
-            return 0;
-        }
-        let tiled = u64::from(rows).div_ceil(self.tile_rows) * self.tile_rows;
-        self.gemm_ps.saturating_add(tiled.saturating_mul(self.pass(direction).row_ps))
+        let row_ps = self.pass(direction).row_ps;
+        GemmTime { start_ps: self.gemm_ps, row_ps, tile_rows: self.tile_rows }.of(rows.into())
     }
 
     /// All experts of a rank.

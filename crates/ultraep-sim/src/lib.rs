@@ -60,6 +60,3 @@ pub use recovery::recovery_ps;
 pub use report::{StepReport, SystemReport};
 pub use span::{Span, Stream};
 pub use step::{Jitter, Mistake, Recompute, StepSpec, simulate_step};
-
-/// Picoseconds in a second.
-pub const PS_PER_S: u128 = 1_000_000_000_000;

@@ -1,9 +1,8 @@
 //! The machine: what is known of it, and what was calibrated.
 
 use serde::{Deserialize, Serialize};
-use ultraep_plan::{FULL_SPEED, TransferModel};
+use ultraep_plan::TransferModel;
 
-use crate::PS_PER_S;
 use crate::model::{ModelSpec, bounded};
 
 const MAX_RATE: u64 = 1_000_000_000_000_000_000;
@@ -82,23 +81,6 @@ pub struct Calibrated {
     /// thousandths.
     #[serde(deserialize_with = "bounded::<0, 100000, _, _>")]
     pub outside_permille: u32,
-}
-
-/// `amount` units at `rate` units a second, in picoseconds, rounded up.
-pub(crate) fn at_rate_ps(amount: u64, rate: u64) -> u64 {
-    let ps = (u128::from(amount) * PS_PER_S).div_ceil(u128::from(rate.max(1)));
-    u64::try_from(ps).unwrap_or(u64::MAX)
-}
-
-/// `full_ps` at `speed / FULL_SPEED` of full speed; weight 0 counts as full.
-pub(crate) fn at_speed_ps(full_ps: u64, speed: u32) -> u64 {
-    match speed {
-        0 | FULL_SPEED => full_ps,
-        _ => {
-            let ps = (u128::from(full_ps) * u128::from(FULL_SPEED)).div_ceil(u128::from(speed));
-            u64::try_from(ps).unwrap_or(u64::MAX)
-        }
-    }
 }
 
 impl Machine {

@@ -10,6 +10,7 @@
 use std::sync::Arc;
 
 use serde::Serialize;
+use ultraep_plan::time::at_rate_ps;
 use ultraep_plan::{Topology, TopologySpec};
 use ultraep_schedule::{Arrival, Limits, LimitsError, TtftSummary, simulate};
 
@@ -19,7 +20,7 @@ use crate::closed::ClosedForm;
 use crate::error::within;
 use crate::footprint::Footprint;
 use crate::layer::{Batch, Direction, LayerWork};
-use crate::machine::{Machine, at_rate_ps};
+use crate::machine::Machine;
 use crate::memory::{ActivationPeaks, activation_peaks};
 use crate::model::ModelSpec;
 use crate::process::{LoadProcess, ProcessParams};

@@ -1,6 +1,8 @@
 //! A rank that is lost: its experts get new homes.
 
-use crate::machine::{Machine, at_rate_ps};
+use ultraep_plan::time::at_rate_ps;
+
+use crate::machine::Machine;
 use crate::model::ModelSpec;
 
 /// Time until the experts of one lost rank (of `ranks`) are at new homes: weights and optimizer state (16 bytes a parameter)

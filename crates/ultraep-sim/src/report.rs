@@ -1,17 +1,17 @@
 //! What came out of a step: figures from the runs of its groups.
 
+use ultraep_plan::time::at_rate_ps;
+
 use serde::{Serialize, Serializer};
 
 use crate::balancer::{SyncRule, System};
 use crate::footprint::Footprint;
 use crate::layer::LayerTimes;
-use crate::machine::at_rate_ps;
 use crate::memory::ActivationPeaks;
 use crate::pipeline::{Op, Schedule};
 use crate::runner::{Group, Sums};
 use crate::span::Span;
 use crate::step::StepSpec;
-
 /// Optimizer traffic of a parameter: gradient, master weight and two moments read, three of them and the weight written.
 const OPTIMIZER_BYTES: u64 = 28;
 /// Weight and optimizer state of a parameter, moved when an expert is placed elsewhere.

@@ -1,6 +1,7 @@
 //! The runs of a step's groups: loads first, then every op of the pipeline through its layers.
 
 use ultraep_plan::Topology;
+use ultraep_plan::time::at_rate_ps;
 
 use std::sync::Arc;
 
@@ -10,14 +11,12 @@ use crate::closed::ClosedForm;
 use crate::event::EventLevel;
 use crate::fit::{HISTORY_STEPS, warm_up};
 use crate::layer::{Direction, Fidelity, LayerModel, LayerTimes, LayerWork};
-use crate::machine::at_rate_ps;
 use crate::memory::{ActivationPeaks, activation_peaks};
 use crate::pipeline::{Op, Schedule};
 use crate::process::LoadProcess;
 use crate::random::{normal, random};
 use crate::span::Span;
 use crate::step::{Mistake, Recompute, StepSpec};
-
 /// Sums over layers, microbatches and groups.
 #[derive(Default)]
 pub(crate) struct Sums {

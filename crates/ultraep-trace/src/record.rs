@@ -1,5 +1,6 @@
 //! One record: the load of one (step, microbatch, layer) and, where there was one, the plan made for it.
 
+use ultraep_plan::measure::Measure;
 use ultraep_plan::{Instance, MAX_TOKENS, Plan};
 
 use crate::TraceMeta;
@@ -166,21 +167,11 @@ impl PlanRecord {
 
     /// Tokens that each rank processes, `[ranks]`: by the realised split where there is one, else by quotas.
     pub fn rank_loads(&self, ranks: usize) -> Vec<u64> {
-        let mut loads = vec![0; ranks];
-        match &self.split {
-            Some(split) => {
-                for row in split.chunks_exact(self.instances.len().max(1)) {
-                    for (instance, &share) in self.instances.iter().zip(row) {
-                        loads[instance.rank.index()] += u64::from(share);
-                    }
-                }
-            }
-            None => {
-                for instance in &self.instances {
-                    loads[instance.rank.index()] += u64::from(instance.quota);
-                }
-            }
+        if let Some(split) = &self.split {
+            return Measure::of_split(ranks, &self.instances, split).processed().to_vec();
         }
+        let mut loads = vec![0; ranks];
+        self.instances.iter().for_each(|instance| loads[instance.rank.index()] += u64::from(instance.quota));
         loads
     }
 }

@@ -16,6 +16,7 @@ use alloc::vec::Vec;
 
 use crate::draft::Move;
 use crate::policies::ultraep::field::Field;
+use crate::time::at_speed_ps;
 use crate::{
     Domain, HardwareModel, Prediction, Problem, Rank, Topology, TransferModelError, TransferParams, TransferPlanner,
     Transfers,
@@ -110,7 +111,7 @@ impl Pricer {
                 work = work.saturating_add(self.model.instance_ps(self.left[expert].into()));
                 self.local[r] += u64::from(self.left[expert].min(self.counts[r * self.width + expert]));
             }
-            experts_ps = experts_ps.max(self.model.at_speed_ps(work, topology.speed(Rank::new(field.first_rank + r))));
+            experts_ps = experts_ps.max(at_speed_ps(work, topology.speed(Rank::new(field.first_rank + r))));
             busiest = busiest.max(self.sources[r] - self.local[r]).max(self.tokens[r] - self.local[r]);
         }
         let sends = self.sends.iter().copied().max().unwrap_or(0);
