@@ -24,7 +24,7 @@
 mod tests;
 
 use super::engine::{EngineSpec, TileEngine};
-use super::job::{self, GradReduce, Moved, WeightSync};
+use super::job::{self, GradReduce, Job, Moved, WeightSync};
 use super::portable::Portable;
 use super::reach::{Direct, Reach};
 use super::slots::Slots;
@@ -143,24 +143,13 @@ impl SlotSet {
         }
         let tasks = sync.plan.streams(self.rank).flatten();
         self.involved.extend(tasks.map(|task| task.transfer.to));
-        let (slots, streaming_from) = (&self.slots, self.engine.spec().streaming_from_bytes);
-        match &mut self.way {
-            Way::Direct { reach, epoch, .. } => {
-                direct(fabric, self.rank)?.check()?;
-                let next = *epoch + 1;
-                let moved = self.engine.prepare(self.rank, |job| job.sync(slots, sync, reach, next, streaming_from))?;
-                *epoch = next;
-                self.let_peers_in(stamp)?;
-                self.engine.go(workers);
-                Ok(moved)
-            }
-            Way::Messages { held, portable, .. } => {
-                *held = None;
-                self.state = State::InFlight;
-                self.stamp = fabric.run_stamped(Operation::Open { window: slots.window() }, stamp)?.stamp;
-                portable.sync(fabric, slots, sync)
-            }
-        }
+        let streaming_from = self.engine.spec().streaming_from_bytes;
+        self.start(
+            fabric,
+            (workers, stamp),
+            |job, slots, reach, epoch| job.sync(slots, sync, reach, epoch, streaming_from),
+            |fabric, slots, portable| portable.sync(fabric, slots, sync),
+        )
     }
 
     /// Starts a grad reduce, with at most `workers` background workers, and says what this rank moves: replicas' gradients are added
@@ -188,12 +177,28 @@ impl SlotSet {
         }
         let replicas = reduce.transfers.all().iter().filter(|transfer| transfer.from == self.rank);
         self.involved.extend(replicas.map(|transfer| transfer.to));
+        self.start(
+            fabric,
+            (workers, stamp),
+            |job, slots, reach, epoch| job.reduce(slots, reduce, reach, epoch),
+            |fabric, slots, portable| portable.reduce(fabric, slots, reduce),
+        )
+    }
+
+    /// Starts what `direct` makes a job of, or, without direct access, what `messages` does at once.
+    fn start(
+        &mut self,
+        fabric: &mut dyn Fabric,
+        (workers, stamp): (usize, u64),
+        direct: impl FnOnce(&mut Job, &Slots, &Arc<Reach>, u64) -> Result<Moved, FabricError>,
+        messages: impl FnOnce(&mut dyn Fabric, &Slots, &mut Portable) -> Result<Moved, FabricError>,
+    ) -> Result<Moved, FabricError> {
         let slots = &self.slots;
         match &mut self.way {
             Way::Direct { reach, epoch, .. } => {
-                direct(fabric, self.rank)?.check()?;
+                direct_access(fabric, self.rank)?.check()?;
                 let next = *epoch + 1;
-                let moved = self.engine.prepare(self.rank, |job| job.reduce(slots, reduce, reach, next))?;
+                let moved = self.engine.prepare(self.rank, |job| direct(job, slots, reach, next))?;
                 *epoch = next;
                 self.let_peers_in(stamp)?;
                 self.engine.go(workers);
@@ -203,7 +208,7 @@ impl SlotSet {
                 *held = None;
                 self.state = State::InFlight;
                 self.stamp = fabric.run_stamped(Operation::Open { window: slots.window() }, stamp)?.stamp;
-                portable.reduce(fabric, slots, reduce)
+                messages(fabric, slots, portable)
             }
         }
     }
@@ -245,7 +250,7 @@ impl SlotSet {
         let Self { slots, rank, engine, way, expected, involved, .. } = self;
         match way {
             Way::Direct { reach, epoch, .. } => {
-                direct(fabric, *rank)?.check()?;
+                direct_access(fabric, *rank)?.check()?;
                 let summing = engine.adds_to_masters();
                 engine.help(fabric, &|| !summing && expected.iter().all(|one| has_come(reach, slots, *rank, one)))?;
                 if summing {
@@ -253,7 +258,7 @@ impl SlotSet {
                 }
                 for one in &*expected {
                     let come = || has_come(reach, slots, *rank, one);
-                    direct(fabric, *rank)?.wait_until(one.from, &come)?;
+                    direct_access(fabric, *rank)?.wait_until(one.from, &come)?;
                 }
                 engine.end_if_done();
                 let credits = involved.iter().filter_map(|&rank| reach.credit(rank));
@@ -348,7 +353,7 @@ fn has_come(reach: &Reach, slots: &Slots, rank: Rank, one: &Expected) -> bool {
     (one.stripe..geometry.chunks()).step_by(one.stripes).all(|chunk| up(job::flag(flags, chunk), chunk))
 }
 
-fn direct(fabric: &mut dyn Fabric, rank: Rank) -> Result<&mut dyn Direct, FabricError> {
+fn direct_access(fabric: &mut dyn Fabric, rank: Rank) -> Result<&mut dyn Direct, FabricError> {
     fabric.direct().ok_or(FabricError::NoDirectAccess { rank })
 }
 
