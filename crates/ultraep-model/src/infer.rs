@@ -66,6 +66,23 @@ pub struct SequenceChunk<'a> {
     pub wanted: Wanted,
 }
 
+/// Why a chunk cannot run. It concerns its sequence alone: nothing of it was computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ChunkError {
+    /// There is nothing to run.
+    #[error("a chunk without tokens")]
+    Empty,
+    /// It ends behind what its cache or the table of rotations has room for.
+    #[error("a chunk up to token {end} in a cache of {capacity}")]
+    Full {
+        /// Tokens of the sequence after the chunk.
+        end: usize,
+        /// Tokens that there is room for.
+        capacity: usize,
+    },
+}
+
 /// What a batch gave on one rank.
 #[derive(Clone, Debug, Default)]
 pub struct Inferred {
@@ -76,20 +93,25 @@ pub struct Inferred {
 }
 
 impl Transformer {
+    /// Says whether a chunk can run: it has tokens, and its cache has room for them.
+    pub fn check_chunk(&self, chunk: &SequenceChunk<'_>) -> std::result::Result<(), ChunkError> {
+        let end = chunk.cache.len() + chunk.tokens.len();
+        let capacity = chunk.cache.capacity().min(self.rotary().positions());
+        match chunk.tokens.is_empty() {
+            true => Err(ChunkError::Empty),
+            false if end > capacity => Err(ChunkError::Full { end, capacity }),
+            false => Ok(()),
+        }
+    }
+
     /// Runs `chunks`, this rank's part of batch number `batch`: none or many. All ranks must call it for the same batches, each
     /// with its own chunks.
     ///
     /// # Errors
-    /// A chunk that does not fit its cache, before anything is computed (the other ranks then wait for this one until their
-    /// timeout: admission must see to it); what the runtime fails with.
+    /// A chunk that [`Transformer::check_chunk`] refuses, before anything is computed (the other ranks then wait for this one
+    /// until their timeout: leave such chunks out); what the runtime fails with.
     pub fn infer(&self, chunks: &mut [SequenceChunk<'_>], batch: u64) -> Result<Inferred> {
-        let positions = self.rotary().positions();
-        for chunk in chunks.iter() {
-            let (end, capacity) = (chunk.cache.len() + chunk.tokens.len(), chunk.cache.capacity().min(positions));
-            if chunk.tokens.is_empty() || end > capacity {
-                return Err(candle_core::Error::msg(format!("a chunk up to token {end} in a cache of {capacity}")));
-            }
-        }
+        chunks.iter().try_for_each(|chunk| self.check_chunk(chunk)).map_err(candle_core::Error::msg)?;
         let tokens: Vec<u8> = chunks.iter().flat_map(|c| c.tokens.iter().copied()).collect();
         let mut choices = Vec::with_capacity(self.config().layers);
         let mut ws = CacheWorkspace::default();

@@ -18,7 +18,7 @@ mod router;
 mod transformer;
 
 pub use config::{ConfigError, ModelConfig, RouterKind};
-pub use infer::{Inferred, SequenceCache, SequenceChunk, Wanted};
+pub use infer::{ChunkError, Inferred, SequenceCache, SequenceChunk, Wanted};
 pub use init::{ExpertParameters, Parameter, Parameters};
 pub use moe::{MoeLayer, SharedExperts};
 pub use router::Router;

@@ -22,6 +22,8 @@ pub enum Outcome {
     Cancelled,
     /// A rank was lost, or the server stopped.
     Lost,
+    /// Something was wrong with this request alone, on its rank.
+    Failed,
     /// Never admitted: malformed, too long, or not authorised.
     Refused,
     /// Not admitted because the queue was full or the ranks down.

@@ -10,7 +10,7 @@ use ultraep_plan::{Topology, TopologySpec};
 use ultraep_runtime::{
     Endpoint, ExpertParallel, LayerMasters, LayerRecord, Link, RuntimeConfig, StepTime, TransferConfig,
 };
-use ultraep_schedule::{Batch, RequestId};
+use ultraep_schedule::{Batch, Chunk, RequestId};
 
 use crate::{ServeError, ServedModel};
 
@@ -82,6 +82,25 @@ pub(crate) struct ChunkInput<'a> {
     pub(crate) wanted: Wanted,
 }
 
+/// What a batch gave on one rank.
+#[derive(Debug, Default)]
+pub(crate) struct Ran {
+    /// Of the chunks that ran, in their order.
+    pub(crate) inferred: Inferred,
+    /// Chunks that could not run: the number among the rank's own, ascending, and why.
+    pub(crate) refused: Vec<(usize, String)>,
+}
+
+impl Ran {
+    /// What all chunks gave, where none may fail.
+    pub(crate) fn whole(self) -> Result<Inferred, ServeError> {
+        match self.refused.into_iter().next() {
+            Some((number, reason)) => Err(ServeError::Ranks(format!("chunk {number}: {reason}"))),
+            None => Ok(self.inferred),
+        }
+    }
+}
+
 /// One rank at work.
 pub(crate) struct RankEngine {
     rank: usize,
@@ -124,37 +143,52 @@ impl RankEngine {
     }
 
     /// Runs this rank's part of a batch under a policy. Together with all other ranks, the same batches in the same order.
+    ///
+    /// What is wrong with one chunk ends that chunk alone: it is left out, and the others give what they would have given
+    /// beside it, as rows do not depend on each other. An error is one of the group.
     pub(crate) fn run(
         &mut self,
         batch: &Batch,
         inputs: &[ChunkInput<'_>],
         policy: PolicyKind,
-    ) -> Result<Inferred, ServeError> {
+    ) -> Result<Ran, ServeError> {
         for released in batch.released() {
             self.caches.remove(&released.request);
         }
         self.experts.lock().manager.set_policy(policy.name())?;
-        let own = batch.of_rank(self.rank);
-        let mut caches: Vec<_> = own
-            .iter()
-            .map(|chunk| match chunk.reserves {
-                Some(tokens) => SequenceCache::new(self.model.config(), tokens as usize),
-                None => {
-                    self.caches.remove(&chunk.request).unwrap_or_else(|| SequenceCache::new(self.model.config(), 0))
-                }
-            })
+        let (mut parts, mut refused) = (Vec::new(), Vec::new());
+        for (number, (chunk, input)) in batch.of_rank(self.rank).iter().zip(inputs).enumerate() {
+            match self.prepare(chunk, input) {
+                Ok(cache) => parts.push((chunk.request, cache, input)),
+                Err(reason) => refused.push((number, reason)),
+            }
+        }
+        let ready = parts.iter_mut();
+        let mut chunks: Vec<_> = ready
+            .map(|(_, cache, input)| SequenceChunk { tokens: input.tokens, cache, wanted: input.wanted })
             .collect();
-        let parts = inputs.iter().zip(&mut caches);
-        let mut chunks: Vec<_> =
-            parts.map(|(input, cache)| SequenceChunk { tokens: input.tokens, cache, wanted: input.wanted }).collect();
         let number = self.batches;
         self.batches += 1;
         let inferred = self.model.infer(&mut chunks, number).map_err(|error| match self.experts.take_failure() {
             Some(failure) => ServeError::Runtime(failure),
             None => ServeError::Tensor(error),
         })?;
-        self.caches.extend(own.iter().map(|chunk| chunk.request).zip(caches));
-        Ok(inferred)
+        self.caches.extend(parts.into_iter().map(|(request, cache, _)| (request, cache)));
+        Ok(Ran { inferred, refused })
+    }
+
+    /// Takes the cache that a chunk goes on in, or says why it cannot.
+    fn prepare(&mut self, chunk: &Chunk, input: &ChunkInput<'_>) -> Result<SequenceCache, String> {
+        let mut cache = match chunk.reserves {
+            Some(tokens) => SequenceCache::new(self.model.config(), tokens as usize),
+            None => self.caches.remove(&chunk.request).ok_or("its KV cache is gone")?,
+        };
+        if cache.len() != chunk.start as usize {
+            return Err(format!("a chunk from token {} on, but its KV cache ends at {}", chunk.start, cache.len()));
+        }
+        let part = SequenceChunk { tokens: input.tokens, cache: &mut cache, wanted: input.wanted };
+        self.model.check_chunk(&part).map_err(|error| error.to_string())?;
+        Ok(cache)
     }
 
     /// Ends a batch: what it took in parallel time, and on rank 0 what its layers did.

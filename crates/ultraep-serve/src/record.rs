@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use ultraep_plan::Topology;
 use ultraep_run::{ProfileSummary, Profiler, ProfilerOptions, RunInfo, RunStatus, RunWriter, UtcTime};
@@ -17,6 +18,8 @@ pub trait Observer: Send + Sync {
     fn batch(&self, records: &[LayerRecord]);
     /// The ranks ended although they were not told to; they are being started again.
     fn ranks_lost(&self, reason: &str);
+    /// This process did not run for `time`: it was stopped by a signal, or its machine slept. Nothing is lost by that.
+    fn suspended(&self, time: Duration);
 }
 
 /// Writes a run folder (`docs/run-folder.md`) while the server runs: a step is a batch. A slow disk costs records, never time.

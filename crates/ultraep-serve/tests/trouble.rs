@@ -145,6 +145,28 @@ fn health_is_red_while_the_ranks_are_down() {
 }
 
 #[test]
+fn a_rank_that_hangs_makes_health_red_within_the_timeout_and_green_when_it_is_back() {
+    for (ranks, rank) in [(1, 0), (2, 0), (2, 1)] {
+        let mut config = engine_config(ranks, PolicyKind::Ultraep, 64);
+        config.group.timeout = Duration::from_secs(2);
+        let server = Server::start(config, http_config());
+        let ask = json!({ "prompt": "steady", "max_tokens": 8, "temperature": 0 });
+        let before = server.complete(ask.clone()).json();
+        let hold = server.engine.hang_rank(rank);
+        let red = server.wait_for("/health", |response| response.status == 503).json();
+        let reason = red["reason"].as_str().unwrap();
+        assert!(reason.contains("no sign of"), "{ranks} ranks, rank {rank}: {red}");
+        let refused = server.complete(ask.clone());
+        assert_eq!((refused.status, refused.header("retry-after")), (503, Some("1")), "{refused:?}");
+        drop(hold);
+        server.wait_for("/health", |response| response.status == 200);
+        assert_eq!(server.complete(ask).json()["choices"], before["choices"]);
+        // A single rank is missed by no other: when it is back nothing was lost.
+        assert!(ranks > 1 || server.metric("ultraep_restarts_total") == 0.0);
+    }
+}
+
+#[test]
 fn a_shutdown_finishes_what_was_admitted() {
     let mut server = server();
     let mut stream = begin_stream(&server);

@@ -102,7 +102,7 @@ fn real(
                 ChunkInput { tokens, wanted }
             };
             let inputs: Vec<_> = batch.of_rank(rank).iter().map(part).collect();
-            engine.run(batch, &inputs, kind)?;
+            engine.run(batch, &inputs, kind)?.whole()?;
             let (time, _, layers) = engine.finish_batch()?;
             times.push(time.total_ns);
             records.push(layers);

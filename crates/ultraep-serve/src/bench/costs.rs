@@ -372,7 +372,7 @@ fn first_chunk(engine: &mut RankEngine, tokens: usize) -> Result<[u64; ultraep_r
     let mut batch = Batch::default();
     scheduler.compose(&mut batch);
     let text: Vec<u8> = (0..tokens).map(|i| (i * i % 251) as u8).collect();
-    engine.run(&batch, &[ChunkInput { tokens: &text, wanted: Wanted::Nothing }], PolicyKind::None)?;
+    engine.run(&batch, &[ChunkInput { tokens: &text, wanted: Wanted::Nothing }], PolicyKind::None)?.whole()?;
     Ok(engine.finish_batch()?.0.parts_ns)
 }
 

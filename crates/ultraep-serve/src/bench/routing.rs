@@ -84,7 +84,7 @@ pub fn record(
             };
             let own = batch.of_rank(rank);
             let inputs: Vec<_> = own.iter().map(part).collect();
-            let inferred = engine.run(&batch, &inputs, PolicyKind::None)?;
+            let inferred = engine.run(&batch, &inputs, PolicyKind::None)?.whole()?;
             engine.finish_batch()?;
             append(&mut recorded, own, &inferred.choices, model.config().top_k);
             if rank == 0 {

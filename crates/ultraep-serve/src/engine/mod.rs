@@ -5,13 +5,19 @@
 //!                                                                │ a channel to each rank, then a barrier
 //!                                          all ranks: run their chunks, leave logits, finish the batch (synchronisation points)
 //! supervisor: starts the ranks; when one is lost all requests end, and it starts them again
+//! watchdog: says when nothing is heard of the ranks any more
 //! ```
+//!
+//! What is wrong with one request ends that request: its rank leaves its chunk out and says why, and the batch goes on. Ranks
+//! start again only when the group is broken: one of them was lost or hangs, or a collective failed.
 //!
 //! Ranks wait for work in the fabric's barrier, where they hold no core; rank 0 waits for requests and lets everyone go
 //! round once a tick, so that the fabric's timeout keeps telling the dead from the idle.
 
+mod entry;
 mod request;
 mod state;
+mod watchdog;
 
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -21,18 +27,18 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use ultraep_baselines::PolicyKind;
 use ultraep_fabric::{Fabric, Operation, run_threads};
-use ultraep_model::Inferred;
-use ultraep_runtime::RuntimeConfig;
+use ultraep_runtime::{RuntimeConfig, RuntimeError};
 use ultraep_schedule::{Limits, RequestId};
 
 pub use request::{Event, FinishReason, Generation, Sampling, ScoredToken, SubmitError};
 pub use state::Health;
 
 use crate::metrics::Metrics;
-use crate::rank::{ChunkInput, GroupConfig, RankEngine};
+use crate::rank::{ChunkInput, GroupConfig, Ran, RankEngine};
 use crate::record::Observer;
 use crate::{ServeError, ServedModel};
-use state::{Shared, Step, Work};
+use state::{Drill, Shared, Step, Submitted, Work};
+use watchdog::Watchdog;
 
 /// What an engine is built from.
 #[derive(Clone, Debug)]
@@ -62,6 +68,7 @@ pub struct EngineHandle {
 /// A request under way. Dropping it cancels the request and frees its work.
 pub struct Subscription {
     id: RequestId,
+    seed: Option<u64>,
     events: mpsc::Receiver<Event>,
     shared: Arc<Shared>,
 }
@@ -75,6 +82,17 @@ impl Subscription {
     /// As [`Subscription::next`], for a thread that may wait.
     pub fn next_blocking(&mut self) -> Option<Event> {
         self.events.blocking_recv()
+    }
+
+    /// The seed of its draws: the one it asked for, or the one it got. With it, the same request gives the same answer again.
+    /// None where nothing is drawn (temperature 0): there it always does.
+    pub fn seed(&self) -> Option<u64> {
+        self.seed
+    }
+
+    /// A drill: the next chunk of this request is one that its rank cannot run, as if it had a fault.
+    pub fn spoil(&self) {
+        self.shared.spoil(self.id);
     }
 
     /// As [`Subscription::next`], from a poll function.
@@ -92,8 +110,26 @@ impl Drop for Subscription {
 impl EngineHandle {
     /// Takes a request, or says at once why not.
     pub fn submit(&self, generation: Generation) -> Result<Subscription, SubmitError> {
-        let (id, events) = self.shared.submit(generation)?;
-        Ok(Subscription { id, events, shared: self.shared.clone() })
+        let mut one = self.submit_all(vec![generation])?;
+        one.pop().ok_or_else(|| SubmitError::Unavailable("the engine took nothing".into()))
+    }
+
+    /// Takes all of these requests, or says at once why not and takes none.
+    pub fn submit_all(&self, generations: Vec<Generation>) -> Result<Vec<Subscription>, SubmitError> {
+        let submitted = self.shared.submit(generations)?.into_iter();
+        let follow = |Submitted { id, seed, events }| Subscription { id, seed, events, shared: self.shared.clone() };
+        Ok(submitted.map(follow).collect())
+    }
+
+    /// Most tokens of a prompt with its new tokens: the model's context, or the KV budget of a rank where that is less. What
+    /// is longer is refused with [`SubmitError::TooLong`].
+    pub fn context_tokens(&self) -> usize {
+        self.shared.context_tokens
+    }
+
+    /// Says whether a prompt with its new tokens is within [`EngineHandle::context_tokens`].
+    pub fn check_length(&self, prompt_tokens: usize, new_tokens: u32) -> Result<(), SubmitError> {
+        state::check_length(prompt_tokens, new_tokens, self.shared.context_tokens).map(drop)
     }
 
     /// How it stands.
@@ -128,7 +164,15 @@ impl EngineHandle {
 
     /// A drill: `rank` fails in the next batch, as if it had a fault.
     pub fn fail_rank(&self, rank: usize) {
-        self.shared.doom(rank);
+        self.shared.drill(Drill::Fail(rank));
+    }
+
+    /// A drill: `rank` does nothing, from the next batch on until what is given back is dropped.
+    #[must_use = "the rank goes on when this is dropped"]
+    pub fn hang_rank(&self, rank: usize) -> Sender<()> {
+        let (hold, held) = channel();
+        self.shared.drill(Drill::Hang(rank, Arc::new(Mutex::new(held))));
+        hold
     }
 }
 
@@ -149,9 +193,11 @@ impl Engine {
         }
         let runtime = config.group.runtime(&model)?;
         let metrics = Metrics::default();
-        let shared = Arc::new(Shared::new(config.limits, config.queue_timeout, metrics)?);
+        let shared = Shared::new(config.limits, model.context_tokens(), config.queue_timeout, metrics)?;
+        let shared = Arc::new(shared);
         let handle = EngineHandle { shared: shared.clone(), model: model.clone(), limits: config.limits };
-        let supervisor = Supervisor { shared, model, config, runtime, observer };
+        let watchdog = Watchdog::start(shared.clone(), config.group.timeout, observer.clone())?;
+        let supervisor = Supervisor { shared, model, config, runtime, observer, _watchdog: watchdog };
         let thread = std::thread::Builder::new().name("supervisor".into()).spawn(move || supervisor.run());
         let thread = thread.map_err(ServeError::io("start a thread"))?;
         Ok(Self { handle, supervisor: Some(thread) })
@@ -190,6 +236,8 @@ struct Supervisor {
     config: EngineConfig,
     runtime: RuntimeConfig,
     observer: Option<Arc<dyn Observer>>,
+    /// Ends with the supervisor.
+    _watchdog: Watchdog,
 }
 
 /// Least and longest time between two starts of the ranks.
@@ -225,9 +273,13 @@ impl Supervisor {
         let board = Board {
             senders: Mutex::new(Some(senders)),
             receivers: receivers.into_iter().map(|r| Mutex::new(Some(r))).collect(),
-            results: (0..spec.ranks).map(|_| Mutex::new(Inferred::default())).collect(),
+            results: (0..spec.ranks).map(|_| Mutex::new(Ran::default())).collect(),
         };
-        let result = run_threads(&spec, |fabric| self.run_rank(fabric, &board));
+        let result = run_threads(&spec, |fabric| {
+            let rank = fabric.rank().index();
+            // This comes back only when every thread has ended, and one that hangs may never: who finds it out says so.
+            self.run_rank(fabric, &board).inspect_err(|error| self.shared.broken(&blame(rank, error)))
+        });
         result.map(drop).map_err(|error| error.to_string())
     }
 
@@ -249,6 +301,9 @@ impl Supervisor {
             }
             // The step was sent before rank 0 came here, so past the barrier it is there.
             barrier(&engine)?;
+            if rank == 0 {
+                self.shared.beat();
+            }
             let step: Arc<Step> = steps.try_recv().map_err(|_| ended())?;
             match &*step {
                 Step::Idle => {}
@@ -259,19 +314,25 @@ impl Supervisor {
     }
 
     fn run_batch(&self, rank: usize, engine: &mut RankEngine, work: &Work, board: &Board) -> Result<(), ServeError> {
-        if work.doomed == Some(rank) {
-            return Err(ServeError::Ranks(format!("rank {rank} fails as it was told to")));
+        match &work.drill {
+            Some(Drill::Fail(doomed)) if *doomed == rank => {
+                return Err(ServeError::Ranks(format!("rank {rank} fails as it was told to")));
+            }
+            Some(Drill::Hang(doomed, until)) if *doomed == rank => {
+                // It ends when the other side is dropped.
+                let _ = until.lock().unwrap_or_else(PoisonError::into_inner).recv();
+            }
+            _ => {}
         }
         let first: usize = (0..rank).map(|r| work.batch.of_rank(r).len()).sum();
         let own = &work.inputs[first..first + work.batch.of_rank(rank).len()];
         let inputs: Vec<_> = own.iter().map(|(tokens, wanted)| ChunkInput { tokens, wanted: *wanted }).collect();
-        let inferred = engine.run(&work.batch, &inputs, self.policy(work))?;
-        *board.results[rank].lock().unwrap_or_else(PoisonError::into_inner) = inferred;
+        let ran = engine.run(&work.batch, &inputs, self.policy(work))?;
+        *board.results[rank].lock().unwrap_or_else(PoisonError::into_inner) = ran;
         let (time, synced_ns, records) = engine.finish_batch()?;
         if rank == 0 {
-            let take =
-                |slot: &Mutex<Inferred>| std::mem::take(&mut *slot.lock().unwrap_or_else(PoisonError::into_inner));
-            self.shared.complete(work, board.results.iter().map(take).collect());
+            let take = |slot: &Mutex<Ran>| std::mem::take(&mut *slot.lock().unwrap_or_else(PoisonError::into_inner));
+            self.shared.complete(work, &board.results.iter().map(take).collect::<Vec<_>>());
             self.shared.metrics.batch(&time, synced_ns, &records);
             if let Some(observer) = &self.observer {
                 observer.batch(&records);
@@ -293,7 +354,15 @@ struct Board {
     senders: Mutex<Option<Vec<Sender<Arc<Step>>>>>,
     receivers: Vec<Mutex<Option<Receiver<Arc<Step>>>>>,
     /// What every rank's last batch gave: written before the batch is finished, taken by rank 0 after.
-    results: Vec<Mutex<Inferred>>,
+    results: Vec<Mutex<Ran>>,
+}
+
+/// What a rank's error says of whom: the fabric names the rank that it is about, all others are this rank's own.
+fn blame(rank: usize, error: &ServeError) -> String {
+    match error {
+        ServeError::Fabric(error) | ServeError::Runtime(RuntimeError::Fabric(error)) => error.to_string(),
+        error => format!("rank {rank}: {error}"),
+    }
 }
 
 fn taken<T>(slot: &Mutex<Option<T>>) -> Option<T> {

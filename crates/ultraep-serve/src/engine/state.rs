@@ -1,15 +1,19 @@
 //! What the ranks and the edge share: the scheduler and every request's state, under one lock held for microseconds.
 
 use std::collections::HashMap;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::Receiver;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use tokio::sync::mpsc;
-use ultraep_model::{Inferred, VOCABULARY, Wanted};
+use ultraep_model::{VOCABULARY, Wanted};
 use ultraep_schedule::{Batch, Chunk, Limits, LimitsError, Request, RequestId, Scheduler};
 
-use super::request::{Event, FinishReason, Generation, Sampler, ScoredToken, SubmitError, score};
+use super::entry::Entry;
+use super::request::{Event, Generation, SubmitError, drawn_seed};
 use crate::metrics::{Metrics, Outcome};
+use crate::rank::Ran;
 
 /// How the engine stands.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -18,6 +22,11 @@ pub enum Health {
     Starting,
     /// All ranks are up.
     Serving,
+    /// Nothing was heard of the ranks for too long: one hangs. When they go on all is as before.
+    Stalled {
+        /// For how long.
+        reason: String,
+    },
     /// A rank was lost; the ranks are being started again.
     Restarting {
         /// Which rank and why.
@@ -29,15 +38,21 @@ pub enum Health {
     Stopped,
 }
 
-/// One request.
-struct Entry {
-    generation: Generation,
-    /// Prompt, then what was produced.
-    tokens: Vec<u8>,
-    scored: Vec<ScoredToken>,
-    sampler: Sampler,
-    events: mpsc::Sender<Event>,
-    arrived: Instant,
+/// Something that a rank is to do wrong, to see what comes of it.
+#[derive(Clone, Debug)]
+pub(super) enum Drill {
+    /// The rank fails.
+    Fail(usize),
+    /// The rank does nothing until the other end of the channel is dropped.
+    Hang(usize, Arc<Mutex<Receiver<()>>>),
+}
+
+/// What is needed to follow a request.
+pub(super) struct Submitted {
+    pub(super) id: RequestId,
+    /// The seed of its draws, if chance has a part in it.
+    pub(super) seed: Option<u64>,
+    pub(super) events: mpsc::Receiver<Event>,
 }
 
 struct State {
@@ -45,14 +60,18 @@ struct State {
     entries: HashMap<RequestId, Entry>,
     next_id: u64,
     health: Health,
-    /// A rank that is to fail, for drills.
-    doomed: Option<usize>,
+    drill: Option<Drill>,
 }
 
 /// Shared by all handles of an engine, its supervisor and its ranks.
 pub(super) struct Shared {
     state: Mutex<State>,
     work: Condvar,
+    /// Most tokens of a prompt with its new tokens: what the ranks' tables of positions and a rank's KV both have room for. The
+    /// one place that admission, the HTTP edge and the ranks have it from.
+    pub(super) context_tokens: usize,
+    /// How often rank 0 has shown that the ranks go on.
+    pub(super) beats: AtomicU64,
     /// Longest time that a request waits before it starts.
     queue_timeout: Duration,
     pub(super) metrics: Metrics,
@@ -75,20 +94,27 @@ pub(super) struct Work {
     pub(super) batch: Batch,
     /// One for each chunk: its tokens, and the logits wanted.
     pub(super) inputs: Vec<(Vec<u8>, Wanted)>,
-    /// A rank that is to fail in this batch.
-    pub(super) doomed: Option<usize>,
+    pub(super) drill: Option<Drill>,
 }
 
 impl Shared {
-    pub(super) fn new(limits: Limits, queue_timeout: Duration, metrics: Metrics) -> Result<Self, LimitsError> {
+    /// For a model of sequences of up to `model_context` tokens.
+    pub(super) fn new(
+        limits: Limits,
+        model_context: usize,
+        queue_timeout: Duration,
+        metrics: Metrics,
+    ) -> Result<Self, LimitsError> {
+        let context_tokens = model_context.min(limits.kv_tokens_per_rank as usize);
         let state = State {
             scheduler: Scheduler::new(limits)?,
             entries: HashMap::new(),
             next_id: 0,
             health: Health::Starting,
-            doomed: None,
+            drill: None,
         };
-        Ok(Self { state: Mutex::new(state), work: Condvar::new(), queue_timeout, metrics })
+        let (state, work, beats) = (Mutex::new(state), Condvar::new(), AtomicU64::new(0));
+        Ok(Self { state, work, context_tokens, beats, queue_timeout, metrics })
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -99,16 +125,24 @@ impl Shared {
         self.lock().health.clone()
     }
 
-    pub(super) fn doom(&self, rank: usize) {
-        self.lock().doomed = Some(rank);
+    pub(super) fn drill(&self, drill: Drill) {
+        self.lock().drill = Some(drill);
         self.work.notify_all();
     }
 
-    /// Takes a request, or says at once why not.
-    pub(super) fn submit(&self, generation: Generation) -> Result<(RequestId, mpsc::Receiver<Event>), SubmitError> {
+    /// A drill: the request's next chunk is one that its rank cannot run.
+    pub(super) fn spoil(&self, id: RequestId) {
+        if let Some(entry) = self.lock().entries.get_mut(&id) {
+            entry.spoiled = true;
+        }
+    }
+
+    /// Takes all of these requests, or says at once why not and takes none.
+    pub(super) fn submit(&self, generations: Vec<Generation>) -> Result<Vec<Submitted>, SubmitError> {
         let mut state = self.lock();
         match &state.health {
             Health::Serving | Health::Starting => {}
+            Health::Stalled { reason } => return Err(SubmitError::Unavailable(reason.clone())),
             Health::Restarting { reason } => {
                 return Err(SubmitError::Unavailable(format!("the ranks are being restarted: {reason}")));
             }
@@ -116,24 +150,23 @@ impl Shared {
                 return Err(SubmitError::Unavailable("the server is shutting down".into()));
             }
         }
-        let id = RequestId(state.next_id);
-        let prompt_tokens = u32::try_from(generation.prompt.len()).unwrap_or(u32::MAX);
-        state.scheduler.admit(Request { id, prompt_tokens, new_tokens: generation.new_tokens })?;
-        state.next_id += 1;
-        // Room for all that can happen: sending never waits for a slow reader.
-        let (events, receiver) = mpsc::channel(generation.new_tokens as usize + 3);
-        let entry = Entry {
-            tokens: generation.prompt.clone(),
-            scored: Vec::new(),
-            sampler: Sampler::new(generation.sampling),
-            events,
-            arrived: Instant::now(),
-            generation,
-        };
-        state.entries.insert(id, entry);
+        let mut submitted = Vec::with_capacity(generations.len());
+        for generation in generations {
+            match state.submit(generation, self.context_tokens) {
+                Ok(one) => submitted.push(one),
+                Err(error) => {
+                    // Nobody has composed meanwhile: they are all in the queue, and leave no trace.
+                    for Submitted { id, .. } in submitted {
+                        state.entries.remove(&id);
+                        state.scheduler.cancel(id);
+                    }
+                    return Err(error);
+                }
+            }
+        }
         self.show(&state);
         self.work.notify_all();
-        Ok((id, receiver))
+        Ok(submitted)
     }
 
     /// Frees what a request holds; nothing when it is complete.
@@ -161,6 +194,35 @@ impl Shared {
         }
     }
 
+    /// All ranks have come to another step.
+    pub(super) fn beat(&self) {
+        self.beats.fetch_add(1, Ordering::Relaxed);
+        let mut state = self.lock();
+        if matches!(state.health, Health::Stalled { .. }) {
+            state.health = Health::Serving;
+        }
+    }
+
+    /// Nothing has been heard of the ranks for too long, since they had come to `beats` steps.
+    pub(super) fn stalled(&self, beats: u64, reason: String) {
+        let mut state = self.lock();
+        if state.health == Health::Serving && self.beats.load(Ordering::Relaxed) == beats {
+            state.health = Health::Stalled { reason };
+        }
+    }
+
+    /// A rank was lost, or one of them has named another that hangs: nothing can be finished, and the ranks start again once all
+    /// of them have ended.
+    pub(super) fn broken(&self, reason: &str) {
+        {
+            let mut state = self.lock();
+            if matches!(state.health, Health::Starting | Health::Serving | Health::Stalled { .. }) {
+                state.health = Health::Restarting { reason: reason.to_string() };
+            }
+        }
+        self.lose_all(reason);
+    }
+
     /// Takes nothing new; what was admitted is finished.
     pub(super) fn drain(&self) {
         let mut state = self.lock();
@@ -175,11 +237,10 @@ impl Shared {
         let mut state = self.lock();
         state.scheduler.reset();
         for (_, entry) in state.entries.drain() {
-            // A reader that went away needs no word.
-            let _ = entry.events.try_send(Event::Lost(reason.to_string()));
+            entry.tell(Event::Lost(reason.to_string()));
             self.metrics.request(Outcome::Lost);
         }
-        state.doomed = None;
+        state.drill = None;
         self.show(&state);
         self.work.notify_all();
     }
@@ -201,7 +262,7 @@ impl Shared {
     /// The next step, waiting for one for at most `tick`.
     pub(super) fn next(&self, tick: Duration) -> Step {
         let idle =
-            |state: &mut State| state.scheduler.is_idle() && state.doomed.is_none() && state.health != Health::Draining;
+            |state: &mut State| state.scheduler.is_idle() && state.drill.is_none() && state.health != Health::Draining;
         let waited = self.work.wait_timeout_while(self.lock(), tick, idle);
         let (mut state, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
         if timeout.timed_out() {
@@ -210,102 +271,105 @@ impl Shared {
         if state.scheduler.is_idle() && state.health == Health::Draining {
             return Step::Stop;
         }
-        let mut work = Work { doomed: state.doomed.take(), ..Work::default() };
-        state.expire(self.queue_timeout);
+        let mut work = Work { drill: state.drill.take(), ..Work::default() };
+        state.expire(self.queue_timeout, &self.metrics);
         let State { scheduler, entries, .. } = &mut *state;
         scheduler.compose(&mut work.batch);
-        work.inputs = work.batch.chunks().iter().map(|chunk| input(entries.get(&chunk.request), chunk)).collect();
+        let input = |chunk: &Chunk| Entry::input(entries.get(&chunk.request), chunk);
+        work.inputs = work.batch.chunks().iter().map(input).collect();
         self.show(&state);
         Step::Run(work)
     }
 
-    /// Takes in what a batch gave; `inferred` by rank.
-    pub(super) fn complete(&self, work: &Work, inferred: Vec<Inferred>) {
+    /// Takes in what a batch gave, by rank.
+    pub(super) fn complete(&self, work: &Work, ran: &[Ran]) {
         let mut state = self.lock();
-        let mut logits: Vec<_> = inferred.iter().map(|i| i.logits.chunks_exact(VOCABULARY)).collect();
+        let mut results: Vec<_> = ran.iter().map(Results::new).collect();
         for (chunk, (_, wanted)) in work.batch.chunks().iter().zip(&work.inputs) {
-            let rows = match wanted {
-                Wanted::Nothing => 0,
-                Wanted::Last => 1,
-                Wanted::All => chunk.tokens as usize,
-            };
-            let rows: Vec<&[f32]> = logits[chunk.rank].by_ref().take(rows).collect();
+            let rows = results[chunk.rank].next(*wanted, chunk.tokens as usize);
             let State { scheduler, entries, .. } = &mut *state;
             // A request that was cancelled meanwhile is not there any more.
             let Some(entry) = entries.get_mut(&chunk.request) else { continue };
-            let finished = entry.take(chunk, &rows, &self.metrics);
-            if let Some(reason) = finished {
-                let _ = entry.events.try_send(Event::Finished(reason));
+            let last = match rows {
+                Ok(rows) => entry.take(chunk, &rows, &self.metrics),
+                Err(reason) => Some(Event::Failed(reason.to_string())),
+            };
+            if let Some(last) = last {
+                let failed = matches!(last, Event::Failed(_));
+                entry.tell(last);
                 entries.remove(&chunk.request);
                 scheduler.cancel(chunk.request);
-                self.metrics.request(Outcome::Finished);
+                self.metrics.request(if failed { Outcome::Failed } else { Outcome::Finished });
             }
         }
         self.show(&state);
     }
 }
 
+/// Refuses what is longer than a sequence may be; gives the prompt's tokens as the scheduler counts them.
+pub(super) fn check_length(prompt_tokens: usize, new_tokens: u32, limit: usize) -> Result<u32, SubmitError> {
+    let fits = prompt_tokens.saturating_add(new_tokens as usize) <= limit;
+    let tokens = u32::try_from(prompt_tokens).ok().filter(|_| fits);
+    tokens.ok_or(SubmitError::TooLong { prompt_tokens, new_tokens, limit })
+}
+
+/// What a rank gave, chunk by chunk.
+struct Results<'a> {
+    logits: std::slice::ChunksExact<'a, f32>,
+    refused: std::iter::Peekable<std::slice::Iter<'a, (usize, String)>>,
+    number: usize,
+}
+
+impl<'a> Results<'a> {
+    fn new(ran: &'a Ran) -> Self {
+        let logits = ran.inferred.logits.chunks_exact(VOCABULARY);
+        Self { logits, refused: ran.refused.iter().peekable(), number: 0 }
+    }
+
+    /// The logits of the rank's next chunk, or why it did not run.
+    fn next(&mut self, wanted: Wanted, tokens: usize) -> Result<Vec<&'a [f32]>, &'a str> {
+        let number = self.number;
+        self.number += 1;
+        if let Some((_, reason)) = self.refused.next_if(|(refused, _)| *refused == number) {
+            return Err(reason);
+        }
+        let rows = match wanted {
+            Wanted::Nothing => 0,
+            Wanted::Last => 1,
+            Wanted::All => tokens,
+        };
+        Ok(self.logits.by_ref().take(rows).collect())
+    }
+}
+
 impl State {
+    /// Puts a request into the queue, or says why not.
+    fn submit(&mut self, generation: Generation, context_tokens: usize) -> Result<Submitted, SubmitError> {
+        let new_tokens = generation.new_tokens;
+        let prompt_tokens = check_length(generation.prompt.len(), new_tokens, context_tokens)?;
+        let id = RequestId(self.next_id);
+        self.scheduler.admit(Request { id, prompt_tokens, new_tokens })?;
+        self.next_id += 1;
+        let seed = generation.sampling.seed.unwrap_or_else(|| drawn_seed(id.0));
+        let drawn = generation.sampling.draws();
+        let (entry, events) = Entry::new(generation, seed);
+        self.entries.insert(id, entry);
+        let seed = drawn.then_some(seed);
+        Ok(Submitted { id, seed, events })
+    }
+
     /// Ends requests that have waited too long to start. Under lasting overload the queue would otherwise bring each to the ranks
     /// just before its client gives up, and all their work would be for nothing.
-    fn expire(&mut self, limit: Duration) {
+    fn expire(&mut self, limit: Duration, metrics: &Metrics) {
         // The queue is in the order of arrival.
         while let Some(id) = self.scheduler.longest_queued()
             && self.entries.get(&id).is_none_or(|entry| entry.arrived.elapsed() >= limit)
         {
             self.scheduler.cancel(id);
             if let Some(entry) = self.entries.remove(&id) {
-                let _ = entry.events.try_send(Event::Expired);
+                entry.tell(Event::Expired);
+                metrics.request(Outcome::Rejected);
             }
         }
-    }
-}
-
-/// Tokens of a chunk, and the logits wanted.
-fn input(entry: Option<&Entry>, chunk: &Chunk) -> (Vec<u8>, Wanted) {
-    // The scheduler and the entries change under one lock, so there is one; tokens of nobody are harmless.
-    let Some(entry) = entry else { return (vec![0; chunk.tokens as usize], Wanted::Nothing) };
-    let start = chunk.start as usize;
-    let tokens = entry.tokens[start..start + chunk.tokens as usize].to_vec();
-    let scores_prompt = entry.generation.score_prompt && start < entry.generation.prompt.len();
-    let wanted = match (scores_prompt, chunk.produces) {
-        (true, _) => Wanted::All,
-        (false, Some(_)) => Wanted::Last,
-        (false, None) => Wanted::Nothing,
-    };
-    (tokens, wanted)
-}
-
-impl Entry {
-    /// Takes in a chunk's logits; gives how it ended, if it did.
-    fn take(&mut self, chunk: &Chunk, rows: &[&[f32]], metrics: &Metrics) -> Option<FinishReason> {
-        let (prompt, top) = (self.generation.prompt.len(), self.generation.top);
-        let start = chunk.start as usize;
-        metrics.tokens(chunk.phase, chunk.tokens);
-        if self.generation.score_prompt && start < prompt {
-            if start == 0 {
-                self.scored.push(ScoredToken { token: self.tokens[0], logprob: None, top: Vec::new() });
-            }
-            // Position p scores token p + 1, as far as it is of the prompt.
-            let next = self.tokens[start + 1..prompt].iter();
-            self.scored.extend(rows.iter().zip(next).map(|(logits, &token)| score(logits, token, top)));
-        }
-        let prefilled = start < prompt && start + chunk.tokens as usize >= prompt;
-        if prefilled {
-            metrics.ttft(self.arrived.elapsed());
-            if self.generation.score_prompt {
-                let _ = self.events.try_send(Event::Prompt(std::mem::take(&mut self.scored)));
-            }
-        }
-        if let (Some(_), Some(logits)) = (chunk.produces, rows.last()) {
-            let token = self.sampler.choose(logits);
-            self.tokens.push(token);
-            let _ = self.events.try_send(Event::Token(score(logits, token, top)));
-            let output = &self.tokens[prompt..];
-            if self.generation.stop.iter().any(|stop| !stop.is_empty() && output.ends_with(stop)) {
-                return Some(FinishReason::Stop);
-            }
-        }
-        chunk.ends.then_some(FinishReason::Length)
     }
 }

@@ -1,109 +1,29 @@
 //! The body of `POST /v1/completions`: what is read, what is refused.
 
-use serde::de::{Error, Visitor};
-use serde::{Deserialize, Deserializer};
+use serde_json::Value;
 
 use super::HttpConfig;
 use super::error::ApiError;
-use crate::{Generation, Sampling, ServedModel};
+use super::fields::{Fields, kind, whole, wrong};
+use crate::{EngineHandle, Generation, Sampling};
 
-/// Most prompts of one request.
-const PROMPTS_MAX: usize = 16;
+/// Most choices of one request: prompts times `n`.
+const CHOICES_MAX: usize = 128;
 /// Most stop sequences, and most bytes of one.
-const STOPS_MAX: usize = 4;
+const STOPS_MAX: usize = 16;
 const STOP_BYTES_MAX: usize = 64;
 /// Most alternatives with a token.
-const TOP_MAX: u64 = 5;
+const TOP_MAX: i64 = 5;
 /// Tokens produced when a request does not say.
-const NEW_TOKENS_DEFAULT: u64 = 16;
-
-/// The body. What OpenAI's clients may send and this server has no use for is ignored.
-#[derive(Debug, Deserialize)]
-pub(super) struct Body {
-    model: Option<String>,
-    prompt: Option<Prompts>,
-    max_tokens: Option<Whole>,
-    temperature: Option<f64>,
-    top_p: Option<f64>,
-    seed: Option<Whole>,
-    stop: Option<OneOrMore>,
-    stream: Option<bool>,
-    stream_options: Option<StreamOptions>,
-    echo: Option<bool>,
-    logprobs: Option<Whole>,
-    n: Option<Whole>,
-    best_of: Option<Whole>,
-    suffix: Option<String>,
-    presence_penalty: Option<f64>,
-    frequency_penalty: Option<f64>,
-    logit_bias: Option<serde_json::Map<String, serde_json::Value>>,
-}
-
-/// A whole number. To JSON Schema `3.0` is one, too.
-#[derive(Clone, Copy, Debug)]
-struct Whole(i64);
-
-impl<'de> Deserialize<'de> for Whole {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Number;
-        impl Visitor<'_> for Number {
-            type Value = Whole;
-
-            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-                f.write_str("a whole number")
-            }
-
-            fn visit_i64<E: Error>(self, value: i64) -> Result<Whole, E> {
-                Ok(Whole(value))
-            }
-
-            fn visit_u64<E: Error>(self, value: u64) -> Result<Whole, E> {
-                i64::try_from(value).map(Whole).map_err(|_| E::custom(format!("{value} is too large")))
-            }
-
-            fn visit_f64<E: Error>(self, value: f64) -> Result<Whole, E> {
-                // Up to 2^53 every whole number has a float of its own.
-                let whole = value.fract() == 0.0 && value.abs() <= 2f64.powi(53);
-                if whole { Ok(Whole(value as i64)) } else { Err(E::custom(format!("{value} is no whole number"))) }
-            }
-        }
-        deserializer.deserialize_any(Number)
-    }
-}
-
-impl Whole {
-    /// The number, if it is at most `most` and not negative.
-    fn up_to(self, most: u64, name: &'static str) -> Result<u64, ApiError> {
-        let number = u64::try_from(self.0).ok().filter(|number| *number <= most);
-        number.ok_or_else(|| ApiError::invalid(name, format!("{}: allowed are 0 to {most}", self.0)))
-    }
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(untagged, expecting = "a text, a list of tokens (0 to 255), or a list of one of these")]
-enum Prompts {
-    Text(String),
-    Tokens(Vec<Whole>),
-    Texts(Vec<String>),
-    TokenLists(Vec<Vec<Whole>>),
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(untagged, expecting = "a text or a list of texts")]
-enum OneOrMore {
-    One(String),
-    More(Vec<String>),
-}
-
-#[derive(Debug, Default, Deserialize)]
-struct StreamOptions {
-    include_usage: Option<bool>,
-}
+const NEW_TOKENS_DEFAULT: u32 = 16;
 
 /// A request that was found good.
 #[derive(Debug)]
 pub(super) struct Completion {
+    /// One for each choice: those of the first prompt, then those of the next.
     pub(super) generations: Vec<Generation>,
+    /// Choices of each prompt.
+    pub(super) n: usize,
     pub(super) echo: bool,
     /// Whether log-probabilities are part of the answer.
     pub(super) logprobs: bool,
@@ -111,117 +31,151 @@ pub(super) struct Completion {
     pub(super) include_usage: bool,
 }
 
-impl Body {
-    pub(super) fn parse(bytes: &[u8]) -> Result<Self, ApiError> {
-        serde_json::from_slice(bytes).map_err(|error| ApiError::malformed(format!("the body: {error}")))
-    }
-
-    /// Checks every parameter.
-    pub(super) fn check(self, model: &ServedModel, config: &HttpConfig) -> Result<Completion, ApiError> {
-        if let Some(asked) = self.model.as_ref().filter(|asked| *asked != model.name()) {
-            return Err(ApiError::no_model(asked, model.name()));
+impl Completion {
+    /// Reads a body and checks every parameter. What OpenAI's clients may send and this server has no use for is ignored.
+    pub(super) fn parse(bytes: &[u8], engine: &EngineHandle, config: &HttpConfig) -> Result<Self, ApiError> {
+        let mut fields = Fields::parse(bytes)?;
+        let served = engine.model().name();
+        if let Some(asked) = fields.text("model")?.filter(|asked| asked != served) {
+            return Err(ApiError::no_model(&asked, served));
         }
-        self.check_unsupported()?;
-        let limit = u64::from(config.new_tokens_max);
-        let new_tokens = self.max_tokens.map_or(Ok(NEW_TOKENS_DEFAULT.min(limit)), |n| n.up_to(limit, "max_tokens"))?;
-        let top = self.logprobs.map_or(Ok(0), |top| top.up_to(TOP_MAX, "logprobs"))?;
-        let (sampling, stop) = (self.sampling()?, self.stops()?);
-        let (echo, logprobs) = (self.echo.unwrap_or(false), self.logprobs.is_some());
+        let n = counted(&mut fields)?;
+        check_unsupported(&mut fields)?;
+        let most = config.new_tokens_max;
+        let new_tokens = fields.whole("max_tokens", 0, i64::from(most))?;
+        let logprobs = fields.whole("logprobs", 0, TOP_MAX)?;
+        let echo = fields.flag("echo")?.unwrap_or(false);
+        let stream = fields.flag("stream")?.unwrap_or(false);
+        let include_usage = fields.object("stream_options")?.flag("include_usage")?.unwrap_or(false);
+        let sampling = sampling(&mut fields)?;
         let template = Generation {
             prompt: Vec::new(),
-            // At most 32 bits: the limit has as many.
-            new_tokens: new_tokens as u32,
-            score_prompt: echo && logprobs,
-            top: top as usize,
+            // Within bounds of 32 bits, all of them.
+            new_tokens: new_tokens.map_or(NEW_TOKENS_DEFAULT.min(most), |tokens| tokens as u32),
+            score_prompt: echo && logprobs.is_some(),
+            top: logprobs.map(|top| top as usize),
             sampling,
-            stop,
+            stop: stops(&mut fields)?,
         };
-        let generations = check_prompts(self.prompt, config)?;
-        Ok(Completion {
-            generations: generations.into_iter().map(|prompt| Generation { prompt, ..template.clone() }).collect(),
-            echo,
-            logprobs,
-            stream: self.stream.unwrap_or(false),
-            include_usage: self.stream_options.unwrap_or_default().include_usage.unwrap_or(false),
-        })
+        let prompts = prompts(&mut fields)?;
+        let (choices, limit) = (prompts.len() * n, CHOICES_MAX.min(engine.limits().queue_max));
+        if choices > limit {
+            let reason =
+                format!("{} prompts with n {n} are {choices} choices; allowed are up to {limit}", prompts.len());
+            return Err(ApiError::invalid(if n > 1 { "n" } else { "prompt" }, reason));
+        }
+        for prompt in &prompts {
+            engine.check_length(prompt.len(), template.new_tokens)?;
+        }
+        let of_prompt = |prompt: Vec<u8>| {
+            let choice = |i| {
+                // The i-th choice is what a request for it alone with this seed gives.
+                let seed = sampling.seed.map(|seed| seed.wrapping_add(i));
+                Generation { prompt: prompt.clone(), sampling: Sampling { seed, ..sampling }, ..template.clone() }
+            };
+            (0..n as u64).map(choice).collect::<Vec<_>>()
+        };
+        let generations = prompts.into_iter().flat_map(of_prompt).collect();
+        Ok(Self { generations, n, echo, logprobs: logprobs.is_some(), stream, include_usage })
     }
+}
 
-    fn check_unsupported(&self) -> Result<(), ApiError> {
-        let one = |name, value: Option<Whole>| match value {
-            None | Some(Whole(1)) => Ok(()),
-            Some(_) => Err(ApiError::invalid(name, "only 1 is supported")),
-        };
-        one("n", self.n)?;
-        one("best_of", self.best_of)?;
-        let penalties = [("presence_penalty", self.presence_penalty), ("frequency_penalty", self.frequency_penalty)];
-        if let Some((name, _)) = penalties.into_iter().find(|(_, p)| p.is_some_and(|p| p != 0.0)) {
+/// Choices of each prompt.
+fn counted(fields: &mut Fields) -> Result<usize, ApiError> {
+    let n = fields.whole("n", 1, CHOICES_MAX as i64)?.unwrap_or(1);
+    match fields.whole("best_of", 1, CHOICES_MAX as i64)? {
+        Some(best_of) if best_of != n => {
+            let reason = format!("{best_of} where n is {n}; choosing the best of more is not supported");
+            Err(ApiError::invalid("best_of", reason))
+        }
+        _ => Ok(n as usize),
+    }
+}
+
+fn check_unsupported(fields: &mut Fields) -> Result<(), ApiError> {
+    for name in ["presence_penalty", "frequency_penalty"] {
+        if fields.number(name, -2.0, 2.0)?.is_some_and(|penalty| penalty != 0.0) {
             return Err(ApiError::invalid(name, "only 0 is supported"));
         }
-        if self.suffix.as_ref().is_some_and(|s| !s.is_empty()) {
-            return Err(ApiError::invalid("suffix", "only an empty one is supported"));
-        }
-        if self.logit_bias.as_ref().is_some_and(|b| !b.is_empty()) {
-            return Err(ApiError::invalid("logit_bias", "only an empty one is supported"));
-        }
-        Ok(())
     }
-
-    fn sampling(&self) -> Result<Sampling, ApiError> {
-        let temperature = self.temperature.unwrap_or(1.0);
-        if !(0.0..=2.0).contains(&temperature) {
-            return Err(ApiError::invalid("temperature", "allowed is 0 to 2"));
-        }
-        if self.top_p.is_some_and(|p| !(0.0..=1.0).contains(&p)) {
-            return Err(ApiError::invalid("top_p", "allowed is 0 to 1"));
-        }
-        let top_p = self.top_p.map(|p| p as f32);
-        // Any whole number names a stream of draws.
-        Ok(Sampling {
-            temperature: temperature as f32,
-            top_p,
-            seed: self.seed.map_or(0, |seed| seed.0).cast_unsigned(),
-        })
+    if fields.text("suffix")?.is_some_and(|suffix| !suffix.is_empty()) {
+        return Err(ApiError::invalid("suffix", "only an empty one is supported"));
     }
-
-    fn stops(&self) -> Result<Vec<Vec<u8>>, ApiError> {
-        let stops = match &self.stop {
-            None => Vec::new(),
-            Some(OneOrMore::One(stop)) => vec![stop.clone().into_bytes()],
-            Some(OneOrMore::More(stops)) => stops.iter().map(|s| s.clone().into_bytes()).collect(),
-        };
-        if stops.len() > STOPS_MAX || stops.iter().any(|s| s.len() > STOP_BYTES_MAX) {
-            let allowed = format!("allowed are up to {STOPS_MAX} texts of up to {STOP_BYTES_MAX} bytes");
-            return Err(ApiError::invalid("stop", allowed));
-        }
-        Ok(stops)
+    if !fields.object("logit_bias")?.is_empty() {
+        return Err(ApiError::invalid("logit_bias", "only an empty one is supported"));
     }
+    Ok(())
 }
 
-fn check_prompts(prompts: Option<Prompts>, config: &HttpConfig) -> Result<Vec<Vec<u8>>, ApiError> {
-    let prompts = match prompts {
-        None => return Err(ApiError::invalid("prompt", "there is none")),
-        Some(Prompts::Text(text)) => vec![text.into_bytes()],
-        Some(Prompts::Tokens(list)) => vec![tokens(list)?],
-        Some(Prompts::Texts(texts)) => texts.into_iter().map(String::into_bytes).collect(),
-        Some(Prompts::TokenLists(lists)) => lists.into_iter().map(tokens).collect::<Result<_, _>>()?,
+fn sampling(fields: &mut Fields) -> Result<Sampling, ApiError> {
+    let temperature = fields.number("temperature", 0.0, 2.0)?.unwrap_or(1.0) as f32;
+    let top_p = fields.number("top_p", 0.0, 1.0)?.map(|p| p as f32);
+    // Any whole number names a stream of draws.
+    let seed = fields.whole("seed", i64::MIN, i64::MAX)?.map(i64::cast_unsigned);
+    Ok(Sampling { temperature, top_p, seed })
+}
+
+fn stops(fields: &mut Fields) -> Result<Vec<Vec<u8>>, ApiError> {
+    let expected = format!("a text or a list of up to {STOPS_MAX} texts, each of up to {STOP_BYTES_MAX} bytes,");
+    let value = fields.take("stop");
+    let stops = match value {
+        None => Vec::new(),
+        Some(Value::String(stop)) => vec![stop],
+        Some(Value::Array(list)) => {
+            let text = |value| match value {
+                Value::String(stop) => Ok(stop),
+                other => {
+                    Err(ApiError::invalid("stop", format!("a list with {} where {expected} is expected", kind(&other))))
+                }
+            };
+            list.into_iter().map(text).collect::<Result<_, _>>()?
+        }
+        Some(other) => return Err(wrong("stop", &other, expected)),
     };
-    if prompts.is_empty() || prompts.len() > PROMPTS_MAX {
-        return Err(ApiError::invalid("prompt", format!("{} prompts: allowed are 1 to {PROMPTS_MAX}", prompts.len())));
+    if stops.len() > STOPS_MAX {
+        return Err(ApiError::invalid("stop", format!("{} texts; allowed are up to {STOPS_MAX}", stops.len())));
     }
-    let limit = config.prompt_tokens_max;
-    for prompt in &prompts {
-        if prompt.is_empty() {
-            return Err(ApiError::invalid("prompt", "a prompt is empty"));
-        }
-        if prompt.len() > limit {
-            return Err(ApiError::too_long(format!("a prompt of {} tokens: allowed are up to {limit}", prompt.len())));
-        }
+    if let Some(long) = stops.iter().find(|stop| stop.len() > STOP_BYTES_MAX) {
+        return Err(ApiError::invalid(
+            "stop",
+            format!("a text of {} bytes; allowed are up to {STOP_BYTES_MAX}", long.len()),
+        ));
     }
-    Ok(prompts)
+    Ok(stops.into_iter().map(String::into_bytes).collect())
 }
 
-fn tokens(list: Vec<Whole>) -> Result<Vec<u8>, ApiError> {
-    let token = |whole: Whole| u8::try_from(whole.0).map_err(|_| whole.0);
-    let tokens: Result<_, i64> = list.into_iter().map(token).collect();
-    tokens.map_err(|wrong| ApiError::invalid("prompt", format!("token {wrong}: allowed are 0 to 255")))
+/// What a prompt may be, in words.
+const PROMPT: &str = "a text, a list of tokens (0 to 255), or a list of one of these";
+
+fn prompts(fields: &mut Fields) -> Result<Vec<Vec<u8>>, ApiError> {
+    let invalid = |reason: String| ApiError::invalid("prompt", reason);
+    let prompts = match fields.take("prompt") {
+        None => return Err(invalid(format!("there is none; expected is {PROMPT}"))),
+        Some(Value::String(text)) => vec![text.into_bytes()],
+        Some(Value::Array(list)) => match list.first() {
+            None => return Err(invalid("an empty list; at least one prompt is needed".into())),
+            Some(Value::Number(_)) => vec![tokens(&list)?],
+            Some(_) => list.into_iter().map(prompt).collect::<Result<_, _>>()?,
+        },
+        Some(other) => return Err(wrong("prompt", &other, PROMPT)),
+    };
+    match prompts.iter().position(Vec::is_empty) {
+        Some(at) => Err(invalid(format!("prompt {at} is empty; at least one token is needed"))),
+        None => Ok(prompts),
+    }
+}
+
+/// One of a list of prompts.
+fn prompt(value: Value) -> Result<Vec<u8>, ApiError> {
+    match value {
+        Value::String(text) => Ok(text.into_bytes()),
+        Value::Array(list) => tokens(&list),
+        other => Err(ApiError::invalid("prompt", format!("a list with {} where {PROMPT} is expected", kind(&other)))),
+    }
+}
+
+fn tokens(list: &[Value]) -> Result<Vec<u8>, ApiError> {
+    let token = |value: &Value| whole(value).and_then(|token| u8::try_from(token).ok()).ok_or_else(|| kind(value));
+    let tokens: Result<_, String> = list.iter().map(token).collect();
+    tokens.map_err(|wrong| ApiError::invalid("prompt", format!("{wrong} in a list of tokens; allowed are 0 to 255")))
 }

@@ -16,10 +16,10 @@ use hyper::body::{Body as _, Frame};
 use tokio::time::{Sleep, timeout};
 
 use super::answer::{Answer, Choice, Decoder, Logprobs, Usage, reason_name};
-use super::api::{Body, Completion};
+use super::api::Completion;
 use super::error::ApiError;
 use super::{App, HttpConfig};
-use crate::{Event, FinishReason, ScoredToken, Subscription};
+use crate::{Event, ScoredToken, Subscription};
 
 /// What all parts of an answer share.
 #[derive(Clone)]
@@ -50,13 +50,13 @@ pub(super) async fn complete(State(app): State<Arc<App>>, body: HttpBody) -> Res
 /// Reads and checks the request, and submits its prompts.
 async fn start(app: &App, body: HttpBody) -> Result<(Completion, Vec<Output>), ApiError> {
     let bytes = read_body(body, &app.config).await?;
-    let mut completion = Body::parse(&bytes)?.check(app.engine.model(), &app.config)?;
-    let mut outputs = Vec::with_capacity(completion.generations.len());
-    // When one is refused, dropping the others cancels them.
-    for (index, generation) in std::mem::take(&mut completion.generations).into_iter().enumerate() {
-        let prompt = generation.prompt.clone();
-        outputs.push(Output::new(index, prompt, app.engine.submit(generation)?, &completion));
-    }
+    let mut completion = Completion::parse(&bytes, &app.engine, &app.config)?;
+    let generations = std::mem::take(&mut completion.generations);
+    let prompts: Vec<Vec<u8>> = generations.iter().map(|generation| generation.prompt.clone()).collect();
+    let subscriptions = app.engine.submit_all(generations)?;
+    let outputs = prompts.into_iter().zip(subscriptions).enumerate();
+    let output = |(index, (prompt, subscription))| Output::new(index, prompt, subscription, &completion);
+    let outputs = outputs.map(output).collect();
     Ok((completion, outputs))
 }
 
@@ -97,17 +97,12 @@ async fn answer(app: &App, completion: Completion, mut outputs: Vec<Output>) -> 
     let whole = async {
         let (mut choices, mut usage) = (Vec::new(), Usage::default());
         for mut output in outputs {
-            let mut whole = Choice { index: output.index, text: String::new(), logprobs: None, finish_reason: None };
-            if completion.logprobs {
-                whole.logprobs = Some(Logprobs::default());
-            }
+            let mut whole = output.choice(completion.logprobs);
             while whole.finish_reason.is_none() {
                 let event = output.subscription.next().await;
                 output.check(event.as_ref())?;
                 if let Some(event) = event {
-                    let part = output.take(event, whole.logprobs.as_mut());
-                    whole.text.push_str(&part.text);
-                    whole.finish_reason = part.finished.map(reason_name);
+                    output.take(event, &mut whole);
                 }
             }
             output.add_usage(&mut usage);
@@ -119,7 +114,7 @@ async fn answer(app: &App, completion: Completion, mut outputs: Vec<Output>) -> 
     Ok(Json(envelope.answer(choices, Some(usage))).into_response())
 }
 
-/// One prompt under way.
+/// One choice under way.
 struct Output {
     index: usize,
     prompt: Vec<u8>,
@@ -127,69 +122,68 @@ struct Output {
     decoder: Decoder,
     new_tokens: usize,
     echoes: bool,
-}
-
-/// What an event adds to the answer.
-#[derive(Default)]
-struct Part {
-    text: String,
-    finished: Option<FinishReason>,
+    /// Whether it is its prompt's first choice: the prompt's tokens count once.
+    first: bool,
 }
 
 impl Output {
     fn new(index: usize, prompt: Vec<u8>, subscription: Subscription, completion: &Completion) -> Self {
-        let (decoder, echoes) = (Decoder::default(), completion.echo);
-        Self { index, prompt, subscription, decoder, new_tokens: 0, echoes }
+        let (echoes, first) = (completion.echo, index % completion.n == 0);
+        Self { index, prompt, subscription, decoder: Decoder::default(), new_tokens: 0, echoes, first }
+    }
+
+    /// An answer, or a part of one, with nothing in it yet.
+    fn choice(&self, logprobs: bool) -> Choice {
+        let logprobs = logprobs.then(Logprobs::default);
+        Choice { index: self.index, text: String::new(), logprobs, finish_reason: None, seed: None }
     }
 
     /// Refuses to go on when the request was lost.
     fn check(&self, event: Option<&Event>) -> Result<(), ApiError> {
         match event {
             Some(Event::Lost(reason)) => Err(ApiError::unavailable(reason.clone())),
+            Some(Event::Failed(reason)) => Err(ApiError::failed(reason)),
             Some(Event::Expired) => Err(ApiError::expired()),
             None => Err(ApiError::unavailable("the engine has stopped")),
             Some(_) => Ok(()),
         }
     }
 
-    fn take(&mut self, event: Event, mut logprobs: Option<&mut Logprobs>) -> Part {
-        let mut text = String::new();
+    /// Adds what an event brings.
+    fn take(&mut self, event: Event, to: &mut Choice) {
         if std::mem::take(&mut self.echoes) && !matches!(event, Event::Prompt(_)) {
-            text.push_str(&self.decoder.push(&self.prompt));
+            to.text.push_str(&self.decoder.extend(&self.prompt));
         }
-        let mut add = |decoder: &mut Decoder, scored: &ScoredToken| {
-            if let Some(logprobs) = logprobs.as_deref_mut() {
-                logprobs.push(scored, decoder.offset());
+        match event {
+            Event::Prompt(scored) => scored.iter().for_each(|scored| self.add(scored, to)),
+            Event::Token(scored) => self.add(&scored, to),
+            Event::Finished { reason, new_tokens } => {
+                self.new_tokens = new_tokens as usize;
+                to.text.push_str(&self.decoder.finish());
+                to.finish_reason = Some(reason_name(reason));
+                to.seed = self.subscription.seed().map(u64::cast_signed);
             }
-            text.push_str(&decoder.push(&[scored.token]));
-        };
-        let finished = match event {
-            Event::Prompt(scored) => {
-                scored.iter().for_each(|scored| add(&mut self.decoder, scored));
-                None
-            }
-            Event::Token(scored) => {
-                self.new_tokens += 1;
-                add(&mut self.decoder, &scored);
-                None
-            }
-            Event::Finished(reason) => {
-                text.push_str(&self.decoder.finish());
-                Some(reason)
-            }
-            Event::Lost(_) | Event::Expired => None,
-        };
-        Part { text, finished }
+            Event::Lost(_) | Event::Failed(_) | Event::Expired => {}
+        }
+    }
+
+    fn add(&mut self, scored: &ScoredToken, to: &mut Choice) {
+        let (text, offset) = self.decoder.push(scored.token);
+        if let Some(logprobs) = &mut to.logprobs {
+            logprobs.push(scored, offset);
+        }
+        to.text.push_str(&text);
     }
 
     fn add_usage(&self, usage: &mut Usage) {
-        usage.prompt_tokens += self.prompt.len();
+        let prompt_tokens = if self.first { self.prompt.len() } else { 0 };
+        usage.prompt_tokens += prompt_tokens;
         usage.completion_tokens += self.new_tokens;
-        usage.total_tokens += self.prompt.len() + self.new_tokens;
+        usage.total_tokens += prompt_tokens + self.new_tokens;
     }
 }
 
-/// A streamed answer: server-sent events, one prompt after another.
+/// A streamed answer: server-sent events, one choice after another.
 struct EventStream {
     envelope: Envelope,
     logprobs: bool,
@@ -232,15 +226,15 @@ impl EventStream {
     /// The next part, or none when an event adds nothing to see.
     fn event(&mut self, event: Event) -> Option<String> {
         let output = self.outputs.front_mut()?;
-        let mut logprobs = self.logprobs.then(Logprobs::default);
-        let part = output.take(event, logprobs.as_mut());
-        if part.text.is_empty() && part.finished.is_none() && logprobs.is_none() {
+        let mut part = output.choice(self.logprobs);
+        output.take(event, &mut part);
+        let finished = part.finish_reason.is_some();
+        let scored = part.logprobs.as_ref().is_some_and(|logprobs| !logprobs.is_empty());
+        if part.text.is_empty() && !scored && !finished {
             return None;
         }
-        let finish_reason = part.finished.map(reason_name);
-        let choice = Choice { index: output.index, text: part.text, logprobs, finish_reason };
-        let mut data = self.data(vec![choice], None);
-        if part.finished.is_some() {
+        let mut data = self.data(vec![part], None);
+        if finished {
             if let (Some(usage), Some(output)) = (&mut self.usage, self.outputs.front()) {
                 output.add_usage(usage);
             }

@@ -39,9 +39,9 @@ impl ApiError {
         Self { status, kind, message: message.into(), param: None, code: None }
     }
 
-    /// The request is wrong: which parameter, and what is allowed.
-    pub(crate) fn invalid(param: &'static str, message: impl Into<String>) -> Self {
-        let error = Self::new(StatusCode::BAD_REQUEST, "invalid_request_error", message);
+    /// The request is wrong: which parameter, and what is allowed. The message begins with the parameter's name.
+    pub(crate) fn invalid(param: &'static str, message: impl std::fmt::Display) -> Self {
+        let error = Self::new(StatusCode::BAD_REQUEST, "invalid_request_error", format!("{param}: {message}"));
         Self { param: Some(param), ..error }
     }
 
@@ -55,7 +55,8 @@ impl ApiError {
         Self::new(StatusCode::PAYLOAD_TOO_LARGE, "invalid_request_error", message)
     }
 
-    pub(crate) fn too_long(message: impl Into<String>) -> Self {
+    /// Prompt and new tokens are more than the context holds.
+    pub(crate) fn too_long(message: impl std::fmt::Display) -> Self {
         Self { code: Some("context_length_exceeded"), ..Self::invalid("prompt", message) }
     }
 
@@ -65,8 +66,15 @@ impl ApiError {
         Self { param: Some("model"), code: Some("model_not_found"), ..error }
     }
 
-    pub(crate) fn no_route(message: impl Into<String>) -> Self {
-        Self::new(StatusCode::NOT_FOUND, "invalid_request_error", message)
+    /// There is nothing at `path`.
+    pub(crate) fn no_route(path: &str) -> Self {
+        let hint = if path.trim_end_matches('/').ends_with("chat/completions") {
+            "; this model has no chat: POST /v1/completions completes a prompt"
+        } else {
+            ""
+        };
+        let error = Self::new(StatusCode::NOT_FOUND, "invalid_request_error", format!("nothing at {path}{hint}"));
+        Self { code: Some("unknown_url"), ..error }
     }
 
     pub(crate) fn no_method(message: impl Into<String>) -> Self {
@@ -100,6 +108,12 @@ impl ApiError {
         Self { code: Some("rate_limit_exceeded"), ..error }
     }
 
+    /// Something was wrong with this request alone, and not the client's fault.
+    pub(crate) fn failed(reason: &str) -> Self {
+        let message = format!("the request failed: {reason}");
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", message)
+    }
+
     pub(crate) fn unavailable(message: impl Into<String>) -> Self {
         Self::new(StatusCode::SERVICE_UNAVAILABLE, "server_error", message)
     }
@@ -126,7 +140,7 @@ impl From<SubmitError> for ApiError {
                 let error = Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", message);
                 Self { code: Some("rate_limit_exceeded"), ..error }
             }
-            SubmitError::Refused(Refusal::NeverFits { .. }) => Self::too_long(message),
+            SubmitError::TooLong { .. } | SubmitError::Refused(Refusal::NeverFits { .. }) => Self::too_long(message),
             SubmitError::Refused(_) => Self::invalid("prompt", message),
             SubmitError::Unavailable(_) => Self::unavailable(message),
         }

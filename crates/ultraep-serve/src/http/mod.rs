@@ -4,6 +4,7 @@ mod answer;
 mod api;
 mod completions;
 mod error;
+mod fields;
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
@@ -35,8 +36,6 @@ pub struct HttpConfig {
     pub api_key: Option<String>,
     /// Most bytes of a body.
     pub body_bytes_max: usize,
-    /// Most tokens of a prompt.
-    pub prompt_tokens_max: usize,
     /// Most tokens that a request may produce.
     pub new_tokens_max: u32,
     /// After this long a request is cancelled.
@@ -52,13 +51,13 @@ pub struct HttpConfig {
 }
 
 impl HttpConfig {
-    /// Limits for prompts of up to `prompt_tokens_max` tokens.
-    pub fn for_prompts(prompt_tokens_max: usize) -> Self {
+    /// Limits for an engine whose context holds `context_tokens` tokens ([`EngineHandle::context_tokens`], which is what bounds
+    /// a prompt).
+    pub fn for_context(context_tokens: usize) -> Self {
         Self {
             api_key: None,
             // A token is at most four characters in a list, six as escaped text.
-            body_bytes_max: (prompt_tokens_max * 8).max(1 << 20),
-            prompt_tokens_max,
+            body_bytes_max: context_tokens.saturating_mul(8).max(1 << 20),
             new_tokens_max: 256,
             request_timeout: Duration::from_secs(120),
             body_timeout: Duration::from_secs(30),
@@ -101,7 +100,7 @@ fn router(app: Arc<App>) -> Router {
         .route("/health", get(health))
         .route("/metrics", get(metrics))
         .route("/openapi.json", get(openapi))
-        .fallback(|request: Request| async move { ApiError::no_route(format!("nothing at {}", request.uri().path())) })
+        .fallback(|request: Request| async move { ApiError::no_route(request.uri().path()) })
         .method_not_allowed_fallback(no_method)
         .with_state(app)
 }
@@ -136,8 +135,9 @@ async fn models(State(app): State<Arc<App>>) -> Json<serde_json::Value> {
 
 async fn model(
     State(app): State<Arc<App>>,
-    axum::extract::Path(name): axum::extract::Path<String>,
+    name: Result<axum::extract::Path<String>, axum::extract::rejection::PathRejection>,
 ) -> Result<Json<serde_json::Value>, ApiError> {
+    let axum::extract::Path(name) = name.map_err(|error| ApiError::malformed(format!("the path: {error}")))?;
     let served = app.engine.model().name();
     if name == served { Ok(Json(model_object(served))) } else { Err(ApiError::no_model(&name, served)) }
 }
@@ -146,6 +146,7 @@ async fn health(State(app): State<Arc<App>>) -> Response {
     let health = app.engine.health();
     let (status, name, reason) = match health {
         Health::Serving => (StatusCode::OK, "serving", None),
+        Health::Stalled { reason } => (StatusCode::SERVICE_UNAVAILABLE, "stalled", Some(reason)),
         Health::Starting => (StatusCode::SERVICE_UNAVAILABLE, "starting", None),
         Health::Restarting { reason } => (StatusCode::SERVICE_UNAVAILABLE, "restarting", Some(reason)),
         Health::Draining => (StatusCode::SERVICE_UNAVAILABLE, "draining", None),

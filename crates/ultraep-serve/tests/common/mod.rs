@@ -20,7 +20,15 @@ use ultraep_serve::{Engine, EngineConfig, EngineHandle, GroupConfig, ServedModel
 /// Longest wait of any test for anything.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
+/// Tokens that the context of [`model`] holds.
+pub(crate) const CONTEXT: usize = 8192;
+
 pub(crate) fn model() -> ServedModel {
+    model_of(CONTEXT)
+}
+
+/// The same for sequences of up to so many tokens.
+pub(crate) fn model_of(context_tokens: usize) -> ServedModel {
     let config = ModelConfig {
         hidden: 32,
         heads: 2,
@@ -31,7 +39,7 @@ pub(crate) fn model() -> ServedModel {
         sequence_tokens: 64,
         router: RouterKind::Softmax { aux_coefficient: 0.0 },
     };
-    ServedModel::initial(config, 3, 8192).unwrap()
+    ServedModel::initial(config, 3, context_tokens).unwrap()
 }
 
 pub(crate) fn engine_config(ranks: usize, policy: PolicyKind, chunk_tokens: u32) -> EngineConfig {
@@ -61,7 +69,7 @@ pub(crate) fn engine_config(ranks: usize, policy: PolicyKind, chunk_tokens: u32)
 }
 
 pub(crate) fn http_config() -> HttpConfig {
-    HttpConfig { body_bytes_max: 64 << 10, head_timeout: Duration::from_secs(5), ..HttpConfig::for_prompts(4096) }
+    HttpConfig { body_bytes_max: 64 << 10, head_timeout: Duration::from_secs(5), ..HttpConfig::for_context(CONTEXT) }
 }
 
 /// A server of its own.
@@ -74,7 +82,11 @@ pub(crate) struct Server {
 
 impl Server {
     pub(crate) fn start(engine: EngineConfig, http: HttpConfig) -> Self {
-        let engine = Engine::start(model(), engine, None).unwrap_or_else(|error| panic!("{error}"));
+        Self::serving(model(), engine, http)
+    }
+
+    pub(crate) fn serving(model: ServedModel, engine: EngineConfig, http: HttpConfig) -> Self {
+        let engine = Engine::start(model, engine, None).unwrap_or_else(|error| panic!("{error}"));
         let handle = engine.handle();
         let (stop, stopped) = oneshot::channel::<()>();
         let (tell, told) = std::sync::mpsc::channel();
@@ -104,6 +116,13 @@ impl Server {
             assert!(since.elapsed() < PATIENCE, "{path}: {response:?}");
             std::thread::sleep(Duration::from_millis(10));
         }
+    }
+
+    /// A number of the metrics; 0 where there is none yet.
+    pub(crate) fn metric(&self, name: &str) -> f64 {
+        let text = get(self.address, "/metrics").text();
+        let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        line.map_or(0.0, |value| value.parse().unwrap())
     }
 
     pub(crate) fn complete(&self, body: Value) -> Response {

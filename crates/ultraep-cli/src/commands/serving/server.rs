@@ -95,6 +95,10 @@ impl Observer for Watch {
     fn ranks_lost(&self, reason: &str) {
         note(format!("ranks lost, starting them again: {reason}"));
     }
+
+    fn suspended(&self, time: Duration) {
+        note(format!("this process was suspended for {:.1} s; the ranks go on", time.as_secs_f64()));
+    }
 }
 
 pub(crate) fn run(args: &Args, out: &mut Output<'_>) -> Result<(), CliError> {
@@ -145,7 +149,7 @@ fn serve_until_stopped(
         new_tokens_max: args.max_tokens,
         request_timeout: Duration::from_secs(args.request_timeout_s),
         connections_max: args.connections as usize,
-        ..HttpConfig::for_prompts(args.context as usize)
+        ..HttpConfig::for_context(args.context as usize)
     };
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     let runtime = runtime.map_err(CliError::failure)?;
