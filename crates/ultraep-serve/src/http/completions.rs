@@ -128,7 +128,7 @@ struct Output {
 
 impl Output {
     fn new(index: usize, prompt: Vec<u8>, subscription: Subscription, completion: &Completion) -> Self {
-        let (echoes, first) = (completion.echo, index % completion.n == 0);
+        let (echoes, first) = (completion.echo, index.is_multiple_of(completion.n));
         Self { index, prompt, subscription, decoder: Decoder::default(), new_tokens: 0, echoes, first }
     }
 
