@@ -27,7 +27,7 @@ pub use engine::{
     Subscription,
 };
 pub use error::ServeError;
-pub use metrics::{Metrics, Outcome};
+pub use metrics::{Format, Metrics, Outcome};
 pub use model::ServedModel;
 pub use rank::GroupConfig;
 pub use record::{Observer, Recorder};

@@ -30,6 +30,11 @@ pub enum Outcome {
     Rejected,
 }
 
+impl Outcome {
+    /// All of them.
+    const ALL: [Self; 6] = [Self::Finished, Self::Cancelled, Self::Lost, Self::Failed, Self::Refused, Self::Rejected];
+}
+
 /// What a token was.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelValue)]
 enum TokenKind {
@@ -45,6 +50,44 @@ struct OutcomeLabel {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct TokenLabel {
     kind: TokenKind,
+}
+
+/// How metrics are written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Format {
+    /// Prometheus' text format, version 0.0.4.
+    #[default]
+    Prometheus,
+    /// OpenMetrics, version 1.0.0.
+    OpenMetrics,
+}
+
+impl Format {
+    /// The better of the two by the values of `Accept` (RFC 9110, 12.5.1). Prometheus' text format when OpenMetrics is not named
+    /// or is not preferred.
+    pub fn asked_for<'a>(accepts: impl Iterator<Item = &'a str>) -> Self {
+        let (mut open, mut text) = (0.0, 0.0_f32);
+        for range in accepts.flat_map(|value| value.split(',')) {
+            let mut parts = range.split(';').map(|part| part.trim().to_ascii_lowercase());
+            let media_type = parts.next().unwrap_or_default();
+            let quality = parts.find_map(|part| part.strip_prefix("q=")?.trim().parse().ok()).unwrap_or(1.0_f32);
+            match media_type.as_str() {
+                "application/openmetrics-text" => open = quality.max(open),
+                "text/plain" => text = quality.max(text),
+                _ => {}
+            }
+        }
+        // Who names both alike has OpenMetrics first in mind: nobody else asks for it at all.
+        if open > 0.0 && open >= text { Self::OpenMetrics } else { Self::Prometheus }
+    }
+
+    /// What `Content-Type` says.
+    pub fn media_type(self) -> &'static str {
+        match self {
+            Self::Prometheus => "text/plain; version=0.0.4; charset=utf-8",
+            Self::OpenMetrics => "application/openmetrics-text; version=1.0.0; charset=utf-8",
+        }
+    }
 }
 
 /// Counters, gauges and histograms. Cheap to clone; clones are the same.
@@ -68,9 +111,17 @@ pub struct Metrics {
 impl Default for Metrics {
     fn default() -> Self {
         let imbalance = || Histogram::new([1.01, 1.02, 1.05, 1.1, 1.25, 1.5, 2.0, 3.0, 4.0, 8.0]);
+        let (requests, tokens) = (Family::<OutcomeLabel, Counter>::default(), Family::<TokenLabel, Counter>::default());
+        // A series is there from the start: a rate over one that appears with its first event misses that event.
+        for outcome in Outcome::ALL {
+            drop(requests.get_or_create(&OutcomeLabel { outcome }));
+        }
+        for kind in [TokenKind::Prompt, TokenKind::New] {
+            drop(tokens.get_or_create(&TokenLabel { kind }));
+        }
         Self {
-            requests: Family::default(),
-            tokens: Family::default(),
+            requests,
+            tokens,
             queued: Gauge::default(),
             running: Gauge::default(),
             kv_tokens: Gauge::default(),
@@ -130,8 +181,16 @@ impl Metrics {
         }
     }
 
-    /// All of them in the text format that Prometheus scrapes.
-    pub fn encode(&self) -> Result<String, std::fmt::Error> {
+    /// All of them as text.
+    pub fn encode(&self, format: Format) -> Result<String, std::fmt::Error> {
+        let text = self.encode_open()?;
+        Ok(match format {
+            Format::OpenMetrics => text,
+            Format::Prometheus => prometheus_text(&text),
+        })
+    }
+
+    fn encode_open(&self) -> Result<String, std::fmt::Error> {
         let mut registry = Registry::with_prefix("ultraep");
         registry.register("requests", "Requests that ended", self.requests.clone());
         registry.register("tokens", "Tokens computed", self.tokens.clone());
@@ -155,5 +214,81 @@ impl Metrics {
         let mut text = String::new();
         encode(&mut text, &registry)?;
         Ok(text)
+    }
+}
+
+/// OpenMetrics as Prometheus' text format: a counter is described under the name of its series, and there are neither units nor
+/// an end mark.
+fn prometheus_text(open: &str) -> String {
+    let counters: Vec<&str> =
+        open.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.strip_suffix(" counter")).collect();
+    let mut text = String::with_capacity(open.len());
+    for line in open.lines() {
+        let mut words = line.splitn(4, ' ');
+        let (mark, what, name, rest) = (words.next(), words.next(), words.next(), words.next());
+        match (mark, what, name, rest) {
+            (Some("#"), Some("UNIT" | "EOF"), ..) => continue,
+            (Some("#"), Some(what), Some(name), Some(rest)) if counters.contains(&name) => {
+                text.push_str(&format!("# {what} {name}_total {rest}"));
+            }
+            _ => text.push_str(line),
+        }
+        text.push('\n');
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_format_is_negotiated() {
+        let asked = |accept: &'static str| Format::asked_for(std::iter::once(accept));
+        // What Prometheus sends.
+        let scraper = "application/openmetrics-text;version=1.0.0;q=0.5,application/openmetrics-text;version=0.0.1;q=0.4,\
+                       text/plain;version=0.0.4;q=0.3,*/*;q=0.2";
+        for open in [scraper, "application/openmetrics-text", "APPLICATION/openmetrics-text; q=1, text/plain"] {
+            assert_eq!(asked(open), Format::OpenMetrics, "{open}");
+        }
+        for text in [
+            "",
+            "*/*",
+            "text/plain",
+            "text/html, application/json",
+            "application/openmetrics-text;q=0",
+            "text/plain;q=0.9, application/openmetrics-text;q=0.1",
+        ] {
+            assert_eq!(asked(text), Format::Prometheus, "{text}");
+        }
+    }
+
+    #[test]
+    fn all_series_exist_from_the_start_in_both_formats() {
+        let metrics = Metrics::default();
+        let series = |text: &str| -> Vec<String> {
+            text.lines()
+                .filter(|line| !line.starts_with('#'))
+                .map(|line| line.split(' ').next().unwrap().into())
+                .collect()
+        };
+        let (open, text) = (metrics.encode(Format::OpenMetrics).unwrap(), metrics.encode(Format::Prometheus).unwrap());
+        assert_eq!(series(&open), series(&text));
+        for outcome in ["Finished", "Cancelled", "Lost", "Failed", "Refused", "Rejected"] {
+            let line = format!("ultraep_requests_total{{outcome=\"{outcome}\"}} 0\n");
+            assert!(text.contains(&line) && open.contains(&line), "{text}");
+        }
+        metrics.request(Outcome::Lost);
+        metrics.tokens(Phase::Prefill, 3);
+        assert_eq!(series(&metrics.encode(Format::Prometheus).unwrap()), series(&text));
+        assert!(open.ends_with("# EOF\n") && !text.contains("EOF") && !text.contains("# UNIT"));
+        assert!(
+            text.contains("# TYPE ultraep_requests_total counter\n") && text.contains("# HELP ultraep_requests_total ")
+        );
+        assert!(
+            text.contains("# TYPE ultraep_batch_seconds_total counter\n")
+                && text.contains("# TYPE ultraep_queued_requests gauge\n")
+        );
+        assert!(open.contains("# TYPE ultraep_requests counter\n"));
     }
 }

@@ -6,7 +6,7 @@ use common::{CONTEXT, Server, engine_config, exchange, get, http_config, post, r
 use serde_json::{Value, json};
 use ultraep_baselines::PolicyKind;
 use ultraep_serve::Generation;
-use ultraep_serve::http::HttpConfig;
+use ultraep_serve::http::{ApiKey, HttpConfig};
 
 fn server() -> Server {
     Server::start(engine_config(2, PolicyKind::Ultraep, 64), http_config())
@@ -183,7 +183,7 @@ fn what_can_never_fit_the_kv_cache_is_refused_at_once() {
 
 #[test]
 fn a_key_is_asked_for_where_there_is_one() {
-    let http = HttpConfig { api_key: Some("secret".into()), ..http_config() };
+    let http = HttpConfig { api_key: Some(ApiKey::new("secret").unwrap()), ..http_config() };
     let server = Server::start(engine_config(2, PolicyKind::Ultraep, 64), http);
     let with = |header: &str| exchange(server.address, request("GET", "/v1/models", header, "").as_bytes()).unwrap();
     for wrong in

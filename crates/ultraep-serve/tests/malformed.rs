@@ -22,7 +22,11 @@ const BODY: &str = r#"{"prompt":"p","max_tokens":1}"#;
 
 /// A request with these lines in its head, and then this.
 fn with(lines: &str, then: &str) -> Vec<u8> {
-    format!("POST /v1/completions HTTP/1.1\r\nHost: here\r\nConnection: close\r\n{lines}\r\n{then}").into_bytes()
+    format!(
+        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n\
+         {lines}\r\n{then}"
+    )
+    .into_bytes()
 }
 
 /// What is wrong, the bytes, and the statuses that say so; 0 for a connection that is closed without a word, or while more is on
@@ -32,7 +36,8 @@ fn malformed() -> Vec<(&'static str, Vec<u8>, &'static [u16])> {
     let many: String = (0..5000).map(|i| format!("X-{i}: a\r\n")).collect();
     let sized = |length: &str| with(&format!("Content-Length: {length}\r\n"), BODY);
     let chunked = |body: &str| with("Transfer-Encoding: chunked\r\n", body);
-    let get = |target: &str| format!("GET {target} HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n").into_bytes();
+    let get =
+        |target: &str| format!("GET {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").into_bytes();
     vec![
         ("a header of 256 KiB", with(&format!("X: {long}\r\n"), ""), &[0, 431]),
         ("5000 headers", with(&many, ""), &[0, 431]),
@@ -42,7 +47,7 @@ fn malformed() -> Vec<(&'static str, Vec<u8>, &'static [u16])> {
         ("a path with a zero", get("/\0"), &[400]),
         ("a model that is no UTF-8", get("/v1/models/%ff"), &[400]),
         ("half an address", get("http://[::1"), &[400]),
-        ("a method of nobody", b"BREW / HTTP/1.1\r\nConnection: close\r\n\r\n".to_vec(), &[404]),
+        ("a method of nobody", b"BREW / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".to_vec(), &[405]),
         ("HTTP/9.9", b"GET / HTTP/9.9\r\n\r\n".to_vec(), &[400]),
         ("HTTP/2", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec(), &[0, 400]),
         ("TLS", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\x00\x00\x00\x00".to_vec(), &[400]),

@@ -196,7 +196,7 @@ fn slow_and_idle_clients_are_dropped_and_do_not_hurt_others() {
     let mut slow_head = connect(server.address);
     slow_head.write_all(b"POST /v1/completions HTTP/1.1\r\nHost").unwrap();
     let mut slow_body = connect(server.address);
-    slow_body.write_all(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{\"pro").unwrap();
+    slow_body.write_all(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{\"pro").unwrap();
     assert_eq!(server.complete(json!({ "prompt": "a", "max_tokens": 2 })).status, 200);
     let mut answer = String::new();
     slow_body.read_to_string(&mut answer).unwrap();

@@ -2,14 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
-use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
 use axum::extract::{Path, Query, Request, State};
-use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
+use axum::http::{Method, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
@@ -18,6 +17,7 @@ use futures_util::stream::{self, Stream};
 use serde::Serialize;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
+use ultraep_http::{Hosts, page_headers};
 
 use crate::assets;
 use crate::entry::Entry;
@@ -29,27 +29,11 @@ const WORKERS: usize = 4;
 /// Shortest time between two events of a live view.
 const EVENT_PAUSE: Duration = Duration::from_millis(250);
 
-const SECURITY_HEADERS: [(HeaderName, HeaderValue); 6] = [
-    (
-        header::CONTENT_SECURITY_POLICY,
-        HeaderValue::from_static(
-            "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; \
-             base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-        ),
-    ),
-    (header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff")),
-    (header::REFERRER_POLICY, HeaderValue::from_static("no-referrer")),
-    (header::CACHE_CONTROL, HeaderValue::from_static("no-store")),
-    (HeaderName::from_static("cross-origin-resource-policy"), HeaderValue::from_static("same-origin")),
-    (HeaderName::from_static("cross-origin-opener-policy"), HeaderValue::from_static("same-origin")),
-];
-
 #[derive(Clone)]
 struct Shared {
     viewer: Arc<Viewer>,
     workers: Arc<Semaphore>,
-    /// Name under which the page may be asked for, beside `localhost` and addresses.
-    host: Arc<str>,
+    hosts: Hosts,
 }
 
 /// Answers on `listener` until `stop` is done. `host` is the name that the user gave for this machine, if it is one.
@@ -60,7 +44,7 @@ pub async fn serve(
     stop: impl Future<Output = ()> + Send + 'static,
 ) -> std::io::Result<()> {
     listener.set_nonblocking(true)?;
-    let shared = Shared { viewer, workers: Arc::new(Semaphore::new(WORKERS)), host: host.to_ascii_lowercase().into() };
+    let shared = Shared { viewer, workers: Arc::new(Semaphore::new(WORKERS)), hosts: Hosts::new([host]) };
     let app = Router::new()
         .route("/", get(|| asset(Path("index.html".to_owned()))))
         .route("/assets/{file}", get(asset))
@@ -86,31 +70,15 @@ async fn guard(State(shared): State<Shared>, request: Request, next: Next) -> Re
     let path = request.uri().path();
     let mut response = if !matches!(*request.method(), Method::GET | Method::HEAD) {
         refusal(StatusCode::METHOD_NOT_ALLOWED, "only GET is answered")
-    } else if !is_host_known(request.headers(), &shared.host) {
+    } else if !shared.hosts.know(request.uri(), request.headers()) {
         refusal(StatusCode::MISDIRECTED_REQUEST, "asked for under a name that is not this machine's")
     } else if path.contains("..") || path.contains('\\') || path.to_ascii_lowercase().contains("%2e") {
         refusal(StatusCode::BAD_REQUEST, "a path with ..")
     } else {
         next.run(request).await
     };
-    response.headers_mut().extend(SECURITY_HEADERS);
+    response.headers_mut().extend(page_headers());
     response
-}
-
-/// A page of another site can make its own name point here (DNS rebinding), but it cannot make a browser send another
-/// `Host`. Addresses and `localhost` are no such names.
-fn is_host_known(headers: &HeaderMap, host: &str) -> bool {
-    let mut given = headers.get_all(header::HOST).iter();
-    let (Some(given), None) = (given.next().and_then(|value| value.to_str().ok()), given.next()) else { return false };
-    if given.parse::<SocketAddr>().is_ok() || given.parse::<IpAddr>().is_ok() {
-        return true;
-    }
-    let name = match given.rsplit_once(':') {
-        Some((name, port)) if port.parse::<u16>().is_ok() => name,
-        _ => given,
-    };
-    let bare = name.trim_start_matches('[').trim_end_matches(']');
-    bare.parse::<IpAddr>().is_ok() || name.eq_ignore_ascii_case("localhost") || name.eq_ignore_ascii_case(host)
 }
 
 #[derive(Serialize)]
@@ -244,26 +212,4 @@ fn changes(entry: Arc<Entry>) -> impl Stream<Item = Result<Event, Infallible>> {
         let event = Event::default().json_data(change).ok()?;
         Some((Ok(event), (entry, receiver, false)))
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn hosts_that_are_foreign_names_are_refused() {
-        let known = |given: &'static str| {
-            let headers = HeaderMap::from_iter([(header::HOST, HeaderValue::from_static(given))]);
-            is_host_known(&headers, "gpu7.cluster")
-        };
-        for good in ["127.0.0.1", "127.0.0.1:80", "localhost:8123", "LOCALHOST", "[::1]:9", "[::1]", "gpu7.cluster:1"] {
-            assert!(known(good), "{good}");
-        }
-        for bad in
-            ["evil.example", "evil.example:80", "localhost.evil.example", "127.0.0.1.evil.example:1", "", "a:b:c"]
-        {
-            assert!(!known(bad), "{bad}");
-        }
-        assert!(!is_host_known(&HeaderMap::new(), "gpu7.cluster"));
-    }
 }

@@ -16,12 +16,11 @@ enum Difference {
 }
 
 /// Options that differ on purpose.
-const EXCEPTIONS: [(&str, Difference, &str); 5] = [
+const EXCEPTIONS: [(&str, Difference, &str); 4] = [
     ("policy", Difference::Bounds, "one load may be planned by the bound; nothing can be trained or served with it"),
     ("min-quota", Difference::Bounds, "auto needs a load: training and serving plan before they know any"),
     ("seed", Difference::Bounds, "plan files of the simulator hold 32 bits"),
     ("svg", Difference::Everything, "the simulator writes a plot a metric, and so into a folder"),
-    ("host", Difference::Bounds, "serve takes addresses only"),
 ];
 
 /// An option where it stands.

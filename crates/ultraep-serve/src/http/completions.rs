@@ -4,17 +4,19 @@ use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::task::{Context, Poll, ready};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::body::{Body as HttpBody, Bytes};
 use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};
-use axum::{Json, extract::State};
+use axum::{Extension, Json, extract::State};
 use http_body_util::{BodyExt, Limited};
 use hyper::body::{Body as _, Frame};
 use tokio::time::{Sleep, timeout};
 
+use super::access::Tokens;
 use super::answer::{Answer, Choice, Decoder, Logprobs, Usage, reason_name};
 use super::api::Completion;
 use super::error::ApiError;
@@ -36,8 +38,12 @@ impl Envelope {
     }
 }
 
-pub(super) async fn complete(State(app): State<Arc<App>>, body: HttpBody) -> Result<Response, ApiError> {
-    let result = start(&app, body).await;
+pub(super) async fn complete(
+    State(app): State<Arc<App>>,
+    Extension(tokens): Extension<Arc<Tokens>>,
+    body: HttpBody,
+) -> Result<Response, ApiError> {
+    let result = start(&app, &tokens, body).await;
     match result {
         Ok((completion, outputs)) => answer(&app, completion, outputs).await,
         Err(error) => {
@@ -48,14 +54,15 @@ pub(super) async fn complete(State(app): State<Arc<App>>, body: HttpBody) -> Res
 }
 
 /// Reads and checks the request, and submits its prompts.
-async fn start(app: &App, body: HttpBody) -> Result<(Completion, Vec<Output>), ApiError> {
+async fn start(app: &App, tokens: &Arc<Tokens>, body: HttpBody) -> Result<(Completion, Vec<Output>), ApiError> {
     let bytes = read_body(body, &app.config).await?;
     let mut completion = Completion::parse(&bytes, &app.engine, &app.config)?;
     let generations = std::mem::take(&mut completion.generations);
     let prompts: Vec<Vec<u8>> = generations.iter().map(|generation| generation.prompt.clone()).collect();
     let subscriptions = app.engine.submit_all(generations)?;
     let outputs = prompts.into_iter().zip(subscriptions).enumerate();
-    let output = |(index, (prompt, subscription))| Output::new(index, prompt, subscription, &completion);
+    let output =
+        |(index, (prompt, subscription))| Output::new(index, prompt, subscription, &completion, tokens.clone());
     let outputs = outputs.map(output).collect();
     Ok((completion, outputs))
 }
@@ -124,12 +131,23 @@ struct Output {
     echoes: bool,
     /// Whether it is its prompt's first choice: the prompt's tokens count once.
     first: bool,
+    /// Of the whole request, for the access log.
+    tokens: Arc<Tokens>,
 }
 
 impl Output {
-    fn new(index: usize, prompt: Vec<u8>, subscription: Subscription, completion: &Completion) -> Self {
+    fn new(
+        index: usize,
+        prompt: Vec<u8>,
+        subscription: Subscription,
+        completion: &Completion,
+        tokens: Arc<Tokens>,
+    ) -> Self {
         let (echoes, first) = (completion.echo, index.is_multiple_of(completion.n));
-        Self { index, prompt, subscription, decoder: Decoder::default(), new_tokens: 0, echoes, first }
+        if first {
+            tokens.prompt.fetch_add(prompt.len() as u64, Ordering::Relaxed);
+        }
+        Self { index, prompt, subscription, decoder: Decoder::default(), new_tokens: 0, echoes, first, tokens }
     }
 
     /// An answer, or a part of one, with nothing in it yet.
@@ -156,15 +174,25 @@ impl Output {
         }
         match event {
             Event::Prompt(scored) => scored.iter().for_each(|scored| self.add(scored, to)),
-            Event::Token(scored) => self.add(&scored, to),
+            Event::Token(scored) => {
+                self.count(self.new_tokens + 1);
+                self.add(&scored, to);
+            }
             Event::Finished { reason, new_tokens } => {
-                self.new_tokens = new_tokens as usize;
+                self.count(new_tokens as usize);
                 to.text.push_str(&self.decoder.finish());
                 to.finish_reason = Some(reason_name(reason));
                 to.seed = self.subscription.seed().map(u64::cast_signed);
             }
             Event::Lost(_) | Event::Failed(_) | Event::Expired => {}
         }
+    }
+
+    /// There are `new_tokens` new tokens by now.
+    fn count(&mut self, new_tokens: usize) {
+        let more = new_tokens.saturating_sub(self.new_tokens);
+        self.tokens.new.fetch_add(more as u64, Ordering::Relaxed);
+        self.new_tokens = new_tokens;
     }
 
     fn add(&mut self, scored: &ScoredToken, to: &mut Choice) {

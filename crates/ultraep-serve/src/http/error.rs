@@ -5,6 +5,7 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 
+use super::guard::presentable;
 use crate::SubmitError;
 use ultraep_schedule::Refusal;
 
@@ -81,6 +82,17 @@ impl ApiError {
         Self::new(StatusCode::METHOD_NOT_ALLOWED, "invalid_request_error", message)
     }
 
+    /// It names a host that is not this server.
+    pub(crate) fn foreign_host() -> Self {
+        let message = "asked for under a name that is not this server's; names are allowed with --allow-host";
+        Self::new(StatusCode::MISDIRECTED_REQUEST, "invalid_request_error", message)
+    }
+
+    pub(crate) fn no_json() -> Self {
+        let message = "the body must be JSON, with the header Content-Type: application/json";
+        Self::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "invalid_request_error", message)
+    }
+
     pub(crate) fn unauthorised() -> Self {
         let message = "a valid API key is needed: Authorization: Bearer KEY";
         let error = Self::new(StatusCode::UNAUTHORIZED, "authentication_error", message);
@@ -110,12 +122,13 @@ impl ApiError {
 
     /// Something was wrong with this request alone, and not the client's fault.
     pub(crate) fn failed(reason: &str) -> Self {
-        let message = format!("the request failed: {reason}");
+        let message = format!("the request failed: {}", presentable(reason));
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", message)
     }
 
-    pub(crate) fn unavailable(message: impl Into<String>) -> Self {
-        Self::new(StatusCode::SERVICE_UNAVAILABLE, "server_error", message)
+    /// A failure inside. Clients get the reason without what is only for the operator.
+    pub(crate) fn unavailable(reason: impl AsRef<str>) -> Self {
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, "server_error", presentable(reason.as_ref()))
     }
 
     /// The JSON body.

@@ -11,7 +11,7 @@ use ultraep_serve::bench::{PoolSummary, PromptSpec, prompts};
 use ultraep_serve::loadtest::{LOADTEST_SCHEMA, LoadResult, LoadSpec, Target, run as run_rate};
 use ultraep_serve::plot::{Line, ttft_plot};
 
-use super::{MixArg, ms_cell, parse_lengths, progress, serve_error};
+use super::{KeyArgs, MixArg, ms_cell, parse_lengths, progress, serve_error};
 use crate::commands::write_json;
 use crate::error::CliError;
 use crate::options;
@@ -25,8 +25,8 @@ pub(crate) struct Args {
     /// The server, such as http://127.0.0.1:8000
     #[arg(long, value_name = "URL")]
     url: String,
-    #[arg(long, value_name = "KEY", help = options::API_KEY)]
-    api_key: Option<String>,
+    #[command(flatten)]
+    key: KeyArgs,
     /// Requests per second: one rate after another
     #[arg(long, value_delimiter = ',', required = true, value_parser = parse_rate, value_name = "RATE,...")]
     rps: Vec<u64>,
@@ -84,7 +84,7 @@ struct Document<'a> {
 }
 
 pub(crate) fn run(args: &Args, out: &mut Output<'_>) -> Result<(), CliError> {
-    let target = Target::new(&args.url, args.api_key.clone()).map_err(CliError::input)?;
+    let target = Target::new(&args.url, args.key.key()?.map(|key| key.text().to_string())).map_err(CliError::input)?;
     let corpus = Arc::new(args.mix.read_text()?);
     let count = args.prompts as usize;
     let spec = PromptSpec { mix: args.mix.mix(), lengths: args.prompt_tokens, count, seed: args.seed };

@@ -4,7 +4,7 @@ mod bench;
 mod load;
 mod server;
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Read};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
@@ -15,6 +15,7 @@ use ultraep_plan::Ratio;
 use ultraep_runtime::Link;
 use ultraep_schedule::{Lengths, Limits};
 use ultraep_serve::bench::Mix;
+use ultraep_serve::http::ApiKey;
 use ultraep_serve::{GroupConfig, ServeError, ServedModel};
 use ultraep_text::Corpus;
 
@@ -52,6 +53,54 @@ struct GroupArgs {
     sequences: Option<usize>,
     #[arg(long, default_value_t = Link::DEFAULT_GBPS, value_name = "GBPS", help_heading = "Ranks", value_parser = options::link_gbps, help = options::LINK_GBPS)]
     link_gbps: f64,
+}
+
+/// The key of a server, for it and for its clients.
+#[derive(Debug, clap::Args)]
+struct KeyArgs {
+    /// File with the key; without it the environment variable ULTRAEP_API_KEY is looked at
+    #[arg(long, value_name = "FILE", help_heading = "Server")]
+    api_key_file: Option<PathBuf>,
+    #[arg(long, value_name = "KEY", help_heading = "Server", conflicts_with = "api_key_file", help = format!("{}; everyone sees it who can list processes: better take --api-key-file", options::API_KEY))]
+    api_key: Option<String>,
+}
+
+/// Where the key is looked for when no option names one.
+const KEY_VARIABLE: &str = "ULTRAEP_API_KEY";
+/// A file of more bytes than this is no key.
+const KEY_BYTES_MAX: u64 = 4096;
+
+impl KeyArgs {
+    /// The key, if there is one. An empty one is an error: it would keep nobody out.
+    fn key(&self) -> Result<Option<ApiKey>, CliError> {
+        let of = |place: &str, text: &str| {
+            let key = ApiKey::new(text).map_err(|error| CliError::Input(format!("{place}: {error}")))?;
+            Ok(Some(key))
+        };
+        if let Some(path) = &self.api_key_file {
+            let place = path.display().to_string();
+            return of(&place, &read_key(path).map_err(|reason| CliError::Input(format!("{place}: {reason}")))?);
+        }
+        if let Some(key) = &self.api_key {
+            note("--api-key shows the key to everyone who can list processes: better take --api-key-file");
+            return of("--api-key", key);
+        }
+        match std::env::var(KEY_VARIABLE) {
+            Ok(key) => of(KEY_VARIABLE, &key),
+            Err(std::env::VarError::NotPresent) => Ok(None),
+            Err(std::env::VarError::NotUnicode(_)) => of(KEY_VARIABLE, "\u{fffd}"),
+        }
+    }
+}
+
+fn read_key(path: &Path) -> Result<String, String> {
+    let mut text = String::new();
+    let file = std::fs::File::open(path).map_err(|error| error.to_string())?;
+    file.take(KEY_BYTES_MAX + 1).read_to_string(&mut text).map_err(|error| error.to_string())?;
+    if text.len() as u64 > KEY_BYTES_MAX {
+        return Err(format!("more than {KEY_BYTES_MAX} bytes: that is no key"));
+    }
+    Ok(text)
 }
 
 impl GroupArgs {
