@@ -48,6 +48,8 @@ pub(super) enum Failure {
     Status(StatusCode),
     Timeout,
     Connection,
+    /// The server said in the stream what went wrong.
+    InStream,
     Broken,
 }
 
@@ -57,6 +59,7 @@ impl fmt::Display for Failure {
             Self::Status(status) => write!(f, "{}", status.as_u16()),
             Self::Timeout => f.write_str("timeout"),
             Self::Connection => f.write_str("connection"),
+            Self::InStream => f.write_str("error in the stream"),
             Self::Broken => f.write_str("broken answer"),
         }
     }
@@ -82,21 +85,32 @@ pub(super) async fn ask(target: &Target, prompt: &[u8], new_tokens: u32) -> Resu
         return Err(Failure::Status(response.status()));
     }
     let mut body = response.into_body();
-    let (mut first, mut tail) = (None, Vec::new());
+    let (mut first, mut last) = (None, Vec::new());
     while let Some(frame) = body.frame().await {
         let frame = frame.map_err(|_| Failure::Broken)?;
         if let Some(data) = frame.data_ref().filter(|data| !data.is_empty()) {
             first.get_or_insert_with(Instant::now);
-            tail.extend_from_slice(data);
-            tail.drain(..tail.len().saturating_sub(END.len()));
+            last.extend_from_slice(data);
+            // From the last event on that is complete: the next to come may be the end.
+            let events = last.windows(2).rposition(|w| w == b"\n\n").map_or(0, |end| end);
+            let begin = last[..events].windows(2).rposition(|w| w == b"\n\n").map_or(0, |end| end + 2);
+            last.drain(..begin);
         }
     }
     connection.abort();
-    if tail == END { first.ok_or(Failure::Broken) } else { Err(Failure::Broken) }
+    if last == END {
+        first.ok_or(Failure::Broken)
+    } else if last.starts_with(ERROR) {
+        Err(Failure::InStream)
+    } else {
+        Err(Failure::Broken)
+    }
 }
 
 /// How a stream ends that was not cut.
 const END: &[u8] = b"data: [DONE]\n\n";
+/// How the last event of a stream begins that says what went wrong.
+const ERROR: &[u8] = b"data: {\"error\"";
 
 #[cfg(test)]
 mod tests {

@@ -2,6 +2,10 @@
 //!
 //! Open loop: requests are sent when they arrive, whatever became of those before, and their time counts from the arrival that
 //! was drawn. A client that cannot keep up shows in the times; it does not hide them.
+//!
+//! Throughput is what was answered over the time that it really took, not the time that was planned: from the first arrival drawn to
+//! the last whole answer. Requests that failed are counted apart, by kind and with their own times; they are in no figure of the
+//! answers.
 
 mod client;
 
@@ -18,7 +22,7 @@ use crate::bench::Prompt;
 use client::{Failure, ask};
 
 /// Name and version of the document.
-pub const LOADTEST_SCHEMA: &str = "ultraep.loadtest/1";
+pub const LOADTEST_SCHEMA: &str = "ultraep.loadtest/2";
 
 /// One rate of a load test.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -40,27 +44,115 @@ pub struct LoadSpec {
 /// What came of it.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct LoadResult {
-    /// Requests per second that were sent.
+    /// Requests per second that were planned.
     pub rps: f64,
+    /// Requests per second that were really sent: all of them, over `sending_ns`.
+    pub sent_rps: f64,
     /// Requests sent.
     pub requests: usize,
     /// Requests answered to the end.
     pub finished: usize,
-    /// Errors by kind: `429`, `503`, other statuses, `timeout`, `connection`, `broken answer`.
-    pub errors: BTreeMap<String, usize>,
+    /// Requests that failed, by kind: `429`, `503`, other statuses, `timeout`, `connection`, `error in the stream`,
+    /// `broken answer`.
+    pub errors: BTreeMap<String, Failed>,
     /// Time to the first token of finished requests.
     pub ttft: TtftSummary,
-    /// Prompt tokens per second of finished requests.
+    /// Finished requests per second, over `answered_ns`.
+    pub finished_rps: f64,
+    /// Prompt tokens per second of finished requests, over `answered_ns`.
     pub tokens_per_s: f64,
-    /// Finished requests per second whose first token came within the limit.
+    /// Finished requests per second whose first token came within the limit, over `answered_ns`.
     pub goodput_rps: f64,
-    /// From the first arrival drawn to the last answer, in nanoseconds.
+    /// Time that the arrivals were planned to take, in nanoseconds.
+    pub planned_ns: u64,
+    /// From the start to the last request sent, in nanoseconds.
+    pub sending_ns: u64,
+    /// From the start to the last whole answer, in nanoseconds.
+    pub answered_ns: u64,
+    /// From the start until nothing was open any more, failures too, in nanoseconds.
     pub elapsed_ns: u64,
+}
+
+/// Failures of one kind.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failed {
+    /// How many.
+    pub count: usize,
+    /// Mean time from arrival to failure, in nanoseconds.
+    pub mean_ns: u64,
+    /// Longest, in nanoseconds.
+    pub longest_ns: u64,
+}
+
+impl Failed {
+    fn add(&mut self, ns: u64) {
+        let sum = u128::from(self.mean_ns) * self.count as u128 + u128::from(ns);
+        self.count += 1;
+        // A mean of 64-bit numbers has 64 bits.
+        self.mean_ns = (sum / self.count as u128) as u64;
+        self.longest_ns = self.longest_ns.max(ns);
+    }
+}
+
+impl LoadResult {
+    /// Requests that failed.
+    pub fn failed(&self) -> usize {
+        self.errors.values().map(|failed| failed.count).sum()
+    }
+}
+
+/// A request that is over.
+struct Over {
+    outcome: Result<Finished, Failure>,
+    /// From arrival to the end of it.
+    took: Duration,
+    at: Instant,
 }
 
 struct Finished {
     ttft_ns: u64,
     prompt_tokens: usize,
+}
+
+fn ns(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// Takes in what is over.
+struct Sum {
+    start: Instant,
+    limit_ns: u64,
+    result: LoadResult,
+    times: Vec<u64>,
+    tokens: usize,
+    good: usize,
+}
+
+impl Sum {
+    fn take(&mut self, over: Over) {
+        match over.outcome {
+            Ok(Finished { ttft_ns, prompt_tokens }) => {
+                self.result.finished += 1;
+                self.result.answered_ns = self.result.answered_ns.max(ns(over.at - self.start));
+                self.tokens += prompt_tokens;
+                self.good += usize::from(ttft_ns <= self.limit_ns);
+                self.times.push(ttft_ns);
+            }
+            Err(failure) => self.result.errors.entry(failure.to_string()).or_default().add(ns(over.took)),
+        }
+    }
+
+    fn finish(self) -> LoadResult {
+        let mut result = self.result;
+        result.elapsed_ns = ns(self.start.elapsed());
+        let per_s = |count: usize, ns: u64| if ns > 0 { count as f64 / (ns as f64 * 1e-9) } else { 0.0 };
+        result.sent_rps = per_s(result.requests, result.sending_ns);
+        result.finished_rps = per_s(result.finished, result.answered_ns);
+        result.tokens_per_s = per_s(self.tokens, result.answered_ns);
+        result.goodput_rps = per_s(self.good, result.answered_ns);
+        result.ttft = TtftSummary::of(self.times);
+        result
+    }
 }
 
 /// Sends the requests of `spec`, with prompts of `pool`, to `target`. Runs on the current runtime. `done` hears how many
@@ -74,46 +166,45 @@ pub async fn run(target: &Target, pool: &Arc<Vec<Prompt>>, spec: &LoadSpec, done
         seed: spec.seed,
     };
     let start = Instant::now();
-    let mut tasks = tokio::task::JoinSet::new();
-    let mut result = LoadResult { rps: spec.requests_per_1000_s as f64 * 1e-3, ..LoadResult::default() };
-    let (mut times, mut tokens, mut good) = (Vec::new(), 0, 0);
-    let mut take = |result: &mut LoadResult, outcome: Result<Finished, Failure>| match outcome {
-        Ok(Finished { ttft_ns, prompt_tokens }) => {
-            result.finished += 1;
-            tokens += prompt_tokens;
-            good += usize::from(ttft_ns <= spec.ttft_limit_ms.saturating_mul(1_000_000));
-            times.push(ttft_ns);
-        }
-        Err(failure) => *result.errors.entry(failure.to_string()).or_default() += 1,
+    let result = LoadResult {
+        rps: spec.requests_per_1000_s as f64 * 1e-3,
+        planned_ns: process.mean_gap_ns.saturating_mul(spec.requests as u64),
+        ..LoadResult::default()
     };
+    let limit_ns = spec.ttft_limit_ms.saturating_mul(1_000_000);
+    let mut sum = Sum { start, limit_ns, result, times: Vec::new(), tokens: 0, good: 0 };
+    let mut tasks = tokio::task::JoinSet::new();
     let mut over = 0;
+    let mut take = |sum: &mut Sum, joined: Result<Over, tokio::task::JoinError>| {
+        // A task that panicked has no answer.
+        let lost = |_| Over { outcome: Err(Failure::Broken), took: Duration::ZERO, at: Instant::now() };
+        sum.take(joined.unwrap_or_else(lost));
+        over += 1;
+        done(over);
+    };
     for arrival in arrivals(&process, &lengths) {
-        tokio::time::sleep_until((start + Duration::from_nanos(arrival.at_ns)).into()).await;
+        let due = start + Duration::from_nanos(arrival.at_ns);
+        tokio::time::sleep_until(due.into()).await;
         let (target, pool, limit) = (target.clone(), pool.clone(), Duration::from_millis(spec.timeout_ms));
-        result.requests += 1;
+        sum.result.requests += 1;
+        sum.result.sending_ns = ns(start.elapsed());
         tasks.spawn(async move {
-            let due = start + Duration::from_nanos(arrival.at_ns);
             let prompt = &pool[arrival.prompt].tokens;
             let answer = tokio::time::timeout(limit, ask(&target, prompt, arrival.new_tokens)).await;
-            let first = answer.unwrap_or(Err(Failure::Timeout))?;
-            let ttft_ns = first.saturating_duration_since(due).as_nanos() as u64;
-            Ok(Finished { ttft_ns, prompt_tokens: prompt.len() })
+            let finished = |first: Instant| Finished {
+                ttft_ns: ns(first.saturating_duration_since(due)),
+                prompt_tokens: prompt.len(),
+            };
+            let outcome = answer.unwrap_or(Err(Failure::Timeout)).map(finished);
+            let at = Instant::now();
+            Over { outcome, took: at.saturating_duration_since(due), at }
         });
         while let Some(joined) = tasks.try_join_next() {
-            take(&mut result, joined.unwrap_or(Err(Failure::Broken)));
-            over += 1;
-            done(over);
+            take(&mut sum, joined);
         }
     }
     while let Some(joined) = tasks.join_next().await {
-        take(&mut result, joined.unwrap_or(Err(Failure::Broken)));
-        over += 1;
-        done(over);
+        take(&mut sum, joined);
     }
-    let elapsed = start.elapsed();
-    result.elapsed_ns = elapsed.as_nanos() as u64;
-    result.tokens_per_s = tokens as f64 / elapsed.as_secs_f64();
-    result.goodput_rps = good as f64 / elapsed.as_secs_f64();
-    result.ttft = TtftSummary::of(times);
-    result
+    sum.finish()
 }

@@ -11,7 +11,7 @@ use ultraep_serve::bench::{PoolSummary, PromptSpec, prompts};
 use ultraep_serve::loadtest::{LOADTEST_SCHEMA, LoadResult, LoadSpec, Target, run as run_rate};
 use ultraep_serve::plot::{Line, ttft_plot};
 
-use super::{KeyArgs, MixArg, ms_cell, parse_lengths, progress, serve_error};
+use super::{KeyArgs, MixArg, ms, ms_cell, parse_lengths, progress, serve_error};
 use crate::commands::write_json;
 use crate::error::CliError;
 use crate::options;
@@ -133,33 +133,51 @@ pub(crate) fn run(args: &Args, out: &mut Output<'_>) -> Result<(), CliError> {
 
 fn print(out: &mut Output<'_>, args: &Args, results: &[LoadResult]) -> Result<(), CliError> {
     let mut table = Table::new([
-        Column::number("requests/s", "arrivals a second, drawn"),
+        Column::number("requests/s", "arrivals a second that were planned"),
+        Column::number("really\nsent", "requests a second that were sent, over the time that sending took").minor(4),
         Column::number("sent", "requests that were sent").minor(3),
         Column::number("finished", "requests that were answered whole").minor(2),
-        Column::number("errors", "requests that were not, by kind"),
+        Column::number("failed", "requests that were not; in no figure beside this one"),
         Column::number("TTFT mean", "time to the first token from the arrival drawn, ms").minor(1),
         Column::number("p50", "its median, ms"),
         Column::number("p95", "its 95th percentile, ms"),
         Column::number("p99", "its 99th percentile, ms").minor(1),
-        Column::number("tokens/s", "prompt and new tokens a second").minor(4),
-        Column::number("goodput/s", "finished a second with the first token within the limit"),
+        Column::number("tokens/s", "prompt tokens of finished requests a second of the time taken").minor(4),
+        Column::number("finished/s", "finished requests a second of the time taken").minor(3),
+        Column::number("goodput/s", "of these, those with the first token within the limit"),
+        Column::number("planned s", "time that the arrivals were planned to take").minor(5),
+        Column::number("taken s", "time from the start to the last whole answer").minor(2),
     ]);
+    let seconds = |ns: u64| Cell::number(ns as f64 * 1e-9, 1);
     for r in results {
-        let errors: Vec<String> = r.errors.iter().map(|(kind, count)| format!("{count} x {kind}")).collect();
         table.row([
             Cell::number(r.rps, 2),
+            Cell::number(r.sent_rps, 2),
             Cell::count(r.requests),
             Cell::count(r.finished),
-            Cell::text(if errors.is_empty() { "0".into() } else { errors.join(", ") }),
+            Cell::count(r.failed()),
             ms_cell(r.ttft.mean_ns),
             ms_cell(r.ttft.p50_ns),
             ms_cell(r.ttft.p95_ns),
             ms_cell(r.ttft.p99_ns),
             Cell::number(r.tokens_per_s, 0),
+            Cell::number(r.finished_rps, 2),
             Cell::number(r.goodput_rps, 2),
+            seconds(r.planned_ns),
+            seconds(r.answered_ns),
         ]);
     }
     out.table(&table)?;
+    for r in results {
+        for (kind, failed) in &r.errors {
+            let (count, mean, longest) = (failed.count, ms(failed.mean_ns), ms(failed.longest_ns));
+            writeln!(
+                out,
+                "failed at {:.2} requests/s: {count} x {kind}, after {mean} ms (longest {longest} ms)",
+                r.rps
+            )?;
+        }
+    }
     writeln!(out, "the first token within {} ms counts as goodput", args.ttft_limit_ms)?;
     Ok(())
 }
