@@ -10,8 +10,8 @@ use ultraep_plan::{Topology, TopologySpec};
 use ultraep_runtime::Link;
 use ultraep_schedule::{Lengths, Limits};
 use ultraep_serve::bench::{
-    COSTS_SCHEMA, Costs, Curve, Mix, PolicySettings, Prompt, PromptSpec, RecordedPrompt, SweepSpec, World, prompts,
-    record, sample_loads, spot_check, sweep,
+    Bound, COSTS_SCHEMA, Costs, Curve, Mix, PolicySettings, Prompt, PromptSpec, RecordedPrompt, SweepSpec, World,
+    prompts, record, sample_loads, spot_check, sweep,
 };
 use ultraep_text::{Corpus, TextDomain};
 
@@ -142,11 +142,36 @@ fn the_sweep_ranks_policies_and_repeats_itself() {
     assert!(saturated.is_sorted() && saturated[0] >= even && saturated[1] * 100 <= saturated[0] * 105, "{saturated:?}");
     assert!(ultraep.peak_tokens < none.peak_tokens && ultraep.replicas_per_layer > 0.0);
     assert_eq!((ideal.replicas_per_layer, ideal.share_of_ideal), (0.0, Some(1.0)));
+    assert!(results.iter().all(|r| r.bound == Bound::Found && r.share_of_ideal <= Some(1.02)), "{results:?}");
     for result in &results {
         assert_eq!(result.points.len(), 2);
         assert!(result.points[0].ttft.p95_ns <= result.points[1].ttft.p95_ns, "{}", result.policy);
         assert!(result.throughput_rps > 0.0 && result.knee.ttft.served == 300);
     }
+}
+
+/// A dozen requests never fill the queue: at every rate that can be served at all the limit holds, and that is no throughput.
+#[test]
+fn a_search_that_hits_its_ceiling_says_so_and_gives_no_share() {
+    let world = world(recorded(&pool(24), 2));
+    let spec = SweepSpec { requests: 12, seed: 2, rates_percent: vec![50], ttft_limit_ns: None };
+    let (_, results) = sweep(&world, LIMITS, &spec, &mut |_| ()).unwrap();
+    assert!(results.iter().any(|r| r.bound == Bound::AtLeast), "{results:?}");
+    for result in &results {
+        // All at once is a rate, too: nothing is said to be served that was not.
+        assert!(result.throughput_rps > 0.0 && result.throughput_rps.is_finite());
+        assert!(result.bound == Bound::Found || result.share_of_ideal.is_none(), "{result:?}");
+    }
+    let ideal = results.iter().find(|r| r.policy == "ideal").unwrap();
+    assert!(ideal.bound == Bound::Found || results.iter().all(|r| r.share_of_ideal.is_none()), "{results:?}");
+    // A limit that nothing meets, and one that everything does.
+    let of = |limit_ns| SweepSpec { ttft_limit_ns: Some(limit_ns), ..spec.clone() };
+    let (_, never) = sweep(&world, LIMITS, &of(1), &mut |_| ()).unwrap();
+    assert!(never.iter().all(|r| r.bound == Bound::AtMost && r.share_of_ideal.is_none()), "{never:?}");
+    let (_, always) = sweep(&world, LIMITS, &of(u64::MAX), &mut |_| ()).unwrap();
+    assert!(always.iter().all(|r| r.bound == Bound::AtLeast && r.share_of_ideal.is_none()), "{always:?}");
+    let json = serde_json::to_value(&always[0]).unwrap();
+    assert_eq!((&json["bound"], &json["share_of_ideal"]), (&"at_least".into(), &serde_json::Value::Null));
 }
 
 #[test]

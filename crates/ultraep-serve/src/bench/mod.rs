@@ -18,6 +18,6 @@ pub use check::{SpotCheck, spot_check};
 pub use costs::{COSTS_SCHEMA, Costs, Curve};
 pub use prompts::{Mix, Prompt, PromptSpec, prompts};
 pub use replay::{Balance, PolicySettings, Replay, World, sample_loads};
-pub use result::{BENCH_SCHEMA, PolicyResult, PoolSummary, PrefillBench, RatePoint};
+pub use result::{BENCH_SCHEMA, Bound, PolicyResult, PoolSummary, PrefillBench, RatePoint};
 pub use routing::{RecordedPrompt, record};
 pub use sweep::{SweepSpec, sweep};

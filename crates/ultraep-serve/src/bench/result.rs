@@ -9,7 +9,7 @@ use super::prompts::{Prompt, PromptSpec};
 use super::sweep::SweepSpec;
 
 /// Name and version of the document.
-pub const BENCH_SCHEMA: &str = "ultraep.prefill-bench/1";
+pub const BENCH_SCHEMA: &str = "ultraep.prefill-bench/2";
 
 /// The whole result. Everything it depends on is in it, so that it can be made again.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -71,16 +71,32 @@ impl PoolSummary {
     }
 }
 
+/// What the search for a throughput found out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Bound {
+    /// The throughput: a little more breaks the limit.
+    #[default]
+    Found,
+    /// Not saturated: the limit holds even at the rate that the policy serves when all requests come at once, and more than that
+    /// nothing could serve for long. There are too few requests to fill the queue, so the throughput is at least that rate.
+    AtLeast,
+    /// The limit does not hold even with hours between requests, so the throughput is less than the least rate.
+    AtMost,
+}
+
 /// One policy.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct PolicyResult {
     /// Its name.
     pub policy: String,
-    /// Largest rate whose 95th percentile stays within the limit, in requests per second.
+    /// Largest rate whose 95th percentile stays within the limit, in requests per second; where the search was bounded, its bound.
     pub throughput_rps: f64,
+    /// What `throughput_rps` is.
+    pub bound: Bound,
     /// Prompt tokens per second at that rate.
     pub throughput_tokens_per_s: f64,
-    /// Throughput over the ideal's; none without an ideal.
+    /// Throughput over the ideal's; none without an ideal, and where one of the two was not found.
     pub share_of_ideal: Option<f64>,
     /// At the knee: at the largest rate that every policy but the unbalanced one serves, the figures below are taken.
     pub knee: RatePoint,

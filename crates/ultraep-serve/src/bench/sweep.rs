@@ -5,7 +5,7 @@ use ultraep_baselines::PolicyKind;
 use ultraep_schedule::{ArrivalSpec, Limits, Served, TtftSummary, arrivals, simulate};
 
 use super::replay::{Balance, Replay, World};
-use super::result::{PolicyResult, RatePoint};
+use super::result::{Bound, PolicyResult, RatePoint};
 use crate::ServeError;
 
 /// What is simulated.
@@ -69,30 +69,43 @@ impl Sweep<'_> {
         Ok(Run { point, balance, busy_ns: simulation.busy_ns })
     }
 
-    /// Requests in a thousand seconds that are served when all arrive at once.
-    fn capacity(&self, kind: PolicyKind) -> Result<Rate, ServeError> {
-        let run = self.run(kind, Rate::MAX)?;
-        let seconds = run.busy_ns as f64 * 1e-9;
-        Ok((self.spec.requests as f64 / seconds * 1e3).max(1.0) as Rate)
+    /// All requests at once.
+    fn saturated(&self, kind: PolicyKind) -> Result<Run, ServeError> {
+        self.run(kind, Rate::MAX)
     }
 
-    /// Largest rate whose 95th percentile is within the limit, to half a percent; bisection, on the same arrivals scaled.
-    fn throughput(&self, kind: PolicyKind, limit_ns: u64, capacity: Rate) -> Result<Run, ServeError> {
-        let (mut low, mut high) = (1, capacity * 2);
+    /// Requests in a thousand seconds that are served when all arrive at once.
+    fn capacity(&self, saturated: &Run) -> Rate {
+        let seconds = saturated.busy_ns as f64 * 1e-9;
+        (self.spec.requests as f64 / seconds * 1e3).max(1.0) as Rate
+    }
+
+    /// Largest rate whose 95th percentile is within the limit, to half a percent; bisection, on the same arrivals scaled, up to
+    /// the capacity: nothing serves more for long, and where even that is within the limit the queue never filled.
+    fn throughput(&self, kind: PolicyKind, limit_ns: u64, capacity: Rate) -> Result<(Run, Bound), ServeError> {
+        let within = |run: &Run| run.point.ttft.p95_ns <= limit_ns;
+        let most = self.run(kind, capacity)?;
+        if within(&most) {
+            return Ok((most, Bound::AtLeast));
+        }
+        let (mut low, mut high) = (1, capacity);
         let mut best = self.run(kind, low)?;
+        if !within(&best) {
+            return Ok((best, Bound::AtMost));
+        }
         while (high - low) * 200 > low {
             let middle = low + (high - low) / 2;
             if middle == low {
                 break;
             }
             let run = self.run(kind, middle)?;
-            if run.point.ttft.p95_ns <= limit_ns {
+            if within(&run) {
                 (low, best) = (middle, run);
             } else {
                 high = middle;
             }
         }
-        Ok(best)
+        Ok((best, Bound::Found))
     }
 }
 
@@ -109,32 +122,36 @@ pub fn sweep(
     let kinds = &world.settings.policies;
     let yardstick = kinds.iter().copied().find(|kind| kind.forces_routing()).or(kinds.first().copied());
     let Some(yardstick) = yardstick else { return Ok((0, Vec::new())) };
-    let capacity = sweep.capacity(yardstick)?;
+    let capacity = sweep.capacity(&sweep.saturated(yardstick)?);
     let limit_ns = match spec.ttft_limit_ns {
         Some(limit_ns) => limit_ns,
-        None => 2 * sweep.run(yardstick, capacity / 10)?.point.ttft.p95_ns,
+        None => 2 * sweep.run(yardstick, (capacity / 10).max(1))?.point.ttft.p95_ns,
     };
-    let mut throughputs = Vec::new();
+    let mut searched = Vec::new();
     for &kind in kinds {
-        throughputs.push(sweep.throughput(kind, limit_ns, capacity)?);
-        done(throughputs.len());
+        let saturated = sweep.saturated(kind)?;
+        let (throughput, bound) = sweep.throughput(kind, limit_ns, sweep.capacity(&saturated))?;
+        searched.push((throughput, bound, saturated));
+        done(searched.len());
     }
-    let of = |kind: PolicyKind| kinds.iter().position(|k| *k == kind).map(|i| throughputs[i].point.rps);
-    let ideal_rps = kinds.iter().find(|k| k.forces_routing()).and_then(|k| of(*k));
+    let found = |kind: PolicyKind| {
+        let (run, bound, _) = &searched[kinds.iter().position(|k| *k == kind)?];
+        (*bound == Bound::Found).then_some(run.point.rps)
+    };
+    let ideal_rps = kinds.iter().find(|k| k.forces_routing()).and_then(|k| found(*k));
     // The knee: what the unbalanced policy can just not serve any more, and the balanced ones can.
-    let balanced = kinds.iter().zip(&throughputs).filter(|(kind, _)| **kind != PolicyKind::None);
-    let knee = balanced.map(|(_, run)| run.point.rps).fold(f64::INFINITY, f64::min);
+    let balanced = kinds.iter().zip(&searched).filter(|(kind, _)| **kind != PolicyKind::None);
+    let knee = balanced.map(|(_, (run, ..))| run.point.rps).fold(f64::INFINITY, f64::min);
     let knee = if knee.is_finite() { (knee * 1e3) as Rate } else { capacity };
     let mut results = Vec::new();
-    for (&kind, throughput) in kinds.iter().zip(&throughputs) {
+    for (&kind, (throughput, bound, saturated)) in kinds.iter().zip(&searched) {
         let at_knee = sweep.run(kind, knee)?;
-        let saturated = sweep.run(kind, Rate::MAX)?;
         let points = spec
             .rates_percent
             .iter()
             .map(|&percent| Ok(sweep.run(kind, (capacity * u64::from(percent) / 100).max(1))?.point));
         let points = points.collect::<Result<_, ServeError>>()?;
-        let runs = PolicyRuns { throughput, at_knee: &at_knee, saturated: &saturated };
+        let runs = PolicyRuns { throughput, bound: *bound, at_knee: &at_knee, saturated };
         results.push(result(kind, &runs, ideal_rps, points));
         done(kinds.len() + results.len());
     }
@@ -145,20 +162,22 @@ pub fn sweep(
 struct PolicyRuns<'a> {
     /// At its largest rate within the limit.
     throughput: &'a Run,
+    bound: Bound,
     at_knee: &'a Run,
     /// All requests at once.
     saturated: &'a Run,
 }
 
 fn result(kind: PolicyKind, runs: &PolicyRuns<'_>, ideal_rps: Option<f64>, points: Vec<RatePoint>) -> PolicyResult {
-    let PolicyRuns { throughput, at_knee, saturated } = runs;
+    let PolicyRuns { throughput, bound, at_knee, saturated } = runs;
     let b = &at_knee.balance;
     let tokens = b.tokens.max(1) as f64;
     PolicyResult {
         policy: kind.name().into(),
         throughput_rps: throughput.point.rps,
         throughput_tokens_per_s: throughput.point.tokens_per_s,
-        share_of_ideal: ideal_rps.map(|ideal| throughput.point.rps / ideal),
+        bound: *bound,
+        share_of_ideal: ideal_rps.filter(|_| *bound == Bound::Found).map(|ideal| throughput.point.rps / ideal),
         knee: at_knee.point,
         imbalance_before: b.weighted_before / tokens,
         imbalance_after: b.weighted_after / tokens,

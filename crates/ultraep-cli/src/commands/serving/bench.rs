@@ -10,8 +10,8 @@ use ultraep_run::write_atomically;
 use ultraep_schedule::{Lengths, Limits};
 use ultraep_serve::ServedModel;
 use ultraep_serve::bench::{
-    BENCH_SCHEMA, Costs, PolicySettings, PoolSummary, PrefillBench, Prompt, PromptSpec, RecordedPrompt, SweepSpec,
-    World, prompts, record, sample_loads, spot_check, sweep,
+    BENCH_SCHEMA, Bound, Costs, PolicyResult, PolicySettings, PoolSummary, PrefillBench, Prompt, PromptSpec,
+    RecordedPrompt, SweepSpec, World, prompts, record, sample_loads, spot_check, sweep,
 };
 use ultraep_serve::plot::{Line, ttft_plot};
 
@@ -183,7 +183,7 @@ fn costs(
 
 fn write_files(args: &Args, result: &PrefillBench) -> Result<(), CliError> {
     if let Some(path) = &args.svg {
-        let line = |policy: &ultraep_serve::bench::PolicyResult| Line {
+        let line = |policy: &PolicyResult| Line {
             name: policy.policy.clone(),
             points: policy.points.iter().map(|p| (p.rps, seconds(p.ttft.p95_ns))).collect(),
         };
@@ -232,9 +232,9 @@ fn print(out: &mut Output<'_>, result: &PrefillBench) -> Result<(), CliError> {
         Column::number("over\nnone", "requests/s over those of none"),
         Column::number("of\nideal", "share of ideal routing's throughput"),
     ]);
-    let none = result.policies.iter().find(|p| p.policy == PolicyKind::None.name()).map(|p| p.throughput_rps);
+    let none = result.policies.iter().find(|p| p.policy == PolicyKind::None.name()).and_then(found);
     for p in &result.policies {
-        let over_none = none.map(|none| p.throughput_rps / none);
+        let over_none = found(p).zip(none).map(|(rps, none)| rps / none);
         table.row([
             Cell::text(p.policy.clone()),
             Cell::number(p.imbalance_before, 2),
@@ -244,8 +244,8 @@ fn print(out: &mut Output<'_>, result: &PrefillBench) -> Result<(), CliError> {
             Cell::count(p.peak_tokens),
             Cell::number(p.peak_tokens as f64 / p.even_peak_tokens.max(1) as f64, 2),
             Cell::count(p.saturated_peak_tokens),
-            Cell::number(p.throughput_rps, 2),
-            Cell::number(p.throughput_tokens_per_s, 0),
+            bounded(p.bound, p.throughput_rps, 2),
+            bounded(p.bound, p.throughput_tokens_per_s, 0),
             Cell::maybe(over_none, |over| Cell::shown(format!("{over:.2}x"), over)),
             Cell::maybe(p.share_of_ideal, Cell::share),
         ]);
@@ -261,6 +261,7 @@ fn print(out: &mut Output<'_>, result: &PrefillBench) -> Result<(), CliError> {
         limits.chunk_tokens / 8,
         result.policies.first().map_or(0.0, |p| p.knee.rps)
     )?;
+    print_bounds(out, result)?;
     print_curves(out, result)?;
     if let Some(check) = &result.spot_check {
         writeln!(out, "\n{} batches on the real engine: counts of {} layers equal", check.batches, check.layers)?;
@@ -273,6 +274,42 @@ fn print(out: &mut Output<'_>, result: &PrefillBench) -> Result<(), CliError> {
                 ms(*real)
             )?;
         }
+    }
+    Ok(())
+}
+
+/// The throughput, where the search found it.
+fn found(policy: &PolicyResult) -> Option<f64> {
+    (policy.bound == Bound::Found).then_some(policy.throughput_rps)
+}
+
+/// A figure of a search, or the bound that it has.
+fn bounded(bound: Bound, value: f64, digits: usize) -> Cell {
+    let sign = match bound {
+        Bound::Found => "",
+        Bound::AtLeast => ">=",
+        Bound::AtMost => "<",
+    };
+    Cell::shown(format!("{sign}{value:.digits$}"), value)
+}
+
+/// Says of which policies no throughput was found, and why.
+fn print_bounds(out: &mut Output<'_>, result: &PrefillBench) -> Result<(), CliError> {
+    for policy in &result.policies {
+        let (name, rps) = (&policy.policy, policy.throughput_rps);
+        match policy.bound {
+            Bound::Found => {}
+            Bound::AtLeast => writeln!(out, "{name}: not saturated: at least {rps:.2} requests/s")?,
+            Bound::AtMost => writeln!(out, "{name}: over the limit at every rate: less than {rps:.3} requests/s")?,
+        }
+    }
+    if result.policies.iter().any(|p| p.bound == Bound::AtLeast) {
+        let requests = result.sweep.requests;
+        writeln!(
+            out,
+            "{requests} requests are too few to fill the queue: no share is made of a bound; take more with --requests, or a \
+             lower --ttft-limit-ms"
+        )?;
     }
     Ok(())
 }
