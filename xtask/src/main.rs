@@ -1,7 +1,9 @@
 //! Checks that are commands of their own: `cargo xtask --help`. CI runs them in a small size.
 
+mod clients;
 mod memory;
 mod serve_soak;
+mod server;
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -59,7 +61,10 @@ enum Task {
         #[arg(long, default_value_t = 20)]
         rounds: u32,
     },
-    /// A server under load for half an hour: no error, no growth of memory, a good end (Linux)
+    /// A server against real clients: openai, lm-eval, a serving benchmark, promtool (needs Python's pip; Debian for promtool)
+    Clients(clients::Args),
+    /// A server under load for half an hour, hostile clients beside ordinary ones: no error, no restart, no growth of memory, a
+    /// good end (Linux)
     ServeSoak(serve_soak::Args),
     /// The runtime under seeded schedules with faults: `cargo xtask simulate --help`
     #[command(disable_help_flag = true)]
@@ -95,6 +100,7 @@ fn main() -> ExitCode {
         Task::Streams { plans } => streams(plans),
         Task::Memory { megabytes } => memory::check(megabytes),
         Task::Soak { rounds } => soak(rounds),
+        Task::Clients(args) => clients::check(&args),
         Task::ServeSoak(args) => serve_soak::check(&args),
         Task::Simulate { arguments } => faults("simulate", arguments),
         Task::KillAnytime { arguments } => faults("kill-anytime", arguments),

@@ -1,30 +1,40 @@
-//! A server under load for a long time: no error, no growth of memory, and a good end.
+//! A server under load for a long time, hostile clients beside ordinary ones: no error, no restart, no growth of memory, and a
+//! good end.
 //!
 //! ```text
 //! capacity   requests that all come at once, until answering them takes long enough: prompt tokens that were answered in a
 //!            second, over the tokens of a mean prompt
-//! load       `share` of it, open loop, in windows; a window starts on time, whatever is left of the one before
+//! load       `share` of it, open loop, in windows; a window starts on time, whatever is left of the one before. Of the requests
+//!            `hostile` are acts of other clients instead ([`hostile`]): malformed, beyond limits, slow, gone, ordinary
 //! meanwhile  resident memory four times a second, /health and /metrics once a second
-//! judged     every answer complete; every /health and /metrics 200; memory of the last third against the second third
-//!            ([`GROWTH_PERCENT_MAX`], [`GROWTH_KIB_MAX`]) from three minutes on; SIGTERM, and exit code 0
+//! judged     every answer complete; every act answered as it may be; no 5xx in the access log; every /health and /metrics 200;
+//!            no restart and no request lost, by the metrics; memory of the last third against the second third
+//!            ([`GROWTH_PERCENT_MAX`], [`GROWTH_KIB_MAX`]) from three minutes on; SIGTERM while clients still hold connections,
+//!            and exit code 0
 //! ```
 //!
 //! The drift of p95 TTFT is shown, not judged: the other work of a machine moves it.
 
+mod acts;
+mod hostile;
 mod load;
-mod server;
+mod verdict;
+mod wire;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
 use crate::memory::{absent, status_kib};
 use crate::root;
+use crate::server::{Server, failed};
+use hostile::{Crowd, Tally};
 use load::{Load, Rate, Sum};
-use server::Server;
+use wire::Ground;
 
 /// Arguments of the check.
 #[derive(clap::Args)]
@@ -32,12 +42,21 @@ pub(crate) struct Args {
     /// How long the load lasts
     #[arg(long, default_value_t = 30.0, value_parser = minutes)]
     minutes: f64,
-    /// The load, as a share of the capacity that is measured first
-    #[arg(long, default_value_t = 0.9, value_parser = share)]
+    /// The load, as a share of the capacity that is measured first; on a machine with other work take little
+    #[arg(long, default_value_t = 0.6, value_parser = share)]
     share: f64,
+    /// Of the requests, the share that are acts of hostile and odd clients; 0 for ordinary load alone
+    #[arg(long, default_value_t = 0.4, value_parser = hostile)]
+    hostile: f64,
+    /// Names the acts
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
     /// A run folder of `ultraep train`; a small model is trained when there is none
     #[arg(long, value_name = "RUN")]
     checkpoint: Option<PathBuf>,
+    /// Use a build of this profile: `dev` is for trying this check
+    #[arg(long, default_value = "release", value_parser = ["release", "dev"])]
+    profile: String,
     /// The result as JSON on stdout
     #[arg(long)]
     json: bool,
@@ -57,44 +76,14 @@ fn share(text: &str) -> Result<f64, String> {
     within(text, 0.01, 1.0)
 }
 
-/// Growth of memory that is allowed from the second third to the last: 2% and 8 MiB. Every thread has an arena of its own, and
-/// buffers for activations stay as large as the largest batch seen, so a rare batch may still add a little late. What is kept of
-/// each request goes far beyond it: with the default model, the KV caches of three mean prompts do.
-const GROWTH_PERCENT_MAX: u64 = 2;
-/// See [`GROWTH_PERCENT_MAX`].
-const GROWTH_KIB_MAX: u64 = 8 << 10;
-/// Shorter runs show memory and do not judge it: buffers have not met all sizes yet.
-const GROWTH_FROM: Duration = Duration::from_secs(180);
+fn hostile(text: &str) -> Result<f64, String> {
+    within(text, 0.0, 0.9)
+}
+
 /// Time between two looks at memory.
 const TICK: Duration = Duration::from_millis(250);
 /// Ticks from one question for /health and /metrics to the next.
 const ASK_TICKS: u64 = 4;
-
-/// What came of it; the JSON document.
-#[derive(Serialize)]
-struct Outcome {
-    schema: &'static str,
-    checkpoint: PathBuf,
-    share: f64,
-    capacity_rps: f64,
-    rps: f64,
-    seconds: f64,
-    requests: u64,
-    errors: u64,
-    /// Questions for /health and /metrics, and those that were not answered with 200.
-    asked: u64,
-    unanswered: u64,
-    /// Median resident memory of each third, KiB.
-    rss_kib: [u64; 3],
-    rss_kib_most: u64,
-    /// What the last third may have, KiB; none for a run that is too short to tell ([`GROWTH_FROM`]).
-    rss_kib_allowed: Option<u64>,
-    /// Median of the windows' p95 TTFT, of the second and the last third, in nanoseconds.
-    ttft_p95_ns: [u64; 2],
-    windows: Vec<Window>,
-    /// What was not as it must be; empty when all was well.
-    failures: Vec<String>,
-}
 
 #[derive(Serialize)]
 struct Window {
@@ -132,27 +121,60 @@ fn median(mut values: Vec<u64>) -> u64 {
 
 /// Runs the check.
 pub(crate) fn check(args: &Args) -> Result<(), String> {
-    crate::cargo(["build", "--quiet", "--release", "--locked", "-p", "ultraep-cli"])?;
-    let program = root().join("target/release/ultraep");
+    crate::cargo(["build", "--quiet", "--profile", &args.profile, "--locked", "-p", "ultraep-cli"])?;
+    let folder = if args.profile == "dev" { "debug" } else { "release" };
+    let program = root().join("target").join(folder).join("ultraep");
     let checkpoint = match &args.checkpoint {
         Some(run) => run.clone(),
         None => train(&program)?,
     };
-    let mut server = Server::start(&program, &checkpoint)?;
+    let log = root().join("target/serve-soak.log");
+    let mut server = Server::start(&program, &checkpoint, &log, &options())?;
     eprintln!("{} serves {}", server.url(), checkpoint.display());
     let asked = Duration::from_secs_f64(args.minutes * 60.0);
     let length = Duration::from_secs((asked / 4).as_secs().clamp(1, 60));
     // In whole windows.
     let windows = asked.div_duration_f64(length).round() as u32;
     let total = length * windows;
-    let load = Load { program, url: server.url().into() };
+    let load = Load { program, url: server.url().into(), key: server.key().into() };
     let capacity = load.capacity((total / 20).clamp(Duration::from_secs(2), Duration::from_secs(30)))?;
-    let rate = capacity.times(args.share);
-    eprintln!("capacity: {capacity} requests/s; the load is {rate} for {:.0} s", total.as_secs_f64());
-    let watched = drive(&mut server, &load, rate, length, windows)?;
+    let rate = capacity.times(args.share * (1.0 - args.hostile));
+    let acts = capacity.per_s() * args.share * args.hostile;
+    let seconds = total.as_secs_f64();
+    eprintln!("capacity: {capacity} requests/s; the load is {rate} and {acts:.2} acts a second for {seconds:.0} s");
+    let mut crowd = Crowd::new(ground(&server)?, acts, args.seed);
+    let (seen, windows) = drive(&mut server, &load, &mut crowd, rate, length, windows)?;
+    let tally = crowd.finish();
+    let counted = server.counted()?;
+    let held = if args.hostile > 0.0 { acts::held(&ground(&server)?)? } else { Vec::new() };
+    let log = server.log().to_path_buf();
     let ended = server.stop();
-    let outcome = judge(args, checkpoint, [capacity, rate], total, watched, ended);
-    report(args, &outcome)
+    drop(held);
+    let failed = failed(&log)?;
+    let watched = verdict::Watched { seen, windows, tally, counted, failed, ended };
+    let outcome = verdict::judge(args, checkpoint, [capacity, rate], total, watched);
+    verdict::report(args, &outcome)
+}
+
+/// Bounds of sequences: prompts of the load have up to 4096 tokens.
+const CONTEXT: &str = "6144";
+const NEW_TOKENS_MAX: &str = "32";
+
+/// Room and time to wait for all that the measurement of capacity sends at once: as long as a request may take at all.
+fn options() -> [&'static str; 8] {
+    ["--queue", "4096", "--queue-timeout-s", "120", "--context", CONTEXT, "--max-tokens", NEW_TOKENS_MAX]
+}
+
+/// What clients must know of the server.
+fn ground(server: &Server) -> Result<Ground, String> {
+    let number = |text: &str| text.parse().map_err(|error| format!("{text}: {error}"));
+    Ok(Ground {
+        address: server.address().into(),
+        key: server.key().into(),
+        context: number(CONTEXT)?,
+        new_tokens_max: number(NEW_TOKENS_MAX)?,
+        stop: AtomicBool::new(false),
+    })
 }
 
 /// A model of the default size, trained for a few steps.
@@ -171,6 +193,7 @@ fn train(program: &Path) -> Result<PathBuf, String> {
 fn drive(
     server: &mut Server,
     load: &Load,
+    crowd: &mut Crowd,
     rate: Rate,
     length: Duration,
     count: u32,
@@ -200,6 +223,9 @@ fn drive(
             seen.rss.push((now, rss_kib));
         }
         server.check_runs()?;
+        if now < length * count {
+            crowd.go_on(now)?;
+        }
         if tick % ASK_TICKS == 0 {
             for path in ["/health", "/metrics"] {
                 seen.asked += 1;
@@ -219,6 +245,7 @@ impl Window {
         let Sum { requests, finished, errors, ttft, tokens_per_s, .. } = sum;
         let (ttft_p50_ns, ttft_p95_ns) = (ttft.p50_ns, ttft.p95_ns);
         let from_s = from.as_secs_f64();
+        let errors = errors.into_iter().map(|(kind, failed)| (kind, failed.count)).collect();
         Self { from_s, requests, finished, errors, ttft_p50_ns, ttft_p95_ns, tokens_per_s, rss_kib }
     }
 
@@ -239,78 +266,4 @@ impl Window {
 
 fn mib(kib: u64) -> f64 {
     kib as f64 / 1024.0
-}
-
-fn judge(
-    args: &Args,
-    checkpoint: PathBuf,
-    [capacity, rate]: [Rate; 2],
-    total: Duration,
-    (seen, windows): (Seen, Vec<Window>),
-    ended: Result<(), String>,
-) -> Outcome {
-    let third = total / 3;
-    let rss_kib = [0, 1, 2].map(|i| seen.rss_kib(third * i, third * (i + 1)));
-    let p95 = |third: usize| {
-        let range = windows.len() * third / 3..windows.len() * (third + 1) / 3;
-        median(windows[range].iter().map(|w| w.ttft_p95_ns).collect())
-    };
-    let mut outcome = Outcome {
-        schema: "ultraep.serve-soak/1",
-        checkpoint,
-        share: args.share,
-        capacity_rps: capacity.per_s(),
-        rps: rate.per_s(),
-        seconds: total.as_secs_f64(),
-        requests: windows.iter().map(|w| w.requests).sum(),
-        errors: windows.iter().map(|w| w.requests - w.finished).sum(),
-        asked: seen.asked,
-        unanswered: seen.unanswered,
-        rss_kib,
-        rss_kib_most: seen.rss.iter().map(|&(_, kib)| kib).max().unwrap_or(0),
-        rss_kib_allowed: (total >= GROWTH_FROM)
-            .then_some(rss_kib[1] + rss_kib[1] * GROWTH_PERCENT_MAX / 100 + GROWTH_KIB_MAX),
-        ttft_p95_ns: [p95(1), p95(2)],
-        windows,
-        failures: Vec::new(),
-    };
-    let failures = &mut outcome.failures;
-    if outcome.errors > 0 {
-        failures.push(format!("{} of {} requests were not answered to the end", outcome.errors, outcome.requests));
-    }
-    if outcome.unanswered > 0 {
-        failures.push(format!("{} of {} questions for /health and /metrics failed", outcome.unanswered, outcome.asked));
-    }
-    if let Some(allowed) = outcome.rss_kib_allowed.filter(|allowed| outcome.rss_kib[2] > *allowed) {
-        let [_, second, last] = outcome.rss_kib.map(mib);
-        failures.push(format!("memory grew from {second:.1} to {last:.1} MiB: allowed are {:.1}", mib(allowed)));
-    }
-    failures.extend(ended.err());
-    outcome
-}
-
-fn report(args: &Args, outcome: &Outcome) -> Result<(), String> {
-    if args.json {
-        println!("{}", serde_json::to_string_pretty(outcome).map_err(|error| error.to_string())?);
-    } else {
-        let [first, second, last] = outcome.rss_kib.map(mib);
-        let allowed =
-            outcome.rss_kib_allowed.map_or("not judged in so short a run".into(), |kib| format!("{:.1}", mib(kib)));
-        let [p95, p95_last] = outcome.ttft_p95_ns.map(|ns| ns as f64 * 1e-6);
-        println!(
-            "{} requests in {:.0} s at {:.2} requests/s ({:.0}% of {:.2}): {} errors; {} of {} questions failed\n\
-             resident memory by thirds: {first:.1}, {second:.1}, {last:.1} MiB, at most {:.1}; allowed for the last: {allowed}\n\
-             p95 TTFT, median of windows: {p95:.0} ms in the second third, {p95_last:.0} ms in the last",
-            outcome.requests,
-            outcome.seconds,
-            outcome.rps,
-            outcome.share * 100.0,
-            outcome.capacity_rps,
-            outcome.errors,
-            outcome.unanswered,
-            outcome.asked,
-            mib(outcome.rss_kib_most),
-        );
-    }
-    if outcome.failures.is_empty() { Ok(()) } else { Err(outcome.failures.join("; ")) }
 }

@@ -39,12 +39,18 @@ impl fmt::Display for Rate {
 pub(super) struct Sum {
     pub(super) requests: u64,
     pub(super) finished: u64,
-    pub(super) errors: BTreeMap<String, u64>,
+    pub(super) errors: BTreeMap<String, Failed>,
     pub(super) ttft: Ttft,
     pub(super) tokens_per_s: f64,
-    elapsed_ns: u64,
+    answered_ns: u64,
     #[serde(skip)]
     mean_tokens: f64,
+}
+
+/// Requests that failed in one way.
+#[derive(Debug, Deserialize)]
+pub(super) struct Failed {
+    pub(super) count: u64,
 }
 
 /// Time to the first token, in nanoseconds.
@@ -76,6 +82,7 @@ const BURST_MAX: u64 = 512;
 pub(super) struct Load {
     pub(super) program: PathBuf,
     pub(super) url: String,
+    pub(super) key: String,
 }
 
 /// A window that is being sent.
@@ -94,7 +101,7 @@ impl Load {
             if sum.finished < sum.requests {
                 return Err(format!("{} of {burst} requests at once: {:?}", sum.requests - sum.finished, sum.errors));
             }
-            let seconds = sum.elapsed_ns as f64 * 1e-9;
+            let seconds = sum.answered_ns as f64 * 1e-9;
             eprintln!("{burst} requests at once: {seconds:.1} s");
             if seconds >= least.as_secs_f64() || burst == BURST_MAX {
                 return Ok(Rate::of(sum.tokens_per_s / sum.mean_tokens));
@@ -108,6 +115,7 @@ impl Load {
         let (rate, seconds) = (rate.to_string(), length.as_secs().max(1).to_string());
         let mut command = Command::new(&self.program);
         command.args(["loadtest", "--url", &self.url, "--rps", &rate, "--seconds", &seconds, "--json"]);
+        command.env("ULTRAEP_API_KEY", &self.key);
         command.args(PROMPTS).args(["--seed", &seed.to_string()]);
         let spawned = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn();
         let mut child = spawned.map_err(|error| format!("{}: {error}", self.program.display()))?;
