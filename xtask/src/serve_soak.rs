@@ -4,8 +4,8 @@
 //! ```text
 //! capacity   requests that all come at once, until answering them takes long enough: prompt tokens that were answered in a
 //!            second, over the tokens of a mean prompt
-//! load       `share` of it, open loop, in windows; a window starts on time, whatever is left of the one before. Of the requests
-//!            `hostile` are acts of other clients instead ([`hostile`]): malformed, beyond limits, slow, gone, ordinary
+//! load       `share` of it, open loop, in windows; a window starts on time, whatever is left of the one before. For `hostile` of the
+//!            load there are acts of other clients instead ([`hostile`]): malformed, beyond limits, slow, gone, ordinary
 //! meanwhile  resident memory four times a second, /health and /metrics once a second
 //! judged     every answer complete; every act answered as it may be; no 5xx in the access log; every /health and /metrics 200;
 //!            no restart and no request lost, by the metrics; memory of the last third against the second third
@@ -45,7 +45,7 @@ pub(crate) struct Args {
     /// The load, as a share of the capacity that is measured first; on a machine with other work take little
     #[arg(long, default_value_t = 0.6, value_parser = share)]
     share: f64,
-    /// Of the requests, the share that are acts of hostile and odd clients; 0 for ordinary load alone
+    /// Of the load, the share that is acts of hostile and odd clients; 0 for ordinary load alone
     #[arg(long, default_value_t = 0.4, value_parser = hostile)]
     hostile: f64,
     /// Names the acts
@@ -80,6 +80,8 @@ fn hostile(text: &str) -> Result<f64, String> {
     within(text, 0.0, 0.9)
 }
 
+/// Acts that are about as much work as a request of the load: most are refused at once.
+const ACTS_PER_REQUEST: f64 = 3.0;
 /// Time between two looks at memory.
 const TICK: Duration = Duration::from_millis(250);
 /// Ticks from one question for /health and /metrics to the next.
@@ -139,7 +141,7 @@ pub(crate) fn check(args: &Args) -> Result<(), String> {
     let load = Load { program, url: server.url().into(), key: server.key().into() };
     let capacity = load.capacity((total / 20).clamp(Duration::from_secs(2), Duration::from_secs(30)))?;
     let rate = capacity.times(args.share * (1.0 - args.hostile));
-    let acts = capacity.per_s() * args.share * args.hostile;
+    let acts = capacity.per_s() * args.share * args.hostile * ACTS_PER_REQUEST;
     let seconds = total.as_secs_f64();
     eprintln!("capacity: {capacity} requests/s; the load is {rate} and {acts:.2} acts a second for {seconds:.0} s");
     let mut crowd = Crowd::new(ground(&server)?, acts, args.seed);

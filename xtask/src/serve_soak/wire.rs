@@ -24,7 +24,6 @@ pub(super) struct Ground {
 /// What came back. Status 0: the connection was closed without an answer.
 pub(super) struct Answer {
     pub(super) status: u16,
-    pub(super) head: String,
     pub(super) body: Vec<u8>,
 }
 
@@ -124,7 +123,7 @@ impl Answer {
         let raw = end.map_or(&[][..], |end| &bytes[end + 4..]);
         let is_chunked = head.to_ascii_lowercase().contains("transfer-encoding: chunked");
         let body = if is_chunked { unchunk(raw) } else { raw.to_vec() };
-        Self { status, head, body }
+        Self { status, body }
     }
 
     /// The body as JSON.
