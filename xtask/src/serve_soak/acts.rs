@@ -222,7 +222,6 @@ pub(super) fn no_request(ground: &Ground, noise: &mut Noise) -> Outcome {
         "{",
         "{\"prompt\": \"p\"",
         "{\"prompt\": \"p\"} x",
-        "{\"prompt\": \"p\", \"prompt\": \"q\"}",
         "prompt=p",
         "\u{feff}{}",
         &deep,
