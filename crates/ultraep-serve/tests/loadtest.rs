@@ -24,7 +24,7 @@ fn server(answer: impl Fn(usize) -> (Duration, String) + Send + Sync + 'static) 
     };
     std::thread::spawn(move || {
         for (i, stream) in listener.incoming().enumerate() {
-            let (answer, serve) = (answer.clone(), serve.clone());
+            let answer = answer.clone();
             std::thread::spawn(move || serve(stream.unwrap(), answer(i)));
         }
     });
