@@ -54,10 +54,15 @@ fn list(u: &mut Unstructured<'_>, length: usize, most: usize) -> Result<Vec<usiz
 /// Writes `bytes` to a file of that name, opens it as a recording and makes microbatches of it to its end; they must be
 /// within the planner's limits.
 pub fn read_recording(name: &std::path::Path, bytes: &[u8]) {
+    read_recording_with(name, bytes, &ultraep_import::OpenOptions::default());
+}
+
+/// As [`read_recording`], with options.
+pub fn read_recording_with(name: &std::path::Path, bytes: &[u8], options: &ultraep_import::OpenOptions) {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join(name);
     std::fs::write(&path, bytes).expect("written");
-    let Ok(mut recording) = ultraep_import::open(&[path]) else { return };
+    let Ok(mut recording) = ultraep_import::open_with(&[path], options) else { return };
     let experts = recording.info().experts.unwrap_or(64);
     let grouping = ultraep_import::Grouping {
         ranks: 8,

@@ -55,6 +55,15 @@ enum Task {
         #[arg(long, default_value_t = 4096)]
         megabytes: u64,
     },
+    /// Damaged recordings over all readers: no panic, bounded memory and time (Linux)
+    Mutate {
+        /// How many files
+        #[arg(long, default_value_t = 20_000)]
+        files: u64,
+        /// Number of the first, which seeds its changes
+        #[arg(long, default_value_t = 0)]
+        from: u64,
+    },
     /// The fabric under failures and the train command under kills and interrupts, again and again
     Soak {
         /// How many times
@@ -99,6 +108,7 @@ fn main() -> ExitCode {
         Task::Browser { screenshots } => browser(screenshots),
         Task::Streams { plans } => streams(plans),
         Task::Memory { megabytes } => memory::check(megabytes),
+        Task::Mutate { files, from } => mutate(files, from),
         Task::Soak { rounds } => soak(rounds),
         Task::Clients(args) => clients::check(&args),
         Task::ServeSoak(args) => serve_soak::check(&args),
@@ -201,6 +211,13 @@ fn streams(plans: u32) -> Result<(), String> {
     let mut command = Command::new("cargo");
     command.args(["test", "--locked", "--release", "-p", "ultraep-fabric", "--test", "conformance", "--", "streams_"]);
     command.env("STREAM_PLANS", plans.div_ceil(STREAM_GROUPS).to_string()).current_dir(root());
+    run(&mut command)
+}
+
+fn mutate(files: u64, from: u64) -> Result<(), String> {
+    let mut command = Command::new("cargo");
+    command.args(["test", "--locked", "-p", "ultraep-import", "--test", "mutate", "--", "no_mutated_file"]);
+    command.env("MUTATED_FILES", files.to_string()).env("MUTATED_FROM", from.to_string()).current_dir(root());
     run(&mut command)
 }
 

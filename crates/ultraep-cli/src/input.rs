@@ -1,9 +1,7 @@
 //! Arguments that several commands share.
 
-use std::path::Path;
-
 use ultraep_baselines::{PolicyKind, PolicyParams};
-use ultraep_load::{LoadMatrix, LoadParams, Workload, generate, read_file};
+use ultraep_load::{LoadMatrix, LoadParams, Workload, generate};
 use ultraep_plan::{HardwareModel, Ratio, Topology, TopologySpec};
 use ultraep_replay::LeastQuota;
 
@@ -161,9 +159,4 @@ pub(crate) fn workload_list() -> String {
 pub(crate) fn policy_list() -> String {
     let line = |kind: PolicyKind| format!("  {kind:<12} {}\n", kind.description());
     PolicyKind::ALL.map(line).concat()
-}
-
-/// Reads a load file; the problem it poses must be one that `topology` can hold.
-pub(crate) fn read_loads(path: &Path) -> Result<LoadMatrix, CliError> {
-    read_file(path).map_err(CliError::input)
 }

@@ -132,7 +132,7 @@ fn bad_input_is_one_line_that_says_what_is_allowed() {
     };
     refused(&["replay", path, "--ranks", "64"], "16 experts on 64 ranks: allowed are");
     refused(&["replay", path, "--hardware", "abacus"], "gb200-nvl72");
-    refused(&["replay", path, "--experts", "4"], "the group has 4");
+    refused(&["replay", path, "--experts", "4"], "allowed are 0 to 3");
     fs::write(&strange, "Layer ID,Batch Number,Token,Activated Expert IDs\n1,0,x,\"[5000]\"\n").unwrap();
     refused(&["replay", strange.to_str().unwrap()], "line 2: expert 5000: allowed are 0 to 4095");
     fs::write(&strange, "no,such,format\n").unwrap();

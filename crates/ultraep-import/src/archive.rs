@@ -23,8 +23,9 @@ impl Archive {
     /// Reads the directory. An entry whose path would leave the archive's folder refuses the whole archive.
     pub(crate) fn open(path: &Path, options: &OpenOptions) -> Result<Self, ImportError> {
         let file = File::open(path).map_err(ImportError::io(path))?;
-        let mut zip = ZipArchive::new(BufReader::new(file))
-            .map_err(|error| Problem::syntax(format_args!("not a zip archive: {error}")).at(path, Place::File))?;
+        let mut zip = ZipArchive::new(BufReader::new(file)).map_err(|error| {
+            Problem::syntax(format_args!("cut off, or no zip archive: {error}")).at(path, Place::File)
+        })?;
         if zip.len() > MAX_ENTRIES {
             let (got, max) = (zip.len() as u64, MAX_ENTRIES as u64);
             return Err(Problem::Limit { what: "entries", got, max }.at(path, Place::File));

@@ -2,17 +2,15 @@
 
 use std::path::PathBuf;
 
+use crate::detect::Reader;
 use crate::{Format, ImportError, OpenOptions, Piece, Place, Problem, Recording, RecordingInfo, Sources};
-
-/// Opens one file.
-pub(crate) type OpenOne = fn(&std::path::Path, &OpenOptions) -> Result<Box<dyn Recording>, ImportError>;
 
 /// Files read one after another. Steps of a file begin behind those of the file before, but for chunks of one recording.
 pub(crate) struct Chain {
     info: RecordingInfo,
     paths: Vec<PathBuf>,
     next_path: usize,
-    open_one: OpenOne,
+    reader: Reader,
     options: OpenOptions,
     current: Option<Box<dyn Recording>>,
     /// Added to the steps of the file being read, and the first step behind it so far.
@@ -25,16 +23,16 @@ impl Chain {
     /// Opens every file once to learn what they have in common; one file only is read as it is.
     pub(crate) fn open(
         paths: Vec<PathBuf>,
-        open_one: OpenOne,
+        reader: Reader,
         options: &OpenOptions,
     ) -> Result<Box<dyn Recording>, ImportError> {
         if let [path] = paths.as_slice() {
-            return open_one(path, options);
+            return reader.open(path, options);
         }
         let mut info: Option<RecordingInfo> = None;
-        let unshown = OpenOptions { bytes_read: Default::default(), ..options.clone() };
+        let unshown = options.unshown();
         for path in &paths {
-            let of_file = open_one(path, &unshown)?.info().clone();
+            let of_file = reader.open(path, &unshown)?.info().clone();
             info = Some(match info {
                 None => of_file,
                 Some(so_far) => merge(so_far, of_file).map_err(|problem| problem.at(path, Place::File))?,
@@ -43,17 +41,7 @@ impl Chain {
         let info = info.unwrap_or_else(|| RecordingInfo::new(Format::Matrices, Sources::Totals));
         let options = options.clone();
         let (current, endings) = (None, Vec::new());
-        Ok(Box::new(Self {
-            info,
-            paths,
-            next_path: 0,
-            open_one,
-            options,
-            current,
-            first_step: 0,
-            end_step: 0,
-            endings,
-        }))
+        Ok(Box::new(Self { info, paths, next_path: 0, reader, options, current, first_step: 0, end_step: 0, endings }))
     }
 }
 
@@ -66,10 +54,23 @@ fn merge(mut info: RecordingInfo, other: RecordingInfo) -> Result<RecordingInfo,
         let (got, expected) = (format!("{:?}", other.sources), format!("{:?}", info.sources));
         return Err(Problem::differs("sources", got, expected));
     }
+    let model = |info: &RecordingInfo| info.metadata.iter().find(|(key, _)| key == "model").map(|(_, m)| m.clone());
+    if let (Some(first), Some(got)) = (model(&info), model(&other))
+        && first != got
+    {
+        let expected = format!("{first}, as in the files before: two models are two recordings");
+        return Err(Problem::differs("model", got, expected));
+    }
+    if let (Some(first), Some(got)) = (info.top_k, other.top_k)
+        && first != got
+    {
+        let expected = format!("{first}, as in the files before: they are of different models");
+        return Err(Problem::differs("top-k", got, expected));
+    }
     info.experts = info.experts.or(other.experts);
-    info.top_k = if info.top_k == other.top_k { info.top_k } else { None };
-    info.notes.extend(other.notes);
-    info.notes.dedup();
+    info.top_k = info.top_k.or(other.top_k);
+    let new: Vec<String> = other.notes.into_iter().filter(|note| !info.notes.contains(note)).collect();
+    info.notes.extend(new);
     info.metadata.retain(|entry| other.metadata.contains(entry));
     Ok(info)
 }
@@ -96,7 +97,7 @@ impl Recording for Chain {
             }
             let Some(path) = self.paths.get(self.next_path) else { return Ok(false) };
             self.next_path += 1;
-            self.current = Some((self.open_one)(path, &self.options)?);
+            self.current = Some(self.reader.open(path, &self.options)?);
         }
     }
 

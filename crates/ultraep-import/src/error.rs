@@ -65,6 +65,8 @@ pub enum Place {
     Byte(u64),
     /// A key, an entry of an archive, an array.
     Key(String),
+    /// A number of an array, from 0.
+    Index(Vec<u64>),
 }
 
 impl fmt::Display for Place {
@@ -75,6 +77,7 @@ impl fmt::Display for Place {
             Self::Row(row) => write!(f, "row {row} (from 0)"),
             Self::Byte(byte) => write!(f, "byte {byte}"),
             Self::Key(key) => write!(f, "{key:?}"),
+            Self::Index(index) => write!(f, "{index:?} (from 0)"),
         }
     }
 }
@@ -95,7 +98,7 @@ pub enum Problem {
         most: usize,
     },
     /// Something that is no count.
-    #[error("{got} is no count of tokens: allowed are integers from 0 to 2147483647")]
+    #[error("{got} is no count of tokens: allowed are whole numbers from 0 to 2147483647")]
     Count {
         /// As read.
         got: String,
@@ -126,6 +129,15 @@ pub enum Problem {
     /// Known, and not supported.
     #[error("{0}")]
     Unsupported(String),
+    /// What content cannot tell: the words name the option that decides.
+    #[error("{0}")]
+    Ambiguous(String),
+    /// Where experts are, not how many tokens they got.
+    #[error("a placement map ({0}), not loads: ultraep check MAP --load LOADS judges it")]
+    Placement(String),
+    /// Numbers that a small float cannot hold exactly.
+    #[error("{0}: counts must be exact; --as counts takes them as they are")]
+    Rounded(String),
     /// A pickle that names a class or function outside the allow-list. Nothing was executed.
     #[error("the pickle calls {0}, which is not on the list of what may be in a recording; nothing was executed")]
     PickleCall(String),
@@ -150,18 +162,35 @@ impl Problem {
 }
 
 impl ImportError {
+    /// The same error with another name for the file.
+    pub(crate) fn renamed(self, name: impl FnOnce(PathBuf) -> PathBuf) -> Self {
+        match self {
+            Self::Io { path, source } => Self::Io { path: name(path), source },
+            Self::Unknown { path, reason } => Self::Unknown { path: name(path), reason },
+            Self::Contents { path, place, problem } => Self::Contents { path: name(path), place, problem },
+            Self::Trace { path, source } => Self::Trace { path: name(path), source },
+            other @ Self::Run(_) => other,
+        }
+    }
+
     pub(crate) fn io(path: &Path) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_owned();
         move |source| Self::Io { path, source }
     }
 }
 
+/// An expert id below `experts`, where their number is known.
+pub(crate) fn expert_below(got: i64, experts: Option<usize>) -> Result<u16, Problem> {
+    let most = experts.unwrap_or(MAX_EXPERTS).min(MAX_EXPERTS);
+    match u16::try_from(got) {
+        Ok(id) if usize::from(id) < most => Ok(id),
+        _ => Err(Problem::Expert { got, most }),
+    }
+}
+
 /// An expert id as the planner can hold it.
 pub(crate) fn expert_id(got: i64) -> Result<u16, Problem> {
-    match u16::try_from(got) {
-        Ok(id) if usize::from(id) < MAX_EXPERTS => Ok(id),
-        _ => Err(Problem::Expert { got, most: MAX_EXPERTS }),
-    }
+    expert_below(got, None)
 }
 
 /// A layer as a trace can hold it.

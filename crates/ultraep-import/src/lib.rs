@@ -14,29 +14,44 @@
 #![forbid(unsafe_code)]
 
 mod archive;
+mod array;
 mod chain;
+mod choices;
+mod classify;
+mod csv_rows;
 mod detect;
 mod error;
+mod files;
 mod input;
+mod inputs;
+mod json_array;
+mod loads;
 mod npy;
+mod numbers;
+mod options;
 mod parquet_file;
 mod pickle;
 mod readers;
 mod recording;
 mod regroup;
 mod survey;
+mod watch;
 mod write_parquet;
 mod write_uet;
 mod write_v1;
 
 pub use detect::{open, open_with};
 pub use error::{ImportError, Place, Problem};
+pub use files::{OutputFile, TemporaryFile};
 pub use input::{MAX_LINE_BYTES, MAX_WHOLE_FILE_BYTES};
-pub use recording::{Format, Load, OpenOptions, Piece, Recording, RecordingInfo, Sources};
+pub use inputs::Inputs;
+pub use loads::{Choice, LayerLoads, LoadsError, read_loads};
+pub use options::{OpenOptions, Reading};
+pub use recording::{Format, Load, Piece, Recording, RecordingInfo, Sources};
 pub use regroup::{
     Grouping, GroupingError, Leftover, MAX_SORT_BYTES, MAX_WINDOW_BYTES, Microbatch, Microbatches, SourceRule, spread,
 };
 pub use survey::{LayerSurvey, Survey, survey};
-pub use write_parquet::{KEY as PARQUET_KEY, WriteParquetError, write_parquet};
+pub use write_parquet::{KEY as PARQUET_KEY, ParquetWritten, WriteParquetError, write_parquet};
 pub use write_uet::{UetWritten, WriteUetError, recorded_topology, write_uet};
 pub use write_v1::{V1Options, V1Written, v1_manifest_path, write_ultra_ep_v1};

@@ -1,8 +1,9 @@
-//! NumPy arrays of integers, read piece by piece: the header is parsed here, with limits, before anything is believed.
+//! NumPy arrays of whole numbers, read piece by piece: the header is parsed here, with limits, before anything is believed.
 
 use std::io::{self, Read};
 
 use crate::Problem;
+use crate::numbers::{F16_EXACT, F32_EXACT, whole, whole_float};
 
 /// Longest header; an honest one takes about 128 bytes.
 const MAX_HEADER_BYTES: usize = 4096;
@@ -16,6 +17,10 @@ const MAX_DIMENSION: u64 = 1 << 40;
 pub(crate) enum Element {
     /// Integers.
     Integer { bytes: usize, is_signed: bool, is_big_endian: bool },
+    /// 0 and 1.
+    Bool,
+    /// Floats of 2, 4 or 8 bytes.
+    Float { bytes: usize, is_big_endian: bool },
     /// UCS-4 text of a fixed length, as NumPy stores strings.
     Text { chars: usize, is_big_endian: bool },
 }
@@ -23,7 +28,8 @@ pub(crate) enum Element {
 impl Element {
     pub(crate) fn bytes(self) -> usize {
         match self {
-            Self::Integer { bytes, .. } => bytes,
+            Self::Integer { bytes, .. } | Self::Float { bytes, .. } => bytes,
+            Self::Bool => 1,
             Self::Text { chars, .. } => chars * 4,
         }
     }
@@ -108,8 +114,10 @@ fn parse_header(text: &str) -> Option<Result<Header, Problem>> {
 }
 
 fn element(descr: &str) -> Result<Element, Problem> {
-    let unknown =
-        || Problem::Unsupported(format!("elements of type {descr:?}: allowed are integers (i1 to i8, u1 to u8)"));
+    let unknown = || {
+        let shown: String = descr.chars().take(40).collect();
+        Problem::Unsupported(format!("elements of type {shown:?}: allowed are integers, bools and whole-number floats"))
+    };
     let mut chars = descr.chars();
     let is_big_endian = match chars.next() {
         Some('>') => true,
@@ -121,7 +129,8 @@ fn element(descr: &str) -> Result<Element, Problem> {
         (Some(kind @ ('i' | 'u')), Ok(bytes @ (1 | 2 | 4 | 8))) => {
             Ok(Element::Integer { bytes, is_signed: kind == 'i', is_big_endian })
         }
-        (Some('b'), Ok(1)) => Ok(Element::Integer { bytes: 1, is_signed: false, is_big_endian }),
+        (Some('b'), Ok(1)) => Ok(Element::Bool),
+        (Some('f'), Ok(bytes @ (2 | 4 | 8))) => Ok(Element::Float { bytes, is_big_endian }),
         (Some('U'), Ok(chars)) if chars <= 1 << 24 => Ok(Element::Text { chars, is_big_endian }),
         _ => Err(unknown()),
     }
@@ -134,6 +143,53 @@ pub(crate) fn integer(bytes: &[u8], element: Element) -> i128 {
     let value = if is_big_endian { bytes.iter().fold(0, digit) } else { bytes.iter().rev().fold(0, digit) };
     let unused = 64 - 8 * bytes.len().clamp(1, 8) as u32;
     if is_signed { i128::from((value << unused) as i64 >> unused) } else { i128::from(value) }
+}
+
+/// A whole number from its bytes: from -1 (fill) to the largest count. Floats must be whole, and small enough for their type
+/// to hold every whole number.
+pub(crate) fn number(bytes: &[u8], element: Element) -> Result<i32, Problem> {
+    match element {
+        Element::Integer { .. } => whole(integer(bytes, element)),
+        Element::Bool => match bytes {
+            [value @ (0 | 1)] => Ok(i32::from(*value)),
+            _ => Err(Problem::Syntax("a bool that is neither 0 nor 1".to_owned())),
+        },
+        Element::Float { .. } => {
+            let (value, most) = float(bytes, element);
+            if value.fract() == 0.0 && value.is_finite() && value > most {
+                let width = bytes.len();
+                return Err(Problem::Rounded(format!(
+                    "{value} as f{width}, which holds whole numbers exactly up to {most}"
+                )));
+            }
+            whole_float(value)
+        }
+        Element::Text { .. } => Err(Problem::differs("elements", "text", "numbers")),
+    }
+}
+
+/// A float, and the number up to which its type holds every whole number.
+fn float(bytes: &[u8], element: Element) -> (f64, f64) {
+    let is_big_endian = matches!(element, Element::Float { is_big_endian: true, .. });
+    let digit = |value: u64, &byte: &u8| value << 8 | u64::from(byte);
+    let bits = if is_big_endian { bytes.iter().fold(0, digit) } else { bytes.iter().rev().fold(0, digit) };
+    match bytes.len() {
+        2 => (half(bits as u16), F16_EXACT),
+        4 => (f64::from(f32::from_bits(bits as u32)), F32_EXACT),
+        _ => (f64::from_bits(bits), f64::MAX),
+    }
+}
+
+/// The value of a half float.
+fn half(bits: u16) -> f64 {
+    let (exponent, fraction) = (i32::from(bits >> 10 & 0x1f), f64::from(bits & 0x3ff) / 1024.0);
+    let magnitude = match exponent {
+        0 => fraction * 2_f64.powi(-14),
+        31 if fraction == 0.0 => f64::INFINITY,
+        31 => f64::NAN,
+        _ => (1.0 + fraction) * 2_f64.powi(exponent - 15),
+    };
+    if bits >> 15 == 1 { -magnitude } else { magnitude }
 }
 
 /// Text of a 0-dimensional array of text, up to `max_chars`.

@@ -4,11 +4,13 @@
 //! each other by index, so that shared and even cyclic objects cost no more than the bytes that made them.
 //!
 //! Known classes: `collections.OrderedDict` (made without arguments), `torch._utils._rebuild_tensor_v2` and the storages of
-//! integers and floats. Protocol 2 and up to 5, as far as these opcodes go.
+//! integers and floats; `collections.Counter` of a dict, which is that dict; NumPy's scalars of integers, which are their
+//! numbers. Protocol 2 and up to 5, as far as these opcodes go.
 
 use std::collections::HashMap;
 
 use crate::Problem;
+use crate::npy::{Element, integer};
 
 /// Largest pickle, in bytes.
 pub(crate) const MAX_PICKLE_BYTES: u64 = 16 << 20;
@@ -26,6 +28,7 @@ pub(crate) enum Object {
     Int(i64),
     Float(f64),
     Text(String),
+    Bytes(Vec<u8>),
     List(Vec<Id>),
     Tuple(Vec<Id>),
     Dict(Vec<(Id, Id)>),
@@ -34,6 +37,8 @@ pub(crate) enum Object {
     /// Where a tensor's numbers are.
     Storage(Storage),
     Tensor(Tensor),
+    /// NumPy's type of integers.
+    IntegerType(Element),
 }
 
 /// What a pickle may name.
@@ -42,6 +47,9 @@ pub(crate) enum Known {
     OrderedDict,
     RebuildTensor,
     Storage(StorageType),
+    Counter,
+    NumpyType,
+    NumpyScalar,
 }
 
 /// Elements of a storage.
@@ -139,6 +147,11 @@ impl Machine<'_> {
                 self.push(Object::Float(f64::from_be_bytes(bytes)))?;
             }
             b'X' | 0x8c => self.text(opcode)?,
+            b'B' | b'C' => {
+                let length = if opcode == b'C' { self.take(1)?[0].into() } else { u32::from_le_bytes(self.array()?) };
+                let bytes = self.take(length as usize)?.to_vec();
+                self.push(Object::Bytes(bytes))?;
+            }
             b'q' | b'r' | 0x94 => self.memoize(opcode)?,
             b'h' | b'j' => self.recall(opcode)?,
             0x85..=0x87 => {
@@ -157,6 +170,7 @@ impl Machine<'_> {
             b'c' | 0x93 => self.global(opcode)?,
             b'Q' => self.storage()?,
             b'R' => self.reduce()?,
+            b'b' => self.build()?,
             b'.' => {
                 self.pickle.root = self.pop()?;
                 return Ok(true);
@@ -311,6 +325,9 @@ impl Machine<'_> {
         let integer = |bytes, is_signed| Known::Storage(StorageType::Integer { bytes, is_signed });
         let known = match (module.as_str(), name.as_str()) {
             ("collections", "OrderedDict") => Known::OrderedDict,
+            ("collections", "Counter") => Known::Counter,
+            ("numpy", "dtype") => Known::NumpyType,
+            ("numpy.core.multiarray" | "numpy._core.multiarray", "scalar") => Known::NumpyScalar,
             ("torch._utils", "_rebuild_tensor_v2") => Known::RebuildTensor,
             ("torch", "LongStorage") => integer(8, true),
             ("torch", "IntStorage") => integer(4, true),
@@ -359,6 +376,23 @@ impl Machine<'_> {
         let (arguments, callee) = (self.pop()?, self.pop()?);
         let (callee, arguments) = (self.pickle.get(callee), self.pickle.get(arguments));
         let made = match (callee, arguments) {
+            (Object::Known(Known::Counter), Object::Tuple(items)) if items.is_empty() => Object::Dict(Vec::new()),
+            (Object::Known(Known::Counter), Object::Tuple(items)) => match items.as_slice() {
+                // The dict itself: nothing is copied.
+                &[dict] if matches!(self.pickle.get(dict), Object::Dict(_)) => {
+                    self.stack.push(Entry::Object(dict));
+                    return Ok(());
+                }
+                _ => return Err(self.bad("a counter with strange arguments")),
+            },
+            (Object::Known(Known::NumpyType), Object::Tuple(items)) => match self.integer_type(items) {
+                Some(element) => Object::IntegerType(element),
+                None => return Err(self.bad("a NumPy type that is no integer")),
+            },
+            (Object::Known(Known::NumpyScalar), Object::Tuple(items)) => match self.scalar(items) {
+                Some(value) => Object::Int(value),
+                None => return Err(self.bad("a NumPy scalar that is no integer")),
+            },
             (Object::Known(Known::OrderedDict), Object::Tuple(items)) if items.is_empty() => Object::Dict(Vec::new()),
             (Object::Known(Known::RebuildTensor), Object::Tuple(items)) => match self.tensor(items) {
                 Some(tensor) => Object::Tensor(tensor),
@@ -368,6 +402,44 @@ impl Machine<'_> {
             _ => return Err(Problem::PickleCall("something that is no known function".to_owned())),
         };
         self.push(made)
+    }
+
+    /// Of `dtype('i8', False, True)`; its byte order comes by [`Machine::build`].
+    fn integer_type(&self, items: &[Id]) -> Option<Element> {
+        let Object::Text(name) = self.pickle.get(*items.first()?) else { return None };
+        let name = name.trim_start_matches(['<', '|', '=']);
+        let is_signed = name.starts_with('i');
+        let bytes = name.strip_prefix(['i', 'u'])?.parse().ok().filter(|bytes| [1, 2, 4, 8].contains(bytes))?;
+        Some(Element::Integer { bytes, is_signed, is_big_endian: false })
+    }
+
+    /// Of `scalar(dtype, bytes)`.
+    fn scalar(&self, items: &[Id]) -> Option<i64> {
+        let &[kind, bytes] = items else { return None };
+        match (self.pickle.get(kind), self.pickle.get(bytes)) {
+            (&Object::IntegerType(element), Object::Bytes(bytes)) if bytes.len() == element.bytes() => {
+                i64::try_from(integer(bytes, element)).ok()
+            }
+            _ => None,
+        }
+    }
+
+    /// Sets the state of a NumPy type, `(version, byte order, ..)`: the one object here that has any.
+    fn build(&mut self) -> Result<(), Problem> {
+        let state = self.pop()?;
+        let order = match self.pickle.get(state) {
+            Object::Tuple(items) => items.get(1).map(|&order| self.pickle.get(order)),
+            _ => None,
+        };
+        let is_big = match order {
+            Some(Object::Text(order)) if ["<", "|", "=", ">"].contains(&order.as_str()) => order == ">",
+            _ => return Err(Problem::PickleCall("the state of something that is no NumPy type".to_owned())),
+        };
+        match self.top()? {
+            Object::IntegerType(Element::Integer { is_big_endian, .. }) => *is_big_endian = is_big,
+            _ => return Err(Problem::PickleCall("the state of something that is no NumPy type".to_owned())),
+        }
+        Ok(())
     }
 
     /// `(storage, offset, shape, stride, ..)`.
@@ -412,7 +484,8 @@ mod tests {
             (&b"\x80\x02cposix\nsystem\nX\x02\x00\x00\x00id\x85R."[..], "posix.system"),
             (b"\x80\x04\x8c\x08builtins\x8c\x04eval\x93X\x01\x00\x00\x001\x85R.", "builtins.eval"),
             (b"\x80\x02ccollections\nOrderedDict\nK\x01\x85R.", "OrderedDict with arguments"),
-            (b"\x80\x02}}b.", "opcode b"),
+            (b"\x80\x02}}b.", "the state of something"),
+            (b"\x80\x02}}o.", "opcode o"),
             (b"\x80\x02i__main__\nX\n.", "opcode i"),
             (b"\x80\x02K\x01)R.", "no known function"),
         ] {

@@ -1,8 +1,6 @@
 //! The streaming model that every reader fills.
 
 use std::fmt;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::ImportError;
 
@@ -101,6 +99,22 @@ pub enum Format {
     FlameMoe,
     /// Our own traces as parquet.
     UetParquet,
+    /// Arrays of expert ids: `topk_ids` `[tokens, K]`, `routed_experts` `[tokens, layers, K]`.
+    ExpertIds,
+    /// A routing map `[tokens, E]` of 0 and 1.
+    RoutingMap,
+    /// A table with a row a (layer, expert), or a row a choice.
+    LongTable,
+    /// HarMoEny's folders: a folder a rank, a CSV a layer, a row an iteration.
+    Harmoeny,
+    /// JSON of forward passes: the experts of every token by layer.
+    Passes,
+    /// JSON of counts by rank and call.
+    CallLog,
+    /// Megatron-core `mcore_ep_load_dump_v1`.
+    McoreLoadDump,
+    /// Pickled `collections.Counter` of experts.
+    Counters,
 }
 
 impl fmt::Display for Format {
@@ -118,6 +132,14 @@ impl fmt::Display for Format {
             Self::Megatron => "Megatron router trace",
             Self::FlameMoe => "FLAME-MoE parquet",
             Self::UetParquet => "trace of ours as parquet",
+            Self::ExpertIds => "array of expert ids",
+            Self::RoutingMap => "routing map",
+            Self::LongTable => "table of layers and experts",
+            Self::Harmoeny => "HarMoEny folder",
+            Self::Passes => "JSON of passes",
+            Self::CallLog => "JSON of calls by rank",
+            Self::McoreLoadDump => "Megatron-core load dump",
+            Self::Counters => "pickled counters",
         })
     }
 }
@@ -125,7 +147,7 @@ impl fmt::Display for Format {
 /// Part of a recording: some load of one layer.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Piece {
-    /// Step or forward pass. For [`Load::Choices`] of no meaning.
+    /// Step or forward pass. For [`Load::Choices`] of no meaning to a replay; in a vLLM log it counts the engine's starts.
     pub step: u64,
     /// Microbatch within the step.
     pub microbatch: u32,
@@ -190,21 +212,5 @@ impl Piece {
             }
             Load::Choices { .. } => unreachable!("made counts above"),
         }
-    }
-}
-
-/// How to read.
-#[derive(Clone, Debug, Default)]
-pub struct OpenOptions {
-    /// Leave out the engine's profiling run at the beginning of a vLLM log.
-    pub drop_dummy_run: bool,
-    /// Grows by the bytes read from files: for a progress bar.
-    pub bytes_read: Arc<AtomicU64>,
-}
-
-impl OpenOptions {
-    pub(crate) fn count(&self, bytes: usize) {
-        // Only shown to people: no order with anything else.
-        self.bytes_read.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 }

@@ -62,8 +62,17 @@ impl From<parquet::errors::ParquetError> for WriteParquetError {
     }
 }
 
-/// Writes the trace at `trace` to `out`; how many records.
-pub fn write_parquet<W: Write + Send>(trace: &Path, out: W) -> std::result::Result<u64, WriteParquetError> {
+/// What was written.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ParquetWritten {
+    /// Records.
+    pub records: u64,
+    /// How the trace ended, where it was torn.
+    pub ending: Option<String>,
+}
+
+/// Writes the trace at `trace` to `out`.
+pub fn write_parquet<W: Write + Send>(trace: &Path, out: W) -> std::result::Result<ParquetWritten, WriteParquetError> {
     let mut reader = TraceReader::new(BufReader::new(File::open(trace)?))?;
     let meta = reader.meta().clone();
     let header = serde_json::to_string(&meta).map_err(|error| WriteParquetError::Write(error.to_string()))?;
@@ -91,7 +100,8 @@ pub fn write_parquet<W: Write + Send>(trace: &Path, out: W) -> std::result::Resu
         }
     }
     file.close()?;
-    Ok(written)
+    let ending = reader.ending().and_then(|ending| ending.describe());
+    Ok(ParquetWritten { records: written, ending })
 }
 
 type Group<'a, W> = SerializedRowGroupWriter<'a, W>;

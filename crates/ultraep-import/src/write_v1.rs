@@ -12,11 +12,13 @@ use std::io::{BufReader, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
+use ultraep_load::npy_header;
 use ultraep_plan::MAX_TOKENS;
 use ultraep_trace::{Record, TraceMeta, TraceReader};
 use zip::write::SimpleFileOptions;
 use zip::{CompressionMethod, ZipWriter};
 
+use crate::files::{OutputFile, OutputFiles};
 use crate::readers::ultraep_v1::SCHEMA;
 use crate::{ImportError, Place, Problem};
 
@@ -32,7 +34,7 @@ pub struct V1Options {
 }
 
 /// What was written.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct V1Written {
     /// Records.
     pub records: u64,
@@ -40,6 +42,8 @@ pub struct V1Written {
     pub chunks: u64,
     /// Records without a plan: their loads after balancing are those of masters only.
     pub without_plan: u64,
+    /// How the trace ended, where it was torn.
+    pub ending: Option<String>,
 }
 
 /// One chunk's arrays.
@@ -61,9 +65,10 @@ struct Writer<'a> {
     slots: usize,
     arrays: Arrays,
     written: V1Written,
+    files: OutputFiles,
 }
 
-/// Writes the trace at `trace` into `folder`, which must exist. No file is overwritten.
+/// Writes the trace at `trace` into `folder`, which must exist. No file is overwritten, and none stays when it fails.
 pub fn write_ultra_ep_v1(trace: &Path, folder: &Path, options: &V1Options) -> Result<V1Written, ImportError> {
     let is_plain = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
     if options.trace_id.is_empty() || !options.trace_id.chars().all(is_plain) {
@@ -80,7 +85,8 @@ pub fn write_ultra_ep_v1(trace: &Path, folder: &Path, options: &V1Options) -> Re
     let masters = uniform("masters", &meta.masters_per_rank)?;
     let slots = uniform("slots", &meta.slots_per_rank)?;
     let (arrays, written) = (Arrays::default(), V1Written::default());
-    let mut writer = Writer { folder, options, meta, per_step, masters, slots, arrays, written };
+    let mut writer =
+        Writer { folder, options, meta, per_step, masters, slots, arrays, written, files: OutputFiles::default() };
     let mut record = Record::default();
     while reader.read_into(&mut record).map_err(|source| ImportError::Trace { path: trace.to_owned(), source })? {
         let number = writer.written.records;
@@ -91,6 +97,8 @@ pub fn write_ultra_ep_v1(trace: &Path, folder: &Path, options: &V1Options) -> Re
     }
     writer.write_chunk()?;
     writer.write_manifest()?;
+    writer.files.finish().map_err(|(path, source)| ImportError::io(&path)(source))?;
+    writer.written.ending = reader.ending().and_then(|ending| ending.describe());
     Ok(writer.written)
 }
 
@@ -228,35 +236,31 @@ impl Writer<'_> {
             ),
             ("post_physical_loads", "<i4".to_owned(), format!("({records}, {wide})"), i32s(&arrays.after)),
         ];
-        write_npz(&path, &entries).map_err(|error| ImportError::io(&path)(error))?;
+        let file = OutputFile::new(&path).map_err(ImportError::io(&path))?;
+        file.file().and_then(|file| write_npz(file, &entries)).map_err(ImportError::io(&path))?;
+        self.files.push(file).map_err(|(path, error)| ImportError::io(&path)(error))?;
         self.written.chunks += 1;
         Ok(())
     }
 
-    fn write_manifest(&self) -> Result<(), ImportError> {
+    fn write_manifest(&mut self) -> Result<(), ImportError> {
         let path = self.folder.join(format!("{}.manifest.json", self.options.trace_id));
         let mut manifest = self.metadata();
         manifest.insert("chunks".to_owned(), json!(self.written.chunks));
         let text = format!("{:#}\n", Value::Object(manifest));
-        let written = File::create_new(&path).and_then(|mut file| file.write_all(text.as_bytes()));
-        written.map_err(ImportError::io(&path))
+        let file = OutputFile::new(&path).map_err(ImportError::io(&path))?;
+        file.file().and_then(|mut file| file.write_all(text.as_bytes())).map_err(ImportError::io(&path))?;
+        self.files.push(file).map_err(|(path, error)| ImportError::io(&path)(error))
     }
 }
 
 /// An uncompressed archive of NumPy arrays: name, type, shape, data.
-fn write_npz(path: &Path, entries: &[(&str, String, String, Vec<u8>)]) -> std::io::Result<()> {
-    let mut zip = ZipWriter::new(BufWriter::new(File::create_new(path)?));
+fn write_npz(file: File, entries: &[(&str, String, String, Vec<u8>)]) -> std::io::Result<()> {
+    let mut zip = ZipWriter::new(BufWriter::new(file));
     let stored = SimpleFileOptions::default().compression_method(CompressionMethod::Stored);
     for (name, descr, shape, data) in entries {
         zip.start_file(format!("{name}.npy"), stored)?;
-        let mut header = format!("{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}, }}");
-        // NumPy aligns the data to 64 bytes, and ends the header with a line end.
-        let padding = (64 - (10 + header.len() + 1) % 64) % 64;
-        header.extend(std::iter::repeat_n(' ', padding));
-        header.push('\n');
-        zip.write_all(b"\x93NUMPY\x01\x00")?;
-        zip.write_all(&(header.len() as u16).to_le_bytes())?; // under 200 bytes
-        zip.write_all(header.as_bytes())?;
+        zip.write_all(&npy_header(descr, shape))?;
         zip.write_all(data)?;
     }
     zip.finish()?.flush()

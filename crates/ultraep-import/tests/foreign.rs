@@ -179,14 +179,19 @@ fn megatron_traces_keep_their_sources_and_put_layers_in_order() {
         counts(1, 0, 1, 2, &[0, 1, 1, 0, 1, 0, 0, 1]),
         counts(1, 1, 1, 2, &[0, 0, 2, 0, 0, 0]),
         counts(1, 0, 2, 2, &[2, 1, 0, 1, 0, 0, 0, 0]),
-        counts(2, 0, 1, 2, &[]),
     ];
     let all = pieces(&mut *recording);
     assert_eq!(all[0], expected[0]);
     assert_eq!(all[1], counts(1, 1, 1, 2, &[0, 0, 2, 0, 0, 0]));
     assert_eq!(all[2..], expected[2..]);
+    // The first rank's file ended before step 2; in step 1 the second lacks two records.
+    let ending = recording.ending().expect("words");
+    assert!(ending.contains("1 records that some ranks lack at their end are left out"), "{ending}");
+    assert!(ending.contains("2 records lack some ranks"), "{ending}");
+    assert!(ending.contains("1 tokens with an expert twice"), "{ending}");
     // One file alone knows no other rank: its tokens in order.
     let mut alone = open(&paths[..1]).expect("opened");
     assert_eq!(alone.info().sources, Sources::Tokens);
-    assert_eq!(pieces(&mut *alone).len(), 4);
+    // A token with one expert in both places is padding where single tokens are read.
+    assert_eq!(pieces(&mut *alone).len(), 3);
 }

@@ -128,7 +128,7 @@ fn archives_of_plain_matrices() {
     assert!(recording.next(&mut piece).expect("a piece"));
     assert_eq!(piece.load, Load::Counts { sources: 2, counts: vec![1, 2, 3, 4, 5, 6] });
     let several = archive(&[("other.npy", &other), ("more.npy", &loads)]);
-    refused(&folder.with("a.npz", several), "one named loads");
+    refused(&folder.with("a.npz", several), "choose one with --array: other [1], more [1, 2, 3]");
     let lying = npy("<u2", "(1000, 2, 3)", &[0; 12]);
     refused(&folder.with("a.npz", archive(&[("a.npy", &lying)])), "bytes of data");
 }
@@ -168,7 +168,7 @@ fn text_that_lies_names_its_line() {
         ("a.csv", csv("1,0,\"[1]\""), "number of columns 3"),
         ("a.csv", csv("1,0,a,[]"), "a list such as"),
         ("a.jsonl", "{\"type\": \"route\", \"topk_ids\": []}".into(), "no topk_ids"),
-        ("a.jsonl", "{\"type\": \"meta\", \"layers_logged\": []}\n{\"type\": \"route\"".into(), "line 2"),
+        ("a.jsonl", "{\"type\": \"meta\", \"layers_logged\": []}\n{\"type\": \"route\"\n".into(), "line 2"),
         ("a.json", "{\"0\": {\"5000\": 1}}".into(), "expert 5000"),
         ("a.json", "{\"0\": {\"1\": -4}}".into(), "no count"),
         ("a.json", "{\"0\": {\"1\": 4}, \"0\": {}}".into(), "twice"),
@@ -177,7 +177,7 @@ fn text_that_lies_names_its_line() {
             "{\"step\": 3, \"layer\": 1, \"num_tokens\": 9, \"top_indices\": [[1]]}".into(),
             "length of top_indices",
         ),
-        ("a.json", "[[1, 2], [3]]".into(), "byte 11"),
+        ("a.json", "[[1, 2], [3]]".into(), "[1] (from 0)"),
         ("a.bin", "what is this".into(), "no known recording"),
         ("a.bin", String::new(), "empty"),
     ] {

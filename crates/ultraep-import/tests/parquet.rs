@@ -36,7 +36,7 @@ fn convert(folder: &Path, records: &[Record]) -> PathBuf {
     let (trace, parquet) = (folder.join("loads.uet"), folder.join("loads.parquet"));
     write_trace(&trace, records);
     let written = write_parquet(&trace, File::create(&parquet).expect("created")).expect("written");
-    assert_eq!(written, records.len() as u64);
+    assert_eq!(written.records, records.len() as u64);
     parquet
 }
 

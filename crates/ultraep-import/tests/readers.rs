@@ -12,11 +12,13 @@ use ultraep_import::{
 };
 
 fn choices(pieces: &[Piece]) -> Vec<(u32, Vec<u16>)> {
-    let ids = |piece: &Piece| match &piece.load {
-        Load::Choices { ids, .. } => ids.clone(),
+    let tokens = |piece: &Piece| match &piece.load {
+        Load::Choices { per_token, ids } => {
+            ids.chunks(*per_token).map(|token| (piece.layer, token.to_vec())).collect::<Vec<_>>()
+        }
         Load::Counts { .. } => panic!("counts"),
     };
-    pieces.iter().map(|piece| (piece.layer, ids(piece))).collect()
+    pieces.iter().flat_map(tokens).collect()
 }
 
 fn microbatches(recording: &mut dyn Recording, grouping: Grouping) -> Vec<Microbatch> {
@@ -70,8 +72,8 @@ fn vllm_logs_with_and_without_their_dummy_run() {
     let options = OpenOptions { drop_dummy_run: true, ..OpenOptions::default() };
     let mut real = open_with(&[path], &options).expect("opened");
     let rows = choices(&pieces(&mut *real));
-    assert_eq!(rows, [(3, vec![1, 2]), (3, vec![1, 2]), (3, vec![7, 2]), (3, vec![0, 2])]);
-    assert_eq!(real.ending().as_deref(), Some("12 rows of the engine's dummy run left out"));
+    assert_eq!(rows, [(3, vec![1, 2]), (3, vec![2, 1]), (3, vec![7, 2]), (3, vec![0, 2])]);
+    assert_eq!(real.ending().as_deref(), Some("12 rows of the engine's profiling (dummy) run left out"));
 }
 
 #[test]

@@ -82,14 +82,14 @@ fn map() -> (&'static str, Vec<u8>) {
 #[test]
 fn token_choices_are_mapped_to_logical_experts_and_pads_are_left_out() {
     let folder = TempDir::new().expect("a folder");
-    let ids = [0_i32, 2, 1, -1, 2, 0, -1, -1].into_iter().flat_map(i32::to_le_bytes).collect();
+    let ids = [0_i32, 2, 1, -1, 2, 1, -1, -1].into_iter().flat_map(i32::to_le_bytes).collect();
     let pickle = detail("topk_ids_of_layer", &tensor("IntStorage", "0", &[2, 2, 2]));
     let mut recording = open(&[archive(&folder, &pickle, &[("0", ids), map()])]).expect("opened");
     let info = recording.info();
     assert_eq!((info.format, info.sources, info.experts), (Format::Sglang, Sources::Tokens, Some(2)));
     let mut piece = Piece::default();
     let none = u16::MAX;
-    for (layer, expected) in [(0, vec![0, 1, 1, none]), (1, vec![0, 0, none, none])] {
+    for (layer, expected) in [(0, vec![0, 1, 1, none]), (1, vec![0, 1])] {
         assert!(recording.next(&mut piece).expect("a piece"));
         assert_eq!((piece.step, piece.layer), (5, layer));
         assert_eq!(piece.load, Load::Choices { per_token: 2, ids: expected });

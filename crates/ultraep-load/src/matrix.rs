@@ -88,7 +88,7 @@ impl LoadMatrix {
     }
 }
 
-pub(crate) fn check_shape(ranks: usize, experts: usize) -> Result<(), MatrixError> {
+fn check_shape(ranks: usize, experts: usize) -> Result<(), MatrixError> {
     if !(1..=MAX_RANKS).contains(&ranks) {
         return Err(MatrixError::Rows(ranks));
     }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 use ultraep_baselines::{HistoryParams, PolicyKind, PolicyParams};
-use ultraep_import::SourceRule;
+use ultraep_import::{OpenOptions, SourceRule};
 use ultraep_plan::{Ratio, Topology, TopologySpec};
 use ultraep_replay::{ExpertShape, Hardware, LeastQuota, Scenario};
 
@@ -20,16 +20,14 @@ const SHAPE_MAX: u32 = 1 << 20;
 pub struct Settings {
     /// Ranks of the EP group [as recorded, else 8, else one for each expert].
     pub ranks: Option<usize>,
-    /// Experts of a layer [as recorded, else the highest that occurs plus one].
-    pub experts: Option<usize>,
     /// Tokens of a microbatch over all ranks, where single tokens are recorded.
     pub microbatch_tokens: usize,
     /// Which rank they come from.
     pub rule: SourceRule,
     /// Tokens that each recorded token stands for.
     pub scale: u32,
-    /// Whether to leave out the profiling run of a vLLM log.
-    pub drop_dummy_run: bool,
+    /// How recordings are read; its experts are those of a layer [as recorded, else the highest that occurs plus one].
+    pub reading: OpenOptions,
     /// Policy for loads without a plan [`ultraep`].
     pub policy: Option<PolicyKind>,
     /// Slots on each rank [as recorded where there are any, else 2].
@@ -52,11 +50,10 @@ impl Default for Settings {
     fn default() -> Self {
         Self {
             ranks: None,
-            experts: None,
             microbatch_tokens: 8192,
             rule: SourceRule::Blocks,
             scale: 1,
-            drop_dummy_run: false,
+            reading: OpenOptions::default(),
             policy: None,
             slots: None,
             domain_ranks: None,

@@ -1,12 +1,11 @@
 //! One thing that is viewed: a run, a trace, or a recording that was made into a temporary trace.
 
 use std::fs::File;
-use std::io::{BufReader, BufWriter};
+use std::io::BufReader;
 use std::path::{Path, PathBuf};
 
-use tempfile::TempPath;
 use ultraep_baselines::PolicyKind;
-use ultraep_import::{Format, Grouping, OpenOptions, open_with, recorded_topology, survey, write_uet};
+use ultraep_import::{Format, Grouping, Inputs, TemporaryFile, recorded_topology, survey, write_uet};
 use ultraep_plan::{MAX_SLOTS, Rank, Ratio, Topology, TopologyError, TopologySpec};
 use ultraep_replay::{ExpertShape, Hardware, LeastQuota};
 use ultraep_run::RunReader;
@@ -40,28 +39,29 @@ pub(crate) struct Source {
     /// How loads without a plan are planned, and where what-if begins.
     pub(crate) planned: WhatIf,
     pub(crate) notes: Vec<String>,
-    /// The trace made of a recording; goes with this.
-    _temporary: Option<TempPath>,
+    /// The trace made of a recording, and what was read from a pipe; they go with this.
+    _temporary: (Option<TemporaryFile>, Inputs),
 }
 
 impl Source {
     /// Opens a run folder, a trace, or any recording that can be read.
     pub(crate) fn open(path: &Path, settings: &Settings) -> Result<Self, ViewError> {
-        let options = OpenOptions { drop_dummy_run: settings.drop_dummy_run, ..OpenOptions::default() };
-        let recording = open_with(&[path.to_owned()], &options)?;
+        let inputs = Inputs::new(&[path.to_owned()])?;
+        let recording = inputs.open(&settings.reading)?;
         let format = recording.info().format;
         let is_ours = matches!(format, Format::Uet | Format::RunFolder);
         let same_ranks = settings.ranks.is_none() || recording.info().ranks == settings.ranks;
-        if is_ours && same_ranks && !is_gzip(path) {
+        let file = inputs.paths().first().cloned().unwrap_or_default();
+        if is_ours && same_ranks && !is_gzip(&file) {
             let run = (format == Format::RunFolder).then(|| path.to_owned());
-            let trace = run.as_ref().map_or_else(|| path.to_owned(), |folder| folder.join("loads.uet"));
-            return Self::of_trace(path, format, run, trace, settings);
+            let trace = run.as_ref().map_or(file, |folder| folder.join("loads.uet"));
+            return Self::of_trace(path, format, run, trace, (None, inputs), settings);
         }
         drop(recording);
-        let (trace, notes) = import(path, settings, &options)?;
-        let mut source = Self::of_trace(path, format, None, trace.to_path_buf(), settings)?;
+        let (trace, notes) = import(path, &inputs, settings)?;
+        let file = trace.path().to_owned();
+        let mut source = Self::of_trace(path, format, None, file, (Some(trace), inputs), settings)?;
         source.notes = notes;
-        source._temporary = Some(trace);
         Ok(source)
     }
 
@@ -70,6 +70,7 @@ impl Source {
         format: Format,
         run: Option<PathBuf>,
         trace: PathBuf,
+        temporary: (Option<TemporaryFile>, Inputs),
         settings: &Settings,
     ) -> Result<Self, ViewError> {
         let meta = open_trace(&trace)?.meta().clone();
@@ -87,7 +88,7 @@ impl Source {
             topology,
             planned,
             notes: Vec::new(),
-            _temporary: None,
+            _temporary: temporary,
         })
     }
 }
@@ -105,12 +106,12 @@ fn is_gzip(path: &Path) -> bool {
 }
 
 /// Makes a temporary trace of a recording.
-fn import(path: &Path, settings: &Settings, options: &OpenOptions) -> Result<(TempPath, Vec<String>), ViewError> {
-    let paths = [path.to_owned()];
-    let mut recording = open_with(&paths, options)?;
+fn import(path: &Path, inputs: &Inputs, settings: &Settings) -> Result<(TemporaryFile, Vec<String>), ViewError> {
+    let options = &settings.reading;
+    let mut recording = inputs.open(options)?;
     let info = recording.info().clone();
     let found = survey(&mut *recording)?;
-    let experts = settings.experts.or(info.experts).unwrap_or(found.experts);
+    let experts = options.experts.or(info.experts).unwrap_or(found.experts);
     let Some(layers) = found.layers.keys().next_back().map(|&layer| layer as usize + 1).filter(|_| experts > 0) else {
         return Err(ViewError::Empty { path: path.to_owned() });
     };
@@ -120,9 +121,10 @@ fn import(path: &Path, settings: &Settings, options: &OpenOptions) -> Result<(Te
     let Settings { microbatch_tokens, rule, scale, .. } = *settings;
     let grouping = Grouping { ranks, experts, microbatch_tokens, rule, scale };
     let io = |source| ViewError::Io { path: PathBuf::from("a temporary trace"), source };
-    let (file, temporary) = tempfile::NamedTempFile::with_suffix(".uet").map_err(io)?.into_parts();
-    let mut recording = open_with(&paths, options)?;
-    let written = write_uet(&mut *recording, grouping, layers, BufWriter::new(file))
+    let temporary = TemporaryFile::new().map_err(io)?;
+    let out = temporary.writer().map_err(io)?;
+    let mut recording = inputs.open(options)?;
+    let written = write_uet(&mut *recording, grouping, layers, out)
         .map_err(|source| ViewError::Convert { path: path.to_owned(), source: Box::new(source) })?;
     if written.records == 0 {
         return Err(ViewError::Empty { path: path.to_owned() });

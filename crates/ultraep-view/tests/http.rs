@@ -287,7 +287,7 @@ fn real_recordings_are_viewed_and_reported() {
     let settings = Settings {
         microbatch_tokens: 256,
         min_quota: Some(LeastQuota::Tokens(4)),
-        drop_dummy_run: true,
+        reading: ultraep_import::OpenOptions { drop_dummy_run: true, ..ultraep_import::OpenOptions::default() },
         ..Settings::default()
     };
     for (name, layers, ranks) in

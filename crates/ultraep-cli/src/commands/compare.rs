@@ -9,9 +9,10 @@ use ultraep_load::LoadMatrix;
 use ultraep_plan::{FULL_SPEED, Topology};
 use ultraep_replay::{Evaluator, LeastQuota, Scenario, quotient};
 
+use super::recordings::LoadArgs;
 use super::{PerRank, finer, quota_words, write_json};
 use crate::error::CliError;
-use crate::input::{GroupArgs, HardwareArgs, PolicyArgs, policy_list, read_loads};
+use crate::input::{GroupArgs, HardwareArgs, PolicyArgs, policy_list};
 use crate::options;
 use crate::output::Output;
 use crate::table::{Cell, Column, Table};
@@ -21,9 +22,12 @@ use crate::timing::now_ns;
 #[derive(Debug, clap::Args)]
 #[command(after_help = format!("Policies:\n{}\n{EXAMPLES}", policy_list()))]
 pub(crate) struct Args {
-    /// Counts of one layer's microbatches, in order: .json, .csv or .npy; rows = source ranks, columns = experts
+    /// Loads of one layer's microbatches, in order: matrices (rows = source ranks, columns = experts) as .csv, .json, .npy or
+    /// .npz, or recordings; - for standard input
     #[arg(required = true)]
     loads: Vec<PathBuf>,
+    #[command(flatten)]
+    which: LoadArgs,
     #[command(flatten)]
     group: GroupArgs,
     #[command(flatten)]
@@ -100,17 +104,22 @@ struct Skipped {
 }
 
 pub(crate) fn run(args: &Args, out: &mut Output<'_>) -> Result<(), CliError> {
-    let loads = args.loads.iter().map(|path| read_loads(path)).collect::<Result<Vec<_>, _>>()?;
-    let shape = |load: &LoadMatrix| (load.ranks(), load.experts());
-    let (ranks, experts) = loads.first().map_or((0, 0), shape);
-    if let Some((path, other)) = args.loads.iter().zip(&loads).find(|(_, load)| shape(load) != (ranks, experts)) {
-        return Err(CliError::Input(format!(
-            "{}: {} ranks and {} experts: allowed are {ranks} and {experts}, as in the first file",
-            path.display(),
-            other.ranks(),
-            other.experts()
-        )));
+    let mut loads: Vec<LoadMatrix> = Vec::new();
+    for path in &args.loads {
+        let of_file = args.which.read(path)?.loads;
+        let shape = |loads: &[LoadMatrix]| loads.first().map_or((0, 0), |load| (load.ranks(), load.experts()));
+        let ((ranks, experts), got) = (shape(&loads), shape(&of_file));
+        if !loads.is_empty() && got != (ranks, experts) {
+            return Err(CliError::Input(format!(
+                "{}: {} ranks and {} experts: allowed are {ranks} and {experts}, as in the first file",
+                path.display(),
+                got.0,
+                got.1
+            )));
+        }
+        loads.extend(of_file);
     }
+    let (ranks, experts) = loads.first().map_or((0, 0), |load| (load.ranks(), load.experts()));
     let topology = args.group.topology(ranks, experts)?;
     let comparison = compare(args, &topology, &loads)?;
     if args.json { write_json(out, &comparison) } else { print(&comparison, out) }

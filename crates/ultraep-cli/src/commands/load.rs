@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::PathBuf;
 
-use ultraep_load::{FileError, Format, write};
+use ultraep_load::{Format, write};
 
 use crate::error::CliError;
 use crate::input::{GroupArgs, WorkloadArgs, workload_list};
@@ -24,8 +24,7 @@ const EXAMPLES: &str = "Examples:
   ultraep load step3.npy --workload drift --microbatch 3 --ranks 32 --experts 128";
 
 pub(crate) fn run(args: &Args) -> Result<(), CliError> {
-    let unknown = || CliError::input(FileError::Extension { path: args.out.clone() });
-    let format = Format::of(&args.out).ok_or_else(unknown)?;
+    let format = Format::of(&args.out).map_err(CliError::input)?;
     // Slots do not shape a load.
     let group = GroupArgs::uniform(0, None);
     let load = args.workload.generate(&group.topology(args.workload.ranks, args.workload.experts)?)?;

@@ -13,6 +13,8 @@ mod trace;
 mod train;
 mod view;
 
+use std::path::Path;
+
 use serde::{Serialize, Serializer};
 use ultraep_plan::{Rank, Topology};
 use ultraep_replay::{Evaluated, Evaluator, Finer, LeastQuota, quotient};
@@ -113,6 +115,21 @@ fn finer(evaluator: &mut Evaluator, counts: &[u32], planned: &Evaluated) -> Resu
             planned.report.replicas
         )
     }))
+}
+
+/// A file that cannot be is the user's choice; one that cannot be written is a failure.
+fn write_error(path: &Path) -> impl FnOnce(std::io::Error) -> CliError {
+    use std::io::ErrorKind::{AlreadyExists, InvalidInput, NotADirectory, NotFound, PermissionDenied};
+    let path = path.to_owned();
+    move |error| {
+        let kind = error.kind();
+        let words = match kind {
+            AlreadyExists => format!("{}: exists: allowed is a name that is free", path.display()),
+            _ => format!("{}: {error}", path.display()),
+        };
+        let is_choice = matches!(kind, AlreadyExists | InvalidInput | NotADirectory | NotFound | PermissionDenied);
+        if is_choice { CliError::Input(words) } else { CliError::Failure(words) }
+    }
 }
 
 /// One number, or one a rank where ranks differ.

@@ -5,15 +5,17 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 use ultraep_baselines::{PolicyKind, PolicyParams};
+use ultraep_load::LoadMatrix;
 use ultraep_plan::{
     Expert, FULL_SPEED, MAX_TOKENS, Plan, PlanReport, Prediction, Problem, Rank, SplitWorkspace, StopReason, Topology,
     split_source,
 };
 use ultraep_replay::{Evaluated, Evaluator, LeastQuota, Scenario, quotient};
 
+use super::recordings::LoadArgs;
 use super::{PerRank, finer, quota_words, write_json};
 use crate::error::{CliError, note};
-use crate::input::{GroupArgs, HardwareArgs, PolicyArgs, policy_list, read_loads};
+use crate::input::{GroupArgs, HardwareArgs, PolicyArgs, policy_list};
 use crate::options;
 use crate::output::Output;
 use crate::picture;
@@ -24,8 +26,11 @@ use crate::timing::{now_ns, pretty};
 #[derive(Debug, clap::Args)]
 #[command(after_help = format!("Policies:\n{}\n{EXAMPLES}", policy_list()))]
 pub(crate) struct Args {
-    /// Counts: .json ({"loads": [[...]]}), .csv or .npy; rows = source ranks, columns = experts
+    /// Loads: a matrix (rows = source ranks, columns = experts) as .csv, .json, .npy or .npz, or one layer of any recording;
+    /// - for standard input
     loads: PathBuf,
+    #[command(flatten)]
+    which: LoadArgs,
     #[command(flatten)]
     group: GroupArgs,
     #[arg(long, default_value_t, value_name = "NAME", help = options::POLICY)]
@@ -44,11 +49,13 @@ pub(crate) struct Args {
 
 const EXAMPLES: &str = "Examples:
   ultraep plan loads.csv --slots 2
+  ultraep plan layers.npz --array loads --layer 7 --slots 2
+  ultraep plan log.jsonl.gz --drop-dummy-run --ranks 8 --step 0 --slots 2
   ultraep plan loads.npy --slots 1 --domain 32 --min-quota 1 --json
   ultraep plan loads.json --slots 2 --policy greedy --split --json | jq .imbalance_after";
 
 pub(crate) fn run(args: &Args, out: &mut Output<'_>) -> Result<(), CliError> {
-    let load = read_loads(&args.loads)?;
+    let load = one_load(args)?;
     let topology = args.group.topology(load.ranks(), load.experts())?;
     let params = PolicyParams { hardware: args.hardware.model(), ..args.params.params() };
     let (kind, least_quota) = (args.policy, args.params.min_quota);
@@ -69,6 +76,20 @@ pub(crate) fn run(args: &Args, out: &mut Output<'_>) -> Result<(), CliError> {
     let answer =
         Answer { args, topology: &topology, counts: &counts, plan, outcome: &outcome, prediction, pays_from, hint };
     if args.json { write_json(out, &answer.json()?) } else { answer.print(out) }
+}
+
+/// The one load that is planned.
+fn one_load(args: &Args) -> Result<LoadMatrix, CliError> {
+    let read = args.which.read(&args.loads)?;
+    let (layer, count) = (read.layer, read.loads.len());
+    let mut loads = read.loads.into_iter();
+    match (loads.next(), loads.next()) {
+        (Some(load), None) => Ok(load),
+        _ => Err(CliError::Input(format!(
+            "{}: {count} microbatches of layer {layer}: choose a step with --step, or use compare or replay",
+            args.loads.display()
+        ))),
+    }
 }
 
 /// Routed tokens a rank from which on the policy's plan is predicted to take less time than masters only, for a load of this

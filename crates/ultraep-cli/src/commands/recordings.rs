@@ -1,25 +1,94 @@
 //! Arguments by which a recording is opened and made into microbatches, shared by `replay` and `trace`.
 
-use std::path::PathBuf;
+use std::cell::OnceCell;
+use std::path::{Path, PathBuf};
 
 use ultraep_import::{
-    Format, Grouping, GroupingError, OpenOptions, Recording, RecordingInfo, SourceRule, Survey, open_with, survey,
+    Choice, Format, Grouping, GroupingError, Inputs, LayerLoads, OpenOptions, Reading, Recording, RecordingInfo,
+    SourceRule, Survey, read_loads, survey,
 };
 
-use crate::error::CliError;
+use crate::error::{CliError, note};
 use crate::options;
 
 /// Which recording.
 #[derive(Clone, Debug, clap::Args)]
 pub(crate) struct RecordingArgs {
-    /// The recording: files, or a folder of them; the format is found by content
+    /// The recording: files, or a folder of them, - for standard input; the format is found by content
     #[arg(required = true, value_name = "TRACE")]
     paths: Vec<PathBuf>,
-    /// Leave out the engine's profiling run at the beginning of a vLLM log
+    #[command(flatten)]
+    reading: ReadingArgs,
+    /// Standard input and pipes are copied once, when they are first opened.
+    #[arg(skip)]
+    inputs: OnceCell<Inputs>,
+}
+
+/// How a recording is read where its content does not tell.
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct ReadingArgs {
+    /// What the numbers of an array are, where content cannot tell: counts, ids (experts of tokens) or map (tokens x experts)
+    #[arg(long = "as", value_name = "READING")]
+    reading: Option<Reading>,
+    /// Which array of a file of several
+    #[arg(long, value_name = "NAME")]
+    array: Option<String>,
+    /// Leave out an engine's profiling (dummy) runs: long stretches of tokens that all choose the same experts
     #[arg(long)]
     drop_dummy_run: bool,
     #[arg(long, value_name = "E", value_parser = options::experts(), help = options::RECORDED_EXPERTS)]
     experts: Option<usize>,
+}
+
+impl ReadingArgs {
+    /// For the import crate; bytes read are not shown.
+    pub(crate) fn options(&self) -> OpenOptions {
+        OpenOptions {
+            drop_dummy_run: self.drop_dummy_run,
+            reading: self.reading,
+            array: self.array.clone(),
+            experts: self.experts,
+            ..OpenOptions::default()
+        }
+    }
+}
+
+/// The loads of one layer, for commands that plan it.
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct LoadArgs {
+    /// Layer to take, where there are several
+    #[arg(long, value_name = "L")]
+    layer: Option<u32>,
+    /// Step to take, where there are several
+    #[arg(long, value_name = "STEP")]
+    step: Option<u64>,
+    #[arg(long, value_name = "N", value_parser = options::ranks(),
+          help = format!("{} [default: as recorded]", options::RANKS))]
+    ranks: Option<usize>,
+    #[command(flatten)]
+    reading: ReadingArgs,
+    #[command(flatten)]
+    sources: SourceArgs,
+}
+
+impl LoadArgs {
+    /// Reads the loads of one layer, a matrix a microbatch; notes go to standard error.
+    pub(crate) fn read(&self, path: &Path) -> Result<LayerLoads, CliError> {
+        let SourceArgs { microbatch_tokens, sources: rule, scale } = self.sources;
+        let choice = Choice {
+            layer: self.layer,
+            step: self.step,
+            ranks: self.ranks,
+            microbatch_tokens: microbatch_tokens as usize,
+            rule,
+            scale,
+        };
+        let inputs = Inputs::new(&[path.to_path_buf()]).map_err(CliError::input)?;
+        let name = path.display().to_string();
+        let loads = read_loads(&inputs, &self.reading.options(), &choice, &name).map_err(CliError::input)?;
+        loads.notes.iter().for_each(note);
+        Ok(loads)
+    }
 }
 
 /// How microbatches are made where single tokens are recorded.
@@ -44,14 +113,22 @@ fn source_rule(text: &str) -> Result<SourceRule, String> {
 impl RecordingArgs {
     /// Opens the recording from its beginning.
     pub(crate) fn open(&self, options: &OpenOptions) -> Result<Box<dyn Recording>, CliError> {
-        let options = OpenOptions { drop_dummy_run: self.drop_dummy_run, ..options.clone() };
-        open_with(&self.paths, &options).map_err(CliError::input)
+        let options = OpenOptions { bytes_read: options.bytes_read.clone(), ..self.reading.options() };
+        self.inputs()?.open(&options).map_err(CliError::input)
+    }
+
+    fn inputs(&self) -> Result<&Inputs, CliError> {
+        if let Some(inputs) = self.inputs.get() {
+            return Ok(inputs);
+        }
+        let inputs = Inputs::new(&self.paths).map_err(CliError::input)?;
+        Ok(self.inputs.get_or_init(|| inputs))
     }
 
     /// The one trace of ours that is named, also by its run folder.
     pub(crate) fn our_trace(&self) -> Result<PathBuf, CliError> {
         let info = self.open(&OpenOptions::default())?.info().clone();
-        match (self.paths.as_slice(), info.format) {
+        match (self.inputs()?.paths(), info.format) {
             ([path], Format::Uet) => Ok(path.clone()),
             ([path], Format::RunFolder) => Ok(path.join("loads.uet")),
             _ => Err(CliError::Input(format!(
@@ -63,7 +140,8 @@ impl RecordingArgs {
 
     /// Bytes of all files, for a progress bar; 0 where that cannot be told.
     pub(crate) fn bytes(&self) -> u64 {
-        self.paths.iter().map(|path| bytes_of(path, 0)).sum()
+        let paths = self.inputs().map_or(self.paths.as_slice(), Inputs::paths);
+        paths.iter().map(|path| bytes_of(path, 0)).sum()
     }
 
     /// For people: the first path and how many more.
@@ -76,13 +154,19 @@ impl RecordingArgs {
     pub(crate) fn survey(&self) -> Result<(RecordingInfo, Survey, Option<String>), CliError> {
         let mut recording = self.open(&OpenOptions::default())?;
         let found = survey(&mut *recording).map_err(CliError::input)?;
+        if let Some(asked) = self.reading.experts.filter(|&asked| asked < found.experts) {
+            let (title, experts) = (self.title(), found.experts);
+            return Err(CliError::Input(format!(
+                "{title}: {experts} experts are recorded: --experts {asked} are too few"
+            )));
+        }
         Ok((recording.info().clone(), found, recording.ending()))
     }
 
     /// What the recording is, and its number of experts: as asked, as recorded, or from reading all of it once.
     pub(crate) fn describe(&self) -> Result<(RecordingInfo, usize), CliError> {
         let info = self.open(&OpenOptions::default())?.info().clone();
-        let experts = match (self.experts, info.experts) {
+        let experts = match (self.reading.experts, info.experts) {
             (Some(asked), _) => asked,
             (None, Some(recorded)) => recorded,
             (None, None) => self.survey()?.1.experts,

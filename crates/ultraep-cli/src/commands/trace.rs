@@ -1,18 +1,17 @@
 //! `ultraep trace`: what is in a recording, its first records, and converting it.
 
-use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 use serde_json::json;
 use ultraep_import::{
-    ImportError, Load, OpenOptions, Piece, RecordingInfo, Sources, Survey, V1Options, WriteParquetError, WriteUetError,
-    recorded_topology, v1_manifest_path, write_parquet, write_uet, write_ultra_ep_v1,
+    ImportError, Load, OpenOptions, OutputFile, Piece, RecordingInfo, Sources, Survey, V1Options, WriteParquetError,
+    WriteUetError, recorded_topology, v1_manifest_path, write_parquet, write_uet, write_ultra_ep_v1,
 };
 
 use super::recordings::{RecordingArgs, SourceArgs};
-use super::write_json;
+use super::{write_error, write_json};
 use crate::error::{CliError, note};
 use crate::options;
 use crate::output::Output;
@@ -286,13 +285,15 @@ fn convert(args: &ConvertArgs, out: &mut Output<'_>) -> Result<(), CliError> {
     // A group that cannot be is refused before there is a file.
     recorded_topology(&info, ranks, experts).map_err(CliError::input)?;
     let mut recording = args.recording.open(&OpenOptions::default())?;
-    let file = File::create_new(&args.output).map_err(write_error(&args.output))?;
+    let output = OutputFile::new(&args.output).map_err(write_error(&args.output))?;
+    let file = output.file().map_err(write_error(&args.output))?;
     let grouping = args.sources.grouping(ranks, experts);
     let written = write_uet(&mut *recording, grouping, layers, BufWriter::new(file)).map_err(|error| match error {
         WriteUetError::Write(error) => CliError::Failure(format!("{}: {error}", args.output.display())),
         error => CliError::input(error),
     })?;
-    written.notes.iter().for_each(note);
+    output.finish().map_err(write_error(&args.output))?;
+    info.notes.iter().chain(&written.notes).for_each(note);
     writeln!(out, "{}: {}", args.output.display(), plural(written.records as usize, "record"))?;
     Ok(())
 }
@@ -311,12 +312,15 @@ impl ConvertArgs {
 /// Writes a trace of ours, or of a run, as parquet.
 fn convert_to_parquet(args: &ConvertArgs, out: &mut Output<'_>) -> Result<(), CliError> {
     let trace = args.trace_as_it_is()?;
-    let file = File::create_new(&args.output).map_err(write_error(&args.output))?;
-    let records = write_parquet(&trace, BufWriter::new(file)).map_err(|error| match error {
+    let output = OutputFile::new(&args.output).map_err(write_error(&args.output))?;
+    let file = output.file().map_err(write_error(&args.output))?;
+    let written = write_parquet(&trace, BufWriter::new(file)).map_err(|error| match error {
         WriteParquetError::Write(_) => CliError::Failure(format!("{}: {error}", args.output.display())),
-        error => CliError::Input(format!("{}: {error}", trace.display())),
+        error => CliError::Input(format!("{}: {error}", args.recording.title())),
     })?;
-    writeln!(out, "{}: {}", args.output.display(), plural(records as usize, "record"))?;
+    output.finish().map_err(write_error(&args.output))?;
+    written.ending.iter().for_each(note);
+    writeln!(out, "{}: {}", args.output.display(), plural(written.records as usize, "record"))?;
     Ok(())
 }
 
@@ -327,7 +331,11 @@ fn convert_to_v1(args: &ConvertArgs, out: &mut Output<'_>) -> Result<(), CliErro
     let trace_id = args.output.file_name().and_then(|name| name.to_str()).unwrap_or_default().to_owned();
     let since_1970 = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
     let options = V1Options { trace_id, created_unix: since_1970.as_secs_f64(), records_per_chunk: 4096 };
-    let written = write_ultra_ep_v1(&trace, folder, &options).map_err(CliError::input)?;
+    let written = write_ultra_ep_v1(&trace, folder, &options).map_err(|error| match error {
+        ImportError::Io { path, source } if path != trace => write_error(&path)(source),
+        error => CliError::input(error),
+    })?;
+    written.ending.iter().for_each(note);
     note(
         "the v1 layout has no place for sources, policies, digests, top-k ids and what a slot held: they are left out",
     );
@@ -341,9 +349,4 @@ fn convert_to_v1(args: &ConvertArgs, out: &mut Output<'_>) -> Result<(), CliErro
     let (records, chunks) = (written.records as usize, written.chunks as usize);
     writeln!(out, "{}: {} in {}", manifest.display(), plural(records, "record"), plural(chunks, "chunk"))?;
     Ok(())
-}
-
-fn write_error(path: &Path) -> impl FnOnce(std::io::Error) -> CliError {
-    let path = path.to_owned();
-    move |error| CliError::input(ImportError::Io { path, source: error })
 }

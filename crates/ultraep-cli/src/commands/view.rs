@@ -9,11 +9,13 @@ use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
 use ultraep_baselines::PolicyKind;
+use ultraep_import::OutputFile;
 use ultraep_plan::Ratio;
 use ultraep_replay::LeastQuota;
 use ultraep_view::{Settings, ViewError, Viewer};
 
-use super::recordings::SourceArgs;
+use super::recordings::{ReadingArgs, SourceArgs};
+use super::write_error;
 use crate::error::{CliError, note};
 use crate::options;
 use crate::output::Output;
@@ -21,11 +23,8 @@ use crate::output::Output;
 /// How loads are brought to a group, and planned where no plan was recorded.
 #[derive(Debug, clap::Args)]
 pub(crate) struct ViewSettings {
-    /// Leave out the engine's profiling run at the beginning of a vLLM log
-    #[arg(long)]
-    drop_dummy_run: bool,
-    #[arg(long, value_name = "E", value_parser = options::experts(), help = options::RECORDED_EXPERTS)]
-    experts: Option<usize>,
+    #[command(flatten)]
+    reading: ReadingArgs,
     #[command(flatten)]
     sources: SourceArgs,
     #[arg(long, value_name = "N", value_parser = options::ranks(),
@@ -102,11 +101,10 @@ impl ViewSettings {
         let grouping = self.sources.grouping(0, 0);
         Settings {
             ranks: self.ranks,
-            experts: self.experts,
             microbatch_tokens: grouping.microbatch_tokens,
             rule: grouping.rule,
             scale: grouping.scale,
-            drop_dummy_run: self.drop_dummy_run,
+            reading: self.reading.options(),
             policy: self.policy,
             slots: self.slots,
             domain_ranks: self.domain,
@@ -173,10 +171,7 @@ fn listen(host: &str, port: u16) -> Result<TcpListener, CliError> {
 }
 
 pub(crate) fn report(args: &ReportArgs, out: &mut Output<'_>) -> Result<(), CliError> {
-    if args.output.exists() {
-        let path = args.output.display();
-        return Err(CliError::Input(format!("{path}: exists: allowed is a name that is free")));
-    }
+    let output = OutputFile::new(&args.output).map_err(write_error(&args.output))?;
     let bar = spinner("opening");
     let style =
         ProgressStyle::with_template("{bar:30} {human_pos}/{human_len} records {eta}").map_err(CliError::failure)?;
@@ -189,9 +184,8 @@ pub(crate) fn report(args: &ReportArgs, out: &mut Output<'_>) -> Result<(), CliE
     };
     let html = ultraep_view::report(&args.path, &args.settings.settings(), &show).map_err(view_error)?;
     bar.finish_and_clear();
-    let refuse = |error: std::io::Error| CliError::Failure(format!("{}: {error}", args.output.display()));
-    let mut file = std::fs::File::create_new(&args.output).map_err(refuse)?;
-    file.write_all(html.as_bytes()).map_err(refuse)?;
+    let written = output.file().and_then(|mut file| file.write_all(html.as_bytes()));
+    written.and_then(|()| output.finish()).map_err(write_error(&args.output))?;
     writeln!(out, "{}: {} bytes", args.output.display(), html.len())?;
     Ok(())
 }

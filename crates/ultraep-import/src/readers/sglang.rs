@@ -83,6 +83,11 @@ pub(crate) fn open(path: &Path, options: &OpenOptions) -> Result<Box<dyn Recordi
 
 /// The tensors of a detail file.
 fn records(pickle: &Pickle) -> Result<(Sources, Vec<Part>), Problem> {
+    let names = ["physical_to_logical_map", "logical_to_all_physical_map", "logical_to_physical_map"];
+    let placement = names.into_iter().find(|name| pickle.value(pickle.root(), name).is_some());
+    if let (Some(name), None) = (placement, pickle.value(pickle.root(), "records")) {
+        return Err(Problem::Placement(name.to_owned()));
+    }
     let Some(Object::List(records)) = pickle.value(pickle.root(), "records") else {
         return Err(Problem::Missing("logical_count and no records".to_owned()));
     };

@@ -5,13 +5,13 @@ use std::path::{Path, PathBuf};
 use ultraep_run::RunReader;
 use ultraep_trace::{Record, TraceReader};
 
-use crate::input::{BoxedInput, open_input};
+use crate::input::{Input, open_input};
 use crate::{Format, ImportError, OpenOptions, Piece, Recording, RecordingInfo, Sources};
 
 struct Uet {
     info: RecordingInfo,
     path: PathBuf,
-    reader: TraceReader<BoxedInput>,
+    reader: TraceReader<Input>,
     record: Record,
 }
 

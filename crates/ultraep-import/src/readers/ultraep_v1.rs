@@ -12,6 +12,7 @@ use serde::Deserialize;
 
 use crate::archive::Archive;
 use crate::chain::Chain;
+use crate::detect::Reader;
 use crate::error::{count, layer_id};
 use crate::input::read_whole;
 use crate::npy::{self, Element, Header};
@@ -73,7 +74,7 @@ pub(crate) fn open_manifest(path: &Path, options: &OpenOptions) -> Result<Box<dy
         return Err(refuse(Problem::Limit { what: "chunks, at least 1:", got: chunks, max: MAX_CHUNKS }));
     }
     let paths = (0..chunks).map(|chunk| path.with_file_name(format!("{trace_id}.chunk{chunk:06}.npz"))).collect();
-    Chain::open(paths, open_chunk, options)
+    Chain::open(paths, Reader::V1Chunk, options)
 }
 
 fn parse_metadata(text: &[u8]) -> Result<Metadata, Problem> {
@@ -102,6 +103,10 @@ pub(crate) fn open_chunk(path: &Path, options: &OpenOptions) -> Result<Box<dyn R
     })?;
     let name = "pre_logical_loads";
     let (header, loads) = read_array(&mut archive, name)?;
+    if !matches!(header.element, Element::Integer { .. }) {
+        let got = format!("{:?}", header.element);
+        return Err(archive.refuse(name, Problem::differs("elements", got, "integers")));
+    }
     let &[rows, experts] = header.shape.as_slice() else {
         return Err(
             archive.refuse(name, Problem::differs("shape", format!("{:?}", header.shape), "[records, experts]"))
