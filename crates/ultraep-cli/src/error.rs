@@ -35,9 +35,11 @@ impl CliError {
             return Ok(());
         }
         let text = error.to_string();
-        let paragraph = text.split("\n\n").next().unwrap_or_default();
-        let line = paragraph.split_whitespace().collect::<Vec<_>>().join(" ");
-        Err(Self::Input(line.trim_start_matches("error: ").to_owned()))
+        let mut paragraphs = text.split("\n\n").map(|p| p.split_whitespace().collect::<Vec<_>>().join(" "));
+        let line = paragraphs.next().unwrap_or_default();
+        let tip = paragraphs.find(|paragraph| paragraph.starts_with("tip: ")).unwrap_or_default();
+        let tip = if tip.is_empty() { tip } else { format!(" ({tip})") };
+        Err(Self::Input(format!("{}{tip}", line.trim_start_matches("error: "))))
     }
 
     /// Prints the error and gives its exit code. A reader that went away is no error.
@@ -46,7 +48,9 @@ impl CliError {
             return ExitCode::SUCCESS;
         }
         // Nothing can be done when stderr is gone too.
-        let _ = writeln!(io::stderr(), "error: {self}");
+        let meant = crate::suggest::suggestion(&self.to_string());
+        let meant = meant.map_or_else(String::new, |name| format!(" (did you mean {name:?}?)"));
+        let _ = writeln!(io::stderr(), "error: {self}{meant}");
         match self {
             Self::Input(_) => ExitCode::from(2),
             Self::Failure(_) | Self::Output(_) => ExitCode::from(1),

@@ -13,6 +13,7 @@ mod input;
 mod options;
 mod output;
 mod picture;
+mod suggest;
 mod svg;
 mod table;
 mod timing;
@@ -20,7 +21,7 @@ mod timing;
 use std::io::{self, BufWriter, Write};
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{CommandFactory, Parser};
 
 use commands::Command;
 use error::CliError;
@@ -45,6 +46,11 @@ pub(crate) struct Cli {
 }
 
 const EXIT_CODES: &str = "Exit codes: 0 success, 1 failure, 2 usage or bad input.";
+
+/// The parser, for completions and manual pages.
+pub(crate) fn command() -> clap::Command {
+    Cli::command()
+}
 
 fn main() -> ExitCode {
     let result = match Cli::try_parse() {

@@ -59,6 +59,12 @@ impl<'a> Output<'a> {
         Ok(())
     }
 
+    /// Writes text that is a result of its own, neither prose nor table.
+    pub(crate) fn text(&mut self, text: &[u8]) -> Result<(), CliError> {
+        self.stdout.write_all(text)?;
+        Ok(())
+    }
+
     /// Writes prose in lines that fit, broken between words.
     pub(crate) fn wrapped(&mut self, text: &str) -> Result<(), CliError> {
         for line in crate::table::wrap(text, self.width.unwrap_or(MOST_PROSE).min(MOST_PROSE)) {

@@ -82,6 +82,11 @@ impl Cell {
         Self { text: pretty(ns), plain: ns.to_string() }
     }
 
+    /// A size, shown in MiB or GiB.
+    pub(crate) fn bytes(bytes: u64) -> Self {
+        Self { text: pretty_bytes(bytes), plain: bytes.to_string() }
+    }
+
     /// A value shown in its own way.
     pub(crate) fn shown(text: impl Into<String>, plain: impl ToString) -> Self {
         Self { text: text.into(), plain: plain.to_string() }
@@ -96,6 +101,15 @@ impl Cell {
 impl<T: Into<String>> From<T> for Cell {
     fn from(text: T) -> Self {
         Self::text(text)
+    }
+}
+
+/// Bytes for people.
+pub(crate) fn pretty_bytes(bytes: u64) -> String {
+    const UNITS: [(u64, &str); 3] = [(1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")];
+    match UNITS.into_iter().find(|&(unit, _)| bytes >= unit) {
+        Some((unit, name)) => format!("{:.1} {name}", bytes as f64 / unit as f64),
+        None => format!("{bytes} B"),
     }
 }
 
@@ -301,5 +315,13 @@ mod tests {
         let text = table().to_markdown();
         assert!(text.contains("| none \\| masters | 0.667 | 1.23 ms | 50.0% |\n|  | 1.000 | 999 ns | - |\n"), "{text}");
         assert!(text.contains("| --- | ---: |") && text.contains("* predicted: forward of a layer"), "{text}");
+    }
+
+    #[test]
+    fn sizes_are_for_people() {
+        assert_eq!(
+            [0, 1023, 1024, 3 << 20, 5 << 30].map(pretty_bytes),
+            ["0 B", "1023 B", "1.0 KiB", "3.0 MiB", "5.0 GiB"]
+        );
     }
 }

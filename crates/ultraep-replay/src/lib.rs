@@ -11,6 +11,7 @@
 #![forbid(unsafe_code)]
 
 mod anatomy;
+mod break_even;
 mod engine;
 mod evaluate;
 mod hardware;
@@ -19,6 +20,7 @@ mod quota;
 mod replan;
 
 pub use anatomy::{Anatomy, AnatomyError, Planned, imbalance, plan_of_record};
+pub use break_even::break_even;
 pub use engine::{ReplayError, Scenario, replay};
 pub use evaluate::{EvaluateError, Evaluated, Evaluator, Finer, NowNs, quotient, untimed};
 pub use hardware::{ExpertShape, Hardware, HardwareError};

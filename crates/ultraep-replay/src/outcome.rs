@@ -171,6 +171,8 @@ pub struct Outcomes {
     pub finer: (u64, f64),
     /// Plans that reach the target or a proven lower bound in every domain.
     pub proven: u64,
+    /// Of those, plans that a proven lower bound above the target keeps from it in some domain.
+    pub at_bound: u64,
     /// Microbatches that the policy cannot serve.
     pub refused: u64,
     /// Why the first.
@@ -200,7 +202,10 @@ impl Outcomes {
         self.min_quotas = joined(self.min_quotas, Some((evaluated.min_quota, evaluated.min_quota)));
         let is_proven =
             |stop| matches!(stop, StopReason::AlreadyBalanced | StopReason::TargetReached | StopReason::LowerBound);
-        self.proven += u64::from(plan.domains().iter().all(|d| is_proven(d.stop)));
+        let is_all_proven = plan.domains().iter().all(|d| is_proven(d.stop));
+        self.proven += u64::from(is_all_proven);
+        let is_at_bound = plan.domains().iter().any(|d| d.stop == StopReason::LowerBound);
+        self.at_bound += u64::from(is_all_proven && is_at_bound);
         self.keep_worst(Worst { imbalance, ..place });
     }
 
@@ -240,6 +245,7 @@ impl Outcomes {
         self.min_quotas = joined(self.min_quotas, other.min_quotas);
         self.finer = (self.finer.0 + other.finer.0, self.finer.1 + other.finer.1);
         self.proven += other.proven;
+        self.at_bound += other.at_bound;
         self.refused += other.refused;
         self.refusal = self.refusal.take().or(other.refusal);
         other.worst.into_iter().for_each(|worst| self.keep_worst(worst));

@@ -1,13 +1,18 @@
 //! The commands, one file each.
 
+mod advise;
 mod bench;
+mod check;
 mod compare;
 mod load;
 mod moved;
+mod pass;
+mod placement;
 mod plan;
 mod recordings;
 mod replay;
 mod serving;
+mod shell;
 mod sim;
 mod trace;
 mod train;
@@ -35,6 +40,10 @@ pub(crate) enum Command {
     Load(load::Args),
     /// Replay a recording: what every policy would have made of its load
     Replay(Box<replay::Args>),
+    /// Say what balancing is worth for a recording, on one page: slots, domain, memory, break-even
+    Advise(Box<advise::Args>),
+    /// Judge a placement by a load, beside what ours would be
+    Check(Box<check::Args>),
     /// Simulate training and prefill on a rack, beside what was published
     Sim(sim::Args),
     /// Serve completions over HTTP: chunked prefill, every layer of every batch balanced
@@ -53,6 +62,10 @@ pub(crate) enum Command {
     /// Measure how long planning, splitting, rerouting, weight sync and grad reduce take
     #[command(subcommand, arg_required_else_help = false)]
     Bench(bench::Bench),
+    /// Print the completions of a shell
+    Completions(shell::CompletionsArgs),
+    /// Write the manual pages
+    Man(shell::ManArgs),
     /// One rank of a training run, started by `train --fabric processes`
     #[command(hide = true)]
     Rank(train::RankArgs),
@@ -67,6 +80,8 @@ impl Command {
             Self::Compare(args) => compare::run(args, out),
             Self::Load(args) => load::run(args),
             Self::Replay(args) => replay::run(args, out),
+            Self::Advise(args) => advise::run(args, out),
+            Self::Check(args) => check::run(args, out),
             Self::Serve(args) => serving::serve(args, out),
             Self::Loadtest(args) => serving::loadtest(args, out),
             Self::PrefillBench(args) => serving::bench(args, out),
@@ -75,6 +90,8 @@ impl Command {
             Self::View(args) => view::view(args, out),
             Self::Report(args) => view::report(args, out),
             Self::Bench(bench) => bench.run(out),
+            Self::Completions(args) => shell::completions(args, out),
+            Self::Man(args) => shell::man(args, out),
         }
     }
 }

@@ -4,14 +4,16 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use serde::Serialize;
+use ultraep_advise::Totals;
 use ultraep_baselines::{PolicyKind, PolicyParams};
 use ultraep_load::LoadMatrix;
+use ultraep_placement::{Method, Sharing};
 use ultraep_plan::{
-    Expert, FULL_SPEED, MAX_TOKENS, Plan, PlanReport, Prediction, Problem, Rank, SplitWorkspace, StopReason, Topology,
-    split_source,
+    Expert, FULL_SPEED, Plan, PlanReport, Prediction, Problem, Rank, SplitWorkspace, StopReason, Topology, split_source,
 };
-use ultraep_replay::{Evaluated, Evaluator, LeastQuota, Scenario, quotient};
+use ultraep_replay::{Evaluated, Evaluator, LeastQuota, Scenario, break_even, quotient};
 
+use super::placement::PlacementArgs;
 use super::recordings::LoadArgs;
 use super::{PerRank, finer, quota_words, write_json};
 use crate::error::{CliError, note};
@@ -39,6 +41,8 @@ pub(crate) struct Args {
     params: PolicyArgs,
     #[command(flatten)]
     hardware: HardwareArgs,
+    #[command(flatten)]
+    placement: PlacementArgs,
     /// Say which source's tokens go to which instance
     #[arg(long)]
     split: bool,
@@ -75,7 +79,12 @@ pub(crate) fn run(args: &Args, out: &mut Output<'_>) -> Result<(), CliError> {
     let plan = evaluator.plan();
     let answer =
         Answer { args, topology: &topology, counts: &counts, plan, outcome: &outcome, prediction, pays_from, hint };
-    if args.json { write_json(out, &answer.json()?) } else { answer.print(out) }
+    if args.json {
+        write_json(out, &answer.json()?)?
+    } else {
+        answer.print(out)?
+    }
+    if args.placement.out.is_none() { Ok(()) } else { place(args, &topology, load.counts()) }
 }
 
 /// The one load that is planned.
@@ -92,35 +101,13 @@ fn one_load(args: &Args) -> Result<LoadMatrix, CliError> {
     }
 }
 
-/// Routed tokens a rank from which on the policy's plan is predicted to take less time than masters only, for a load of this
-/// form: the size is halved or doubled until the answer changes. `None` when no size up to the limits pays.
-fn break_even(scenario: &Scenario, counts: &[u32]) -> Result<Option<u64>, CliError> {
-    let mut ours = Evaluator::new(scenario, now_ns)?;
-    let mut none = Evaluator::new(&Scenario { kind: PolicyKind::None, ..scenario.clone() }, now_ns)?;
-    let total: u64 = counts.iter().map(|&c| u64::from(c)).sum();
-    // Sizes are powers of two over and under this one.
-    let tokens = |size: i32| if size < 0 { total >> -size } else { total << size };
-    let mut pays = |size: i32| -> Result<bool, CliError> {
-        let scaled = |&c: &u32| if size < 0 { c >> -size } else { c << size };
-        let counts: Vec<u32> = counts.iter().map(scaled).collect();
-        ours.microbatch(&counts, 1)?;
-        none.microbatch(&counts, 1)?;
-        Ok(ours.predict().total_ps() < none.predict().total_ps())
-    };
-    let mut size = 0;
-    if pays(size)? {
-        while tokens(size - 1) > 0 && pays(size - 1)? {
-            size -= 1;
-        }
-    } else {
-        while !pays(size)? {
-            size += 1;
-            if total == 0 || tokens(size) > u64::from(MAX_TOKENS) {
-                return Ok(None);
-            }
-        }
-    }
-    Ok(Some(tokens(size) / scenario.topology.ranks() as u64))
+/// One static placement for the load, which engines share evenly.
+fn place(args: &Args, topology: &Topology, counts: &[u32]) -> Result<(), CliError> {
+    let mut totals = Totals::default();
+    totals.add_counts(0, counts, topology.experts());
+    let map = totals.place(topology, Method::Search).map_err(CliError::input)?;
+    let imbalance = Sharing::of_counts(&map, 0, counts).map_or(0.0, |sharing| sharing.imbalance());
+    args.placement.save(&map, &format!("imbalance on this load {imbalance:.4}"))
 }
 
 /// A plan and what it was made for.

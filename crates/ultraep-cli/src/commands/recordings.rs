@@ -91,11 +91,28 @@ impl LoadArgs {
     }
 }
 
+/// The load that something else is judged by.
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct LoadPaths {
+    /// The load: a recording, as replay takes it
+    #[arg(long = "load", required = true, value_name = "TRACE", num_args = 1..)]
+    loads: Vec<PathBuf>,
+    #[command(flatten)]
+    reading: ReadingArgs,
+}
+
+impl LoadPaths {
+    /// As a recording.
+    pub(crate) fn recording(&self) -> RecordingArgs {
+        RecordingArgs { paths: self.loads.clone(), reading: self.reading.clone(), inputs: OnceCell::new() }
+    }
+}
+
 /// How microbatches are made where single tokens are recorded.
 #[derive(Clone, Copy, Debug, clap::Args)]
 pub(crate) struct SourceArgs {
     /// Tokens of a microbatch over all ranks, where single tokens are recorded
-    #[arg(long, default_value_t = 8192, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..=1 << 24))]
+    #[arg(long, default_value_t = MICROBATCH_TOKENS, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..=1 << 24))]
     microbatch_tokens: u32,
     /// How tokens without a recorded rank are given to ranks: blocks or round-robin
     #[arg(long, default_value = "blocks", value_name = "RULE", value_parser = source_rule)]
@@ -111,6 +128,17 @@ fn source_rule(text: &str) -> Result<SourceRule, String> {
 }
 
 impl RecordingArgs {
+    /// Its arguments as a user types them.
+    pub(crate) fn as_typed(&self) -> String {
+        let mut words: Vec<String> = self.paths.iter().map(|path| quoted(&path.display().to_string())).collect();
+        let ReadingArgs { reading, array, drop_dummy_run, experts } = &self.reading;
+        words.extend(reading.map(|reading| format!("--as {}", reading.name())));
+        words.extend(array.iter().map(|array| format!("--array {}", quoted(array))));
+        words.extend(drop_dummy_run.then(|| "--drop-dummy-run".to_owned()));
+        words.extend(experts.map(|experts| format!("--experts {experts}")));
+        words.join(" ")
+    }
+
     /// Opens the recording from its beginning.
     pub(crate) fn open(&self, options: &OpenOptions) -> Result<Box<dyn Recording>, CliError> {
         let options = OpenOptions { bytes_read: options.bytes_read.clone(), ..self.reading.options() };
@@ -178,7 +206,35 @@ impl RecordingArgs {
     }
 }
 
+/// A word for a shell.
+fn quoted(word: &str) -> String {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_./+:@%,".contains(c);
+    match !word.is_empty() && word.chars().all(is_plain) {
+        true => word.to_owned(),
+        false => format!("'{}'", word.replace('\'', "'\\''")),
+    }
+}
+
+/// What a microbatch holds where nobody says.
+const MICROBATCH_TOKENS: u32 = 8192;
+
 impl SourceArgs {
+    /// What differs from the defaults, as a user types it, with a space before each.
+    pub(crate) fn as_typed(&self) -> String {
+        let &Self { microbatch_tokens, sources, scale } = self;
+        let mut words = String::new();
+        if microbatch_tokens != MICROBATCH_TOKENS {
+            words += &format!(" --microbatch-tokens {microbatch_tokens}");
+        }
+        if sources != SourceRule::default() {
+            words += &format!(" --sources {}", sources.name());
+        }
+        if scale != 1 {
+            words += &format!(" --scale {scale}");
+        }
+        words
+    }
+
     pub(crate) fn grouping(&self, ranks: usize, experts: usize) -> Grouping {
         let &Self { microbatch_tokens, sources: rule, scale } = self;
         Grouping { ranks, experts, microbatch_tokens: microbatch_tokens as usize, rule, scale }

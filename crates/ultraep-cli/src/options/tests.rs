@@ -16,11 +16,13 @@ enum Difference {
 }
 
 /// Options that differ on purpose.
-const EXCEPTIONS: [(&str, Difference, &str); 4] = [
+const EXCEPTIONS: [(&str, Difference, &str); 6] = [
     ("policy", Difference::Bounds, "one load may be planned by the bound; nothing can be trained or served with it"),
     ("min-quota", Difference::Bounds, "auto needs a load: training and serving plan before they know any"),
     ("seed", Difference::Bounds, "plan files of the simulator hold 32 bits"),
     ("svg", Difference::Everything, "the simulator writes a plot a metric, and so into a folder"),
+    ("layers", Difference::Everything, "a recording has layers to show, a model to train is given some"),
+    ("model", Difference::Everything, "advise names a model, bench asks for the model of transfers"),
 ];
 
 /// An option where it stands.

@@ -5,24 +5,26 @@ mod report;
 mod single;
 
 use std::path::PathBuf;
-use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::str::FromStr;
+use std::time::Instant;
 
-use indicatif::{ProgressBar, ProgressStyle};
-use ultraep_baselines::{HistoryParams, PolicyKind, PolicyParams};
-use ultraep_import::{Leftover, Microbatches, OpenOptions, RecordingInfo};
+use ultraep_advise::{Judge, Totals};
+use ultraep_baselines::{HistoryParams, ParsePolicyError, PolicyKind, PolicyParams};
+use ultraep_import::RecordingInfo;
+use ultraep_placement::Method;
 use ultraep_plan::{HardwareModel, Ratio, Topology, TopologySpec};
-use ultraep_replay::{ExpertShape, Hardware, LeastQuota, Outcomes, Scenario, replay};
+use ultraep_replay::{ExpertShape, Hardware, LeastQuota, Scenario};
 
 use self::report::Replay;
-use super::recordings::{RecordingArgs, SourceArgs, grouping_error};
+use super::pass::{Pass, progress_bar};
+use super::placement::PlacementArgs;
+use super::recordings::{RecordingArgs, SourceArgs};
 use super::train::cores;
 use super::write_json;
 use crate::error::{CliError, note};
 use crate::input::policy_list;
 use crate::options;
 use crate::output::Output;
-use crate::timing::now_ns;
 
 /// Arguments of `ultraep replay`.
 #[derive(Debug, clap::Args)]
@@ -63,6 +65,14 @@ pub(crate) struct Args {
     /// Draw imbalance over microbatches and by layer, a line for each policy
     #[arg(long, value_name = "FILE", conflicts_with = "only")]
     svg: Option<PathBuf>,
+    /// Layers to show instead of the frontier: all, or a list as 0,5,7
+    #[arg(long, value_name = "all|LAYERS", value_parser = Layers::from_str, conflicts_with = "only")]
+    layers: Option<Layers>,
+    /// Order of the table by layer: layer, or the name of a policy, most imbalanced first
+    #[arg(long, default_value = "layer", value_name = "layer|POLICY", value_parser = sort, requires = "layers")]
+    sort: Sort,
+    #[command(flatten)]
+    placement: PlacementArgs,
     /// Plan this microbatch alone, with all that follows from each plan
     #[arg(long, value_name = "STEP/MICROBATCH/LAYER")]
     only: Option<Place>,
@@ -71,6 +81,49 @@ pub(crate) struct Args {
     /// JSON (schema ultraep.replay/1) instead of tables
     #[arg(long)]
     json: bool,
+}
+
+/// Which layers a table shows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Layers {
+    All,
+    These(Vec<u32>),
+}
+
+impl FromStr for Layers {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "all" {
+            return Ok(Self::All);
+        }
+        let layers = text.split(',').map(str::parse).collect::<Result<_, _>>();
+        layers.map(Self::These).map_err(|_| "allowed are all and numbers of layers, as 0,5,7".to_owned())
+    }
+}
+
+impl Layers {
+    fn has(&self, layer: u32) -> bool {
+        match self {
+            Self::All => true,
+            Self::These(layers) => layers.contains(&layer),
+        }
+    }
+}
+
+/// The order of layers: by their numbers, or by a policy's imbalance.
+fn sort(text: &str) -> Result<Sort, String> {
+    match text {
+        "layer" => Ok(Sort::Layer),
+        policy => policy.parse().map(Sort::Policy).map_err(|error: ParsePolicyError| error.to_string()),
+    }
+}
+
+/// Order of a table by layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Sort {
+    Layer,
+    Policy(PolicyKind),
 }
 
 /// Which microbatch of which layer.
@@ -87,7 +140,7 @@ impl std::fmt::Display for Place {
     }
 }
 
-impl std::str::FromStr for Place {
+impl FromStr for Place {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
@@ -111,13 +164,12 @@ const EXAMPLES: &str = "Examples:
   ultraep replay log.jsonl.gz --drop-dummy-run --ranks 8,16,32 --slots 1,2,4 --min-quota 1
   ultraep replay runs/2026-11-24T14-39-16Z --policies none,eplb,ultraep --slots 2 --svg replay.svg
   ultraep replay runs/2026-11-24T14-39-16Z --only 12/0/3 --slots 1,2,4
+  ultraep replay runs/2026-11-24T14-39-16Z --layers all --sort none --slots 2 --policies none,eplb,ultraep
+  ultraep replay log.jsonl.gz --ranks 16 --slots 2 --out placement.json --for sglang
   ultraep replay prompts/ --ranks 32 --microbatch-tokens 512 --scale 16 --hardware h100x8 --domain 8";
 
 /// Sizes of the group tried where the recording does not know its own.
 const DEFAULT_RANKS: [usize; 4] = [8, 16, 32, 64];
-
-/// Microbatches between two looks at the progress bar.
-const SHOW_EVERY: u64 = 64;
 
 /// Most scenarios in one replay.
 const MAX_SCENARIOS: usize = 4096;
@@ -133,15 +185,25 @@ pub(crate) fn run(args: &Args, out: &mut Output<'_>) -> Result<(), CliError> {
     // Every size of the group reads the recording once.
     let bar = progress_bar(args.recording.bytes().saturating_mul(sizes.len() as u64));
     let mut replay = Replay::new(args.recording.title(), &info, experts, hardware.as_ref());
+    args.check_placement(&sizes)?;
+    let threads = args.threads.unwrap_or_else(cores);
+    let (mut totals, mut group) = (Totals::default(), None);
     for ranks in sizes {
         let scenarios = args.scenarios(ranks, experts, hardware.as_ref(), &mut replay.notes);
         if scenarios.is_empty() {
             continue;
         }
         replay.notes.extend(args.sources.grouping(ranks, experts).describe_sources(info.sources));
-        let (outcomes, leftover, ending) = args.replay_for(ranks, experts, &scenarios, &bar)?;
-        replay.notes.extend(leftover_note(leftover));
-        replay.notes.extend(ending);
+        let pass = Pass { recording: &args.recording, sources: &args.sources, threads, bar: &bar };
+        let passed = pass.run((ranks, experts), &scenarios, |microbatch| {
+            if args.placement.out.is_some() {
+                totals.add(microbatch, experts);
+            }
+            Ok(())
+        })?;
+        let outcomes = passed.outcomes;
+        replay.notes.extend(passed.notes);
+        group = scenarios.first().map(|scenario| scenario.topology.clone());
         replay.add(&scenarios, outcomes);
     }
     bar.finish_and_clear();
@@ -155,10 +217,43 @@ pub(crate) fn run(args: &Args, out: &mut Output<'_>) -> Result<(), CliError> {
         }
         note(format_args!("wrote {}", path.display()));
     }
-    if args.json { write_json(out, &replay) } else { replay.print(out) }
+    match (args.json, &args.layers) {
+        (true, _) => write_json(out, &replay)?,
+        (false, Some(layers)) => replay.print_layers(layers, args.sort, out)?,
+        (false, None) => replay.print(out)?,
+    }
+    match group.filter(|_| args.placement.out.is_some()) {
+        Some(group) => args.place(&totals, &group),
+        None => Ok(()),
+    }
 }
 
 impl Args {
+    /// A placement is for one group.
+    fn check_placement(&self, sizes: &[usize]) -> Result<(), CliError> {
+        if self.placement.out.is_none() || (sizes.len() == 1 && self.slots.len() == 1 && self.domain.len() <= 1) {
+            return Ok(());
+        }
+        let reason = "--out: a placement is for one group: give one --ranks, one --slots and at most one --domain";
+        Err(CliError::Input(reason.to_owned()))
+    }
+
+    /// One static placement for the whole recording.
+    fn place(&self, totals: &Totals, group: &Topology) -> Result<(), CliError> {
+        let map = totals.place(group, Method::Search).map_err(CliError::input)?;
+        let layers: Vec<u32> = totals.layers().collect();
+        let mut judge = Judge::new(map.clone(), &layers).map_err(CliError::input)?;
+        let bar = progress_bar(self.recording.bytes());
+        let threads = self.threads.unwrap_or_else(cores);
+        let pass = Pass { recording: &self.recording, sources: &self.sources, threads, bar: &bar };
+        pass.run((group.ranks(), group.experts()), &[], |microbatch| judge.add(microbatch).map_err(CliError::input))?;
+        bar.finish_and_clear();
+        let all = judge.all();
+        let imbalance =
+            format!("imbalance on this load {:.4} mean, {:.3} worst", all.imbalance.mean(), all.imbalance.largest);
+        self.placement.save(&map, &imbalance)
+    }
+
     fn ranks_for(&self, info: &RecordingInfo, experts: usize) -> Vec<usize> {
         match info.ranks {
             _ if !self.ranks.is_empty() => self.ranks.clone(),
@@ -219,55 +314,9 @@ impl Args {
         params.lplb.history = history;
         params
     }
-
-    /// One pass over the recording for one size of the group.
-    fn replay_for(
-        &self,
-        ranks: usize,
-        experts: usize,
-        scenarios: &[Scenario],
-        bar: &ProgressBar,
-    ) -> Result<(Vec<Outcomes>, Leftover, Option<String>), CliError> {
-        let options = OpenOptions::default();
-        let before = bar.position();
-        let mut recording = self.recording.open(&options)?;
-        let mut microbatches =
-            Microbatches::new(&mut *recording, self.sources.grouping(ranks, experts)).map_err(grouping_error)?;
-        let threads = self.threads.unwrap_or_else(cores);
-        let mut microbatches_read = 0_u64;
-        let outcomes = replay(scenarios, threads, now_ns, |microbatch| {
-            if microbatches_read.is_multiple_of(SHOW_EVERY) {
-                bar.set_position(before + options.bytes_read.load(Ordering::Relaxed));
-                bar.set_message(format!("EP{ranks}, {} plans", microbatches_read * scenarios.len() as u64));
-            }
-            microbatches_read += 1;
-            microbatches.next(microbatch)
-        })?;
-        bar.set_position(before + options.bytes_read.load(Ordering::Relaxed));
-        let leftover = microbatches.leftover();
-        Ok((outcomes, leftover, recording.ending()))
-    }
 }
 
 /// Whether slots make a difference to a policy.
 fn has_slots(kind: PolicyKind) -> bool {
     !matches!(kind, PolicyKind::None | PolicyKind::Ideal | PolicyKind::Llep | PolicyKind::MoonEp)
-}
-
-fn leftover_note(leftover: Leftover) -> Option<String> {
-    let Leftover { tokens, used_tokens } = leftover;
-    (tokens > 0).then(|| {
-        format!("{tokens} tokens at the ends of layers fill no microbatch and are left out; {used_tokens} are used")
-    })
-}
-
-/// Shown on a terminal only.
-fn progress_bar(bytes: u64) -> ProgressBar {
-    let bar = ProgressBar::new(bytes);
-    match ProgressStyle::with_template("{bar:30} {bytes}/{total_bytes} {msg} {eta}") {
-        Ok(style) => bar.set_style(style),
-        Err(error) => note(error),
-    }
-    bar.enable_steady_tick(Duration::from_millis(200));
-    bar
 }

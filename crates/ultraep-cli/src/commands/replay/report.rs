@@ -9,8 +9,8 @@ use ultraep_import::RecordingInfo;
 use ultraep_plan::Rank;
 use ultraep_replay::{Hardware, LeastQuota, Outcomes, Scenario, Series, Worst, quotient};
 
-use super::has_slots;
 use super::plot::{Curve, Group};
+use super::{Layers, Sort, has_slots};
 
 use crate::commands::quota_words;
 use crate::error::CliError;
@@ -66,11 +66,17 @@ struct Line {
     wasted_copies: u64,
     /// Share of plans that reach the target or a proven lower bound; `None` for policies that do not search.
     proven_share: Option<f64>,
+    /// Share of plans that a proven lower bound above the target ends: no slot more would help at this least quota.
+    bound_share: Option<f64>,
+    /// Bytes of weights that a rank's slots hold, once for all layers.
+    slot_bytes_per_rank: u64,
     solve_ns_p50: f64,
     solve_ns_p95: f64,
     predicted_ns_mean: f64,
     /// Predicted time of `none` in the same group over this one's.
     predicted_speedup: Option<f64>,
+    /// Predicted time of `ideal` in the same group over this one's.
+    share_of_ideal: Option<f64>,
     /// Plans that a least quota of one token would make more even, and the mean imbalance that would lead to.
     finer_plans: u64,
     finer_imbalance_mean: f64,
@@ -80,7 +86,7 @@ struct Line {
     series: Series,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Clone, Copy, Debug, Serialize)]
 struct LayerLine {
     layer: u32,
     plans: u64,
@@ -117,9 +123,12 @@ impl Replay {
         self.plans += lines.iter().map(|line| line.plans).sum::<u64>();
         mark_frontier(lines);
         for index in 0..lines.len() {
-            let none = lines.iter().find(|l| l.policy == PolicyKind::None.name() && l.domain == lines[index].domain);
-            let speedup = none.map(|none| none.predicted_ns_mean / lines[index].predicted_ns_mean);
-            lines[index].predicted_speedup = speedup.filter(|s| s.is_finite());
+            let over = |kind: PolicyKind| {
+                let other = lines.iter().find(|l| l.policy == kind.name() && l.domain == lines[index].domain)?;
+                Some(other.predicted_ns_mean / lines[index].predicted_ns_mean).filter(|quotient| quotient.is_finite())
+            };
+            let (speedup, share) = (over(PolicyKind::None), over(PolicyKind::Ideal));
+            (lines[index].predicted_speedup, lines[index].share_of_ideal) = (speedup, share);
         }
         self.notes.extend(least_quota_notes(lines));
         let mut seen = std::collections::HashSet::new();
@@ -189,6 +198,56 @@ impl Replay {
         Ok(())
     }
 
+    /// Imbalance by layer, a column for each policy and group.
+    pub(super) fn print_layers(&self, layers: &Layers, sort: Sort, out: &mut Output<'_>) -> Result<(), CliError> {
+        let lines: Vec<&Line> = self.scenarios.iter().filter(|line| line.plans > 0).collect();
+        let mut numbers: Vec<u32> = lines.iter().flat_map(|line| line.layers.iter().map(|layer| layer.layer)).collect();
+        numbers.sort_unstable();
+        numbers.dedup();
+        numbers.retain(|&layer| layers.has(layer));
+        if numbers.is_empty() {
+            return Err(CliError::Input("--layers: the recording has none of them; see trace info".to_owned()));
+        }
+        let of = |line: &Line, layer: u32| line.layers.iter().find(|of_layer| of_layer.layer == layer).copied();
+        if let Sort::Policy(kind) = sort {
+            let Some(line) = lines.iter().find(|line| line.policy == kind.name()) else {
+                let all: Vec<&str> = lines.iter().map(|line| line.policy).collect();
+                return Err(CliError::Input(format!(
+                    "--sort {kind:?}: not replayed: allowed are layer, {}",
+                    all.join(", ")
+                )));
+            };
+            let mean = |layer: u32| of(line, layer).map_or(0.0, |of_layer| of_layer.imbalance_mean);
+            numbers.sort_by(|&a, &b| mean(b).total_cmp(&mean(a)).then(a.cmp(&b)));
+        }
+        let mut columns = vec![Column::number("layer", "MoE layer, by the recording's own number")];
+        let help = |at: usize| if at == 0 { "imbalance after balancing: mean over microbatches (worst)" } else { "" };
+        let groups: std::collections::BTreeSet<_> = lines.iter().map(|line| line.group()).collect();
+        columns.extend(lines.iter().enumerate().map(|(at, line)| {
+            let group = match (groups.len(), has_slots(line.kind)) {
+                (1, _) => String::new(),
+                (_, true) => format!("\nEP{}/{}, {} slots", line.ranks, line.domain, line.slots_per_rank),
+                (_, false) => format!("\nEP{}/{}", line.ranks, line.domain),
+            };
+            Column::number(format!("{}{group}", line.policy), help(at))
+        }));
+        let mut table = Table::new(columns);
+        for layer in numbers {
+            let cell = |line: &&Line| {
+                Cell::maybe(of(line, layer), |l| {
+                    Cell::shown(format!("{:.3} ({:.2})", l.imbalance_mean, l.imbalance_worst), l.imbalance_mean)
+                })
+            };
+            table.row(std::iter::once(Cell::count(layer)).chain(lines.iter().map(cell)));
+        }
+        writeln!(out, "{} ({}), {} experts", self.recording, self.format, self.experts)?;
+        out.table(&table)?;
+        for note in &self.notes {
+            out.wrapped(&format!("note: {note}"))?;
+        }
+        Ok(())
+    }
+
     fn frontier(&self) -> Table {
         let has_domains = self.scenarios.iter().any(|line| line.domain != line.ranks);
         let has_quotas = self.scenarios.iter().any(|line| line.min_quota != self.scenarios[0].min_quota);
@@ -209,6 +268,8 @@ impl Replay {
             Column::time("solve p50", "median time to plan").minor(4),
             Column::time("predicted", "forward of a layer on the hardware, mean"),
             Column::number("speedup", "predicted time of none over this one's"),
+            Column::number("of ideal", "predicted time of ideal routing over this one's").minor(3),
+            Column::text("ended by", "target reached; the bound: no slot would help; search: slots may help").minor(2),
         ]);
         let mut table = Table::new(columns);
         for line in self.scenarios.iter().filter(|line| line.plans > 0) {
@@ -231,6 +292,8 @@ impl Replay {
                 Cell::ns(line.solve_ns_p50 as u64),
                 Cell::ns(line.predicted_ns_mean as u64),
                 Cell::maybe(line.predicted_speedup, |speedup| Cell::shown(format!("{speedup:.2}x"), speedup)),
+                Cell::maybe(line.share_of_ideal, Cell::share),
+                Cell::maybe(line.ended_by(), Cell::text),
             ]);
             table.row(row);
         }
@@ -298,7 +361,29 @@ impl Replay {
     }
 }
 
+/// Slots of a rank, none for a policy that they make no difference to.
+fn slots_of(scenario: &Scenario) -> usize {
+    if has_slots(scenario.kind) { scenario.topology.slots(Rank::new(0)) } else { 0 }
+}
+
 impl Line {
+    /// What ended the search, in words: what is most in the way first.
+    fn ended_by(&self) -> Option<String> {
+        let (proven, bound) = (self.proven_share?, self.bound_share?);
+        let percent = |share: f64| format!("{:.0}%", 100.0 * share);
+        let mut words = Vec::new();
+        if proven < 1.0 {
+            words.push(format!("search {}", percent(1.0 - proven)));
+        }
+        if bound > 0.0 {
+            words.push(format!("bound {}", percent(bound)));
+        }
+        if proven > bound {
+            words.push(format!("target {}", percent(proven - bound)));
+        }
+        Some(words.join(", "))
+    }
+
     fn group(&self) -> (usize, usize, usize, LeastQuota) {
         (self.ranks, self.domain, self.slots_per_rank, self.min_quota)
     }
@@ -337,10 +422,13 @@ impl Line {
             max_copies: outcomes.max_copies,
             wasted_copies: outcomes.wasted_copies,
             proven_share: is_search.then(|| quotient((outcomes.proven, plans))),
+            bound_share: is_search.then(|| quotient((outcomes.at_bound, plans))),
+            slot_bytes_per_rank: scenario.params.hardware.expert_bytes * slots_of(scenario) as u64,
             solve_ns_p50: outcomes.solve_ns.quantile(50),
             solve_ns_p95: outcomes.solve_ns.quantile(95),
             predicted_ns_mean: outcomes.predicted_ns_mean(),
             predicted_speedup: None,
+            share_of_ideal: None,
             finer_plans: outcomes.finer.0,
             finer_imbalance_mean: outcomes.finer_mean(),
             layers: outcomes

@@ -6,7 +6,7 @@ use std::io::Write;
 use serde::Serialize;
 use ultraep_import::{Microbatch, Microbatches, OpenOptions};
 use ultraep_plan::Rank;
-use ultraep_replay::{Hardware, LeastQuota, Replan, ReplanError, Scenario, quotient, replan};
+use ultraep_replay::{Hardware, LeastQuota, Replan, ReplanError, Scenario, break_even, quotient, replan};
 
 use super::{Args, Place};
 use crate::commands::recordings::grouping_error;
@@ -48,6 +48,8 @@ struct Line {
     weight_sync_ns: u64,
     direct_weight_sync_ns: u64,
     predicted_ns: u64,
+    /// Routed tokens a rank from which on it is predicted to be faster than masters only, for a load of this form.
+    pays_from: Option<u64>,
     digest: Option<String>,
 }
 
@@ -64,7 +66,12 @@ pub(super) fn run(args: &Args, place: Place, out: &mut Output<'_>) -> Result<(),
         notes.extend(args.sources.grouping(ranks, experts).describe_sources(info.sources));
         let (counts, history) = find(args, place, ranks, experts)?;
         for scenario in &scenarios {
-            plans.push(Line::of(scenario, replan(scenario, &counts, &history))?);
+            let mut line = Line::of(scenario, replan(scenario, &counts, &history))?;
+            // A historical policy's placement does not follow from one load.
+            if line.refusal.is_none() && !scenario.kind.is_historical() && !scenario.kind.forces_routing() {
+                line.pays_from = break_even(scenario, &counts)?;
+            }
+            plans.push(line);
         }
     }
     if plans.is_empty() {
@@ -116,6 +123,7 @@ impl Line {
             weight_sync_ns: 0,
             direct_weight_sync_ns: 0,
             predicted_ns: 0,
+            pays_from: None,
             digest: None,
         };
         match planned {
@@ -154,6 +162,7 @@ impl Replans {
             Column::time("weight sync", "by the planned transfers, chunk by chunk").minor(1),
             Column::time("if direct", "the same if home ranks sent everything").minor(5),
             Column::time("predicted", "forward of the layer by the hardware model"),
+            Column::number("pays from", "routed tokens a rank from which on it beats masters only").minor(2),
         ]);
         for line in self.plans.iter().filter(|line| line.refusal.is_none()) {
             table.row([
@@ -169,6 +178,7 @@ impl Replans {
                 Cell::ns(line.weight_sync_ns),
                 Cell::ns(line.direct_weight_sync_ns),
                 Cell::ns(line.predicted_ns),
+                Cell::maybe(line.pays_from, Cell::count),
             ]);
         }
         out.table(&table)?;

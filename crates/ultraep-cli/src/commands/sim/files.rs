@@ -188,7 +188,7 @@ pub(super) fn machine(name: &str) -> Result<Machine, CliError> {
 }
 
 /// A model, built in or a file.
-pub(super) fn model(name: &str) -> Result<ModelSpec, CliError> {
+pub(in crate::commands) fn model(name: &str) -> Result<ModelSpec, CliError> {
     let model: ModelSpec = parse(name, &find("model", name, &MODELS)?)?;
     if model.dense_layers >= model.layers {
         let ModelSpec { layers, dense_layers, .. } = model;

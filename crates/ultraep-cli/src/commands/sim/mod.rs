@@ -15,6 +15,7 @@ mod training;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+pub(super) use self::files::model;
 use self::files::{PLANS, machine, plan, systems};
 use self::plan_file::{Case, Experiment, Metric, Plan};
 use self::record::{CaseRecord, Record, load_words, rows};
