@@ -13,6 +13,7 @@ mod input;
 mod options;
 mod output;
 mod picture;
+mod shell_word;
 mod suggest;
 mod svg;
 mod table;

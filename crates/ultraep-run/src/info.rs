@@ -26,9 +26,13 @@ pub struct RunInfo {
     /// Steps from which it was taken up again, in order; empty for a run in one piece.
     #[serde(default)]
     pub resumed_from_steps: Vec<u64>,
-    /// The command line, program first.
+    /// How it was taken up, in order: one entry for each of `resumed_from_steps`, or for the other run that it goes on from.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub continued: Vec<Continuation>,
+    /// The command line that began it, program first.
     pub command: Vec<String>,
-    /// Every setting of the run with its value, defaults included; the program that wrote it knows the fields.
+    /// Every setting of the run with its value, defaults included; the program that wrote it knows the fields. Of a run that
+    /// was taken up, as it was the last time.
     pub config: serde_json::Map<String, serde_json::Value>,
     /// Versions: the program, the compiler, the format of the trace.
     pub versions: BTreeMap<String, String>,
@@ -49,12 +53,47 @@ impl RunInfo {
             started,
             ended: None,
             resumed_from_steps: Vec::new(),
+            continued: Vec::new(),
             command: Vec::new(),
             config: serde_json::Map::new(),
             versions: BTreeMap::new(),
             corpus: None,
             profile: None,
         }
+    }
+}
+
+/// A run goes on from a checkpoint.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Continuation {
+    /// Steps that were trained by then.
+    pub step: u64,
+    /// The checkpoint, where it is one of another run; none where the run went on in its own folder.
+    #[serde(default)]
+    pub from: Option<String>,
+    /// The command line, program first.
+    pub command: Vec<String>,
+    /// Settings that are not what they were before.
+    #[serde(default)]
+    pub changed: Vec<SettingChange>,
+}
+
+/// A setting that changed when a run was taken up.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SettingChange {
+    /// Its field in [`RunInfo::config`].
+    pub name: String,
+    /// Its value in the checkpoint.
+    pub before: serde_json::Value,
+    /// Its value from then on.
+    pub after: serde_json::Value,
+}
+
+/// `ranks 8 -> 16`; texts without quotation marks.
+impl fmt::Display for SettingChange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let words = |value: &serde_json::Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+        write!(f, "{} {} -> {}", self.name, words(&self.before), words(&self.after))
     }
 }
 

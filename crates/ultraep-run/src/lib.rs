@@ -10,7 +10,7 @@
 //!   metrics.jsonl    a line a step, and more, told apart by "type"         [`Metric`]
 //!   loads.uet        counts and plans of every layer and microbatch        crate `ultraep-trace`
 //!   table.json, .md  the policies side by side, written at the end         [`PolicyTable`]
-//!   checkpoints/     left to whoever trains
+//!   checkpoints/     left to whoever trains, as are text.json and text.uetext
 //! ```
 //!
 //! What it must never do: read a clock or the environment (times come in); write into a folder that another run made;
@@ -31,7 +31,9 @@ mod writer;
 
 pub use error::RunError;
 pub use files::write_atomically;
-pub use info::{CorpusSummary, Digest, DigestError, DomainSummary, RUN_SCHEMA, RunInfo, RunStatus};
+pub use info::{
+    Continuation, CorpusSummary, Digest, DigestError, DomainSummary, RUN_SCHEMA, RunInfo, RunStatus, SettingChange,
+};
 pub use metrics::{Imbalance, Metric, PolicyMeasurement, ReferenceMetrics, StepMetrics, StepParts, ValidationMetrics};
 pub use profiler::{ProfileSummary, Profiler, ProfilerOptions};
 pub use reader::{LINE_BYTES_MAX, MetricsReader, RunReader};

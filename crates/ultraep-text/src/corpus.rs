@@ -15,8 +15,23 @@ use crate::walk::{Found, OnUnreadable, Walk, WalkError};
 pub struct Corpus {
     /// At least one where the corpus was read from files; in the order rust, code, prose, markup, data, text.
     pub domains: Vec<TextDomain>,
+    /// The files that the text was taken from, in the order of the text; empty where it came from no file.
+    pub sources: Vec<TextSource>,
     /// What was seen and left out.
     pub skipped: Skipped,
+}
+
+/// A file that text was taken from: enough to read the same text again, or to tell that it has changed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TextSource {
+    /// Index of its domain in [`Corpus::domains`].
+    pub domain: usize,
+    /// Where it was read.
+    pub path: PathBuf,
+    /// Bytes that were used, from the beginning of the file.
+    pub bytes: u64,
+    /// FNV-1a of those bytes.
+    pub digest: u64,
 }
 
 /// Text of one kind.
@@ -123,12 +138,39 @@ impl Corpus {
             .enumerate()
             .map(|(index, path)| given_group(index, path, limits, &mut skipped))
             .collect::<Result<Vec<_>, _>>()?;
-        let domains = gather::gather(groups, limits, OnUnreadable::Fail, &mut skipped)?;
+        let (domains, sources) = gather::gather(groups, limits, OnUnreadable::Fail, &mut skipped)?;
         let searched = match paths {
             [] => "no path at all".to_string(),
             _ => paths.iter().map(|p| p.display().to_string()).collect::<Vec<_>>().join(", "),
         };
-        Self { domains, skipped }.or_no_text(searched)
+        Self { domains, sources, skipped }.or_no_text(searched)
+    }
+
+    /// The text of `sources` again, in domains with these names and origins (their bytes and numbers of files are not
+    /// looked at): byte for byte what it was, or an error that names the first file that is missing or has changed.
+    pub fn from_sources(domains: &[TextDomain], sources: &[TextSource]) -> Result<Self, TextError> {
+        let empty = |d: &TextDomain| TextDomain { bytes: Vec::new(), files: 0, ..d.clone() };
+        let mut corpus = Self { domains: domains.iter().map(empty).collect(), ..Self::default() };
+        for source in sources {
+            let changed = |what| TextError::Changed { path: source.path.clone(), what };
+            let Some(domain) = corpus.domains.get_mut(source.domain) else {
+                return Err(changed("its domain is not among those of the text"));
+            };
+            let bytes = gather::read_beginning(&source.path, source.bytes).map_err(|error| match error.kind() {
+                io::ErrorKind::NotFound => changed("it is not there any more"),
+                _ => TextError::Unreadable { path: source.path.clone(), source: error },
+            })?;
+            if (bytes.len() as u64, Fnv::of(&bytes)) != (source.bytes, source.digest) {
+                return Err(changed("its text is not what it was"));
+            }
+            domain.bytes.extend_from_slice(&bytes);
+            domain.files += 1;
+            if domain.bytes.last() != Some(&b'\n') {
+                domain.bytes.push(b'\n');
+            }
+        }
+        corpus.sources = sources.to_vec();
+        Ok(corpus)
     }
 
     pub(crate) fn or_no_text(self, searched: String) -> Result<Self, TextError> {

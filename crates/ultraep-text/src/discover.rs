@@ -44,8 +44,8 @@ impl Corpus {
             finder.add(project, Origin::Project, "project", &skip);
         }
         let Finder { groups, mut skipped, .. } = finder;
-        let domains = gather::gather(groups, limits, OnUnreadable::Count, &mut skipped)?;
-        Self { domains, skipped }.or_no_text(
+        let (domains, sources) = gather::gather(groups, limits, OnUnreadable::Count, &mut skipped)?;
+        Self { domains, sources, skipped }.or_no_text(
             "cargo's registry, the toolchain's documentation and the project; name some with --text".to_string(),
         )
     }

@@ -39,6 +39,14 @@ pub enum TextError {
         /// What is wrong with it.
         reason: &'static str,
     },
+    /// A file that a text was taken from, and that cannot give it again.
+    #[error("{}: {what}", path.display())]
+    Changed {
+        /// The file.
+        path: PathBuf,
+        /// What became of it.
+        what: &'static str,
+    },
     /// Nothing given, or only folders without text.
     #[error("no text found in {searched}{}", skipped.in_brackets())]
     NoText {

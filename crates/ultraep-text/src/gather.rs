@@ -9,12 +9,12 @@
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{self, Read};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::kind::Kind;
 use crate::mix::Fnv;
 use crate::walk::{Found, OnUnreadable};
-use crate::{Limits, Skipped, TextDomain, TextError};
+use crate::{Limits, Skipped, TextDomain, TextError, TextSource};
 
 /// Files that share one place.
 pub(crate) struct Group {
@@ -53,15 +53,23 @@ impl Origin {
 struct Document {
     order: (u64, usize, String),
     text: Vec<u8>,
+    path: PathBuf,
+    used: Used,
 }
 
-/// The domains of `groups`, those without text left out.
+/// What was taken of a file: the text without a line end that was added.
+struct Used {
+    bytes: u64,
+    digest: u64,
+}
+
+/// The domains of `groups`, those without text left out, and the files that they were taken from.
 pub(crate) fn gather(
     groups: Vec<Group>,
     limits: &Limits,
     on_unreadable: OnUnreadable,
     skipped: &mut Skipped,
-) -> Result<Vec<TextDomain>, TextError> {
+) -> Result<(Vec<TextDomain>, Vec<TextSource>), TextError> {
     let mut reader = Reader { limits, on_unreadable, taken: BTreeSet::new(), skipped };
     let mut domains = Vec::new();
     for kind in Kind::ALL {
@@ -80,19 +88,28 @@ pub(crate) fn gather(
             }
         }
         if !documents.is_empty() {
-            domains.push(domain_of(kind, documents, origins));
+            documents.sort_by(|a, b| a.order.cmp(&b.order));
+            domains.push((domain_of(kind, &documents, origins), sources_of(documents)));
         }
     }
-    let large_enough = |d: &TextDomain| d.bytes.len() as u64 >= limits.domain_bytes_min;
+    let large_enough = |(d, _): &(TextDomain, Vec<TextSource>)| d.bytes.len() as u64 >= limits.domain_bytes_min;
     if domains.iter().any(large_enough) {
-        skipped.in_small_domains += domains.iter().filter(|d| !large_enough(d)).map(|d| d.files).sum::<usize>();
+        skipped.in_small_domains += domains.iter().filter(|d| !large_enough(d)).map(|(d, _)| d.files).sum::<usize>();
         domains.retain(large_enough);
     }
-    Ok(domains)
+    let (domains, sources): (Vec<_>, Vec<_>) = domains.into_iter().unzip();
+    let numbered =
+        |(domain, files): (usize, Vec<TextSource>)| files.into_iter().map(move |f| TextSource { domain, ..f });
+    Ok((domains, sources.into_iter().enumerate().flat_map(numbered).collect()))
 }
 
-fn domain_of(kind: Kind, mut documents: Vec<Document>, mut origins: Vec<Origin>) -> TextDomain {
-    documents.sort_by(|a, b| a.order.cmp(&b.order));
+/// The files of one domain, which gets its index when all domains are known.
+fn sources_of(documents: Vec<Document>) -> Vec<TextSource> {
+    let source = |d: Document| TextSource { domain: 0, path: d.path, bytes: d.used.bytes, digest: d.used.digest };
+    documents.into_iter().map(source).collect()
+}
+
+fn domain_of(kind: Kind, documents: &[Document], mut origins: Vec<Origin>) -> TextDomain {
     origins.sort();
     let words: Vec<String> = origins.chunk_by(|a, b| a == b).map(|same| same[0].describe(same.len())).collect();
     TextDomain {
@@ -150,16 +167,18 @@ impl Reader<'_> {
                 continue;
             }
             let bytes_max = left.min(self.limits.file_bytes_max);
-            if let Some(text) = self.read_text(file, bytes_max)? {
+            if let Some((text, used)) = self.read_text(file, bytes_max)? {
                 self.skipped.cut += usize::from(file.bytes > bytes_max);
                 left -= (text.len() as u64).min(left);
-                documents.push(Document { order: (hash, index, file.relative.clone()), text });
+                let order = (hash, index, file.relative.clone());
+                documents.push(Document { order, text, path: file.path.clone(), used });
             }
         }
         Ok(())
     }
 
-    fn read_text(&mut self, file: &Found, bytes_max: u64) -> Result<Option<Vec<u8>>, TextError> {
+    /// A file's text with a line end, and how many bytes of the file it is with their digest.
+    fn read_text(&mut self, file: &Found, bytes_max: u64) -> Result<Option<(Vec<u8>, Used)>, TextError> {
         let mut bytes = match read_beginning(&file.path, bytes_max) {
             Ok(bytes) => bytes,
             Err(_) if self.on_unreadable == OnUnreadable::Count => {
@@ -179,14 +198,16 @@ impl Reader<'_> {
                 return Ok(None);
             }
         }
-        if !self.taken.insert((Fnv::of(&bytes), bytes.len())) {
+        let digest = Fnv::of(&bytes);
+        if !self.taken.insert((digest, bytes.len())) {
             self.skipped.duplicates += 1;
             return Ok(None);
         }
+        let used = Used { bytes: bytes.len() as u64, digest };
         if bytes.last() != Some(&b'\n') {
             bytes.push(b'\n');
         }
-        Ok(Some(bytes))
+        Ok(Some((bytes, used)))
     }
 }
 

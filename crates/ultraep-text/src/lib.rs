@@ -37,7 +37,7 @@ mod sampler;
 mod snapshot;
 mod walk;
 
-pub use corpus::{Corpus, Limits, Skipped, TextDomain};
+pub use corpus::{Corpus, Limits, Skipped, TextDomain, TextSource};
 pub use discover::Discovery;
 pub use error::TextError;
 pub use mixture::{DEFAULT_TURN_STEPS, Mixture};

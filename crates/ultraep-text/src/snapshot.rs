@@ -2,19 +2,21 @@
 //! text though files may change meanwhile, and only one of them searches for it.
 //!
 //! ```text
-//! "UETEXT1\n", domain_count u32, then for each domain: name, origin, files u64, bytes; at the end the digest u64
+//! "UETEXT2\n", domain_count u32, then for each domain: name, origin, files u64, bytes;
+//! source_count u32, then for each source: domain u32, path, bytes u64, digest u64; at the end the digest of the text u64
 //! ```
 //!
-//! Numbers are little-endian; strings and bytes come behind their length as u64. Not an archive format: both ends are the
-//! same program.
+//! Numbers are little-endian; strings and bytes come behind their length as u64. A path that is not UTF-8 is written with
+//! replacement characters. A run keeps its text in this form, too.
 
 use std::io::{Read, Write};
 
-use crate::{Corpus, Skipped, TextDomain, TextError};
+use crate::{Corpus, TextDomain, TextError, TextSource};
 
-const MAGIC: [u8; 8] = *b"UETEXT1\n";
+const MAGIC: [u8; 8] = *b"UETEXT2\n";
 const DOMAINS_MAX: u32 = 1024;
 const WORDS_BYTES_MAX: u64 = 64 << 10;
+const SOURCES_MAX: u32 = 1 << 24;
 /// Most bytes of all domains together.
 const TEXT_BYTES_MAX: u64 = 4 << 30;
 
@@ -31,6 +33,14 @@ impl Corpus {
             output.write_all(&(domain.files as u64).to_le_bytes())?;
             put(output, &domain.bytes)?;
         }
+        let sources = u32::try_from(self.sources.len()).ok().filter(|&count| count <= SOURCES_MAX);
+        output.write_all(&sources.ok_or(TextError::Snapshot { reason: "too many files" })?.to_le_bytes())?;
+        for source in &self.sources {
+            output.write_all(&(source.domain as u32).to_le_bytes())?;
+            put(output, source.path.to_string_lossy().as_bytes())?;
+            output.write_all(&source.bytes.to_le_bytes())?;
+            output.write_all(&source.digest.to_le_bytes())?;
+        }
         output.write_all(&self.digest().to_le_bytes())?;
         Ok(output.flush()?)
     }
@@ -45,7 +55,7 @@ impl Corpus {
         if domains > DOMAINS_MAX {
             return Err(TextError::Snapshot { reason: "too many domains" });
         }
-        let mut corpus = Self { domains: Vec::new(), skipped: Skipped::default() };
+        let mut corpus = Self::default();
         let mut room = TEXT_BYTES_MAX;
         for _ in 0..domains {
             let (name, origin) = (words(input)?, words(input)?);
@@ -53,6 +63,19 @@ impl Corpus {
             let bytes = take(input, room)?;
             room -= bytes.len() as u64;
             corpus.domains.push(TextDomain { name, bytes, files, origin });
+        }
+        let sources = u32::from_le_bytes(number(input)?);
+        if sources > SOURCES_MAX {
+            return Err(TextError::Snapshot { reason: "too many files" });
+        }
+        for _ in 0..sources {
+            let domain = u32::from_le_bytes(number(input)?) as usize;
+            if domain >= corpus.domains.len() {
+                return Err(TextError::Snapshot { reason: "a file of a domain that is not there" });
+            }
+            let path = words(input)?.into();
+            let (bytes, digest) = (u64::from_le_bytes(number(input)?), u64::from_le_bytes(number(input)?));
+            corpus.sources.push(TextSource { domain, path, bytes, digest });
         }
         if u64::from_le_bytes(number(input)?) != corpus.digest() {
             return Err(TextError::Snapshot { reason: "its digest is wrong" });

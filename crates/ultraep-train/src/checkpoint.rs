@@ -8,7 +8,7 @@
 //! ```
 //!
 //! Replicas are not in it. Every rank writes its own experts into `step-N.partial`; when all are done rank 0 adds the
-//! manifest and renames the folder. Every file carries a digest of its tensors, so damage is found before anything is
+//! manifest and renames the folder; then the oldest checkpoints over [`TrainConfig::keep`] go. Every file carries a digest of its tensors, so damage is found before anything is
 //! taken from it. Experts are found by name, so another number of ranks can read it.
 
 use std::collections::HashMap;
@@ -30,6 +30,10 @@ const SCHEMA: &str = "ultraep.checkpoint/1";
 const MANIFEST: &str = "checkpoint.json";
 pub(crate) const DENSE: &str = "dense.safetensors";
 const DIGEST: &str = "digest";
+/// Extension of the folder of a checkpoint that is being written.
+const PARTIAL: &str = "partial";
+/// Extension of the folder of a checkpoint that is being removed.
+const REMOVED: &str = "removed";
 
 /// `checkpoint.json`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -55,19 +59,52 @@ fn folder_name(step: u64) -> String {
     format!("step-{step:08}")
 }
 
+/// The step of a checkpoint's folder; `None` of other names, as those of a folder that is being written or removed.
+fn step_of(path: &Path) -> Option<u64> {
+    let digits = path.file_name()?.to_str()?.strip_prefix("step-")?;
+    let step = digits.bytes().all(|b| b.is_ascii_digit()).then(|| digits.parse().ok())??;
+    (folder_name(step) == path.file_name()?.to_str()?).then_some(step)
+}
+
+/// Complete checkpoints in `folder`, earliest first.
+fn complete_checkpoints(folder: &Path) -> std::io::Result<Vec<(u64, PathBuf)>> {
+    let paths = fs::read_dir(folder)?.filter_map(Result::ok).map(|entry| entry.path());
+    let complete = paths.filter(|path| path.join(MANIFEST).is_file());
+    let mut all: Vec<_> = complete.filter_map(|path| step_of(&path).map(|step| (step, path))).collect();
+    all.sort();
+    Ok(all)
+}
+
 /// The checkpoint at `path`: a checkpoint's folder itself, or the latest one of a run folder.
 pub fn find_checkpoint(path: &Path) -> Result<PathBuf, TrainError> {
     if path.join(MANIFEST).is_file() {
         return Ok(path.to_path_buf());
     }
     let all = path.join("checkpoints");
-    let entries = match fs::read_dir(&all) {
-        Ok(entries) => entries,
+    let mut complete = match complete_checkpoints(&all) {
+        Ok(complete) => complete,
         Err(_) if path.exists() => return Err(refuse(path, "neither a checkpoint nor a run folder that has one")),
         Err(error) => return Err(TrainError::file("read", path)(error)),
     };
-    let complete = entries.filter_map(Result::ok).map(|e| e.path()).filter(|p| p.join(MANIFEST).is_file());
-    complete.max().ok_or_else(|| refuse(&all, "no complete checkpoint here"))
+    complete.pop().map(|(_, path)| path).ok_or_else(|| refuse(&all, "no complete checkpoint here"))
+}
+
+/// Removes all complete checkpoints in `folder` but the latest `keep` (at least one; 0 keeps all), and what earlier removals
+/// and saves left unfinished. A checkpoint that goes loses its name first, so that half of one is never taken for one.
+///
+/// What cannot be removed stays: it is tried again after the next save, and a full disk is told by that.
+fn prune(folder: &Path, keep: usize) {
+    let Ok(complete) = complete_checkpoints(folder) else { return };
+    let surplus = if keep == 0 { 0 } else { complete.len().saturating_sub(keep) };
+    for (_, path) in &complete[..surplus] {
+        let _ = fs::rename(path, path.with_extension(REMOVED));
+    }
+    for path in fs::read_dir(folder).into_iter().flatten().filter_map(Result::ok).map(|entry| entry.path()) {
+        let unfinished = path.extension().is_some_and(|e| e == REMOVED || e == PARTIAL);
+        if unfinished && step_of(&path.with_extension("")).is_some() {
+            let _ = fs::remove_dir_all(&path);
+        }
+    }
 }
 
 impl CheckpointInfo {
@@ -84,10 +121,19 @@ impl CheckpointInfo {
 
     /// Refuses a checkpoint of another model or another text: to go on from it would be another training.
     pub fn check_against(&self, config: &TrainConfig, text_digest: u64, path: &Path) -> Result<(), TrainError> {
+        self.check_model(config, path)?;
+        self.check_text(text_digest, path)
+    }
+
+    pub(crate) fn check_model(&self, config: &TrainConfig, path: &Path) -> Result<(), TrainError> {
         let (ours, theirs) = (model_fields(config), model_fields(&self.config));
-        if let Some((ours, theirs)) = ours.into_iter().zip(theirs).find(|(a, b)| a != b) {
-            return Err(refuse(path, format!("{} is {} there, {} here", ours.0, theirs.1, ours.1)));
+        match ours.into_iter().zip(theirs).find(|(a, b)| a != b) {
+            Some((ours, theirs)) => Err(refuse(path, format!("{} is {} there, {} here", ours.0, theirs.1, ours.1))),
+            None => Ok(()),
         }
+    }
+
+    pub(crate) fn check_text(&self, text_digest: u64, path: &Path) -> Result<(), TrainError> {
         let ours = format!("{text_digest:016x}");
         if ours != self.text_digest {
             let reason = format!("it was trained on other text (digest {}, here {ours})", self.text_digest);
@@ -122,13 +168,15 @@ fn write_tensors(path: &Path, mut tensors: Vec<Named<'_>>) -> Result<(), TrainEr
         view.map(|view| (name.clone(), view)).map_err(|error| refuse(path, error.to_string()))
     });
     let views = views.collect::<Result<Vec<_>, _>>()?;
+    // The library writes beside and renames, which leaves files for the owner alone: the mode is that of a file made here.
+    let mode = fs::File::create(path).and_then(|file| file.metadata()).map_err(TrainError::file("create", path))?;
     let written = safetensors::serialize_to_file(views, Some(metadata), path);
     written.map_err(|error| match error {
         safetensors::SafeTensorError::IoError(error) => TrainError::file("write", path)(error),
         other => refuse(path, other.to_string()),
     })?;
     let file = fs::File::open(path).map_err(TrainError::file("open", path))?;
-    file.sync_all().map_err(TrainError::file("write", path))
+    file.set_permissions(mode.permissions()).and_then(|()| file.sync_all()).map_err(TrainError::file("write", path))
 }
 
 /// Waits until the disk has a folder's list of files.
@@ -206,7 +254,7 @@ pub(crate) fn bias_name(layer: usize) -> String {
 impl Worker {
     /// Saves the state after `step` steps below `folder`; all ranks together. Gives the checkpoint's folder.
     pub(crate) fn save(&self, folder: &Path, step: u64, text_digest: u64) -> Result<PathBuf, TrainError> {
-        let partial = folder.join(format!("{}.partial", folder_name(step)));
+        let partial = folder.join(folder_name(step)).with_extension(PARTIAL);
         let rank = self.experts.lock().manager.rank().index();
         let saved = self.save_through(&partial, folder, step, text_digest);
         if saved.is_err() && rank == 0 {
@@ -238,10 +286,14 @@ impl Worker {
             self.write_manifest(partial, step, text_digest)?;
             sync_folder(partial)?;
             if done.exists() {
-                fs::remove_dir_all(&done).map_err(TrainError::file("replace", &done))?;
+                // Of an earlier run in this folder. It goes when the new one is in its place.
+                let aside = done.with_extension(REMOVED);
+                let _ = fs::remove_dir_all(&aside); // of a process that was killed here
+                fs::rename(&done, aside).map_err(TrainError::file("replace", &done))?;
             }
             fs::rename(partial, &done).map_err(TrainError::file("rename", partial))?;
             sync_folder(folder)?;
+            prune(folder, self.config.keep);
         }
         self.barrier()?;
         Ok(done)

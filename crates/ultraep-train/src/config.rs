@@ -95,6 +95,9 @@ pub struct TrainConfig {
     pub reference: bool,
     /// Steps between two checkpoints; 0 for one at the end only.
     pub save_every: u64,
+    /// Checkpoints kept, the latest ones; 0 keeps all.
+    #[serde(default = "TrainConfig::default_keep")]
+    pub keep: usize,
     /// Steps from one whose loads are recorded to the next; 1 records all, 0 none.
     #[serde(default = "every_step")]
     pub profile_every: u64,
@@ -110,6 +113,11 @@ fn every_step() -> u64 {
 }
 
 impl TrainConfig {
+    /// Checkpoints kept by default: one to go on from and two before it, should the last steps have gone wrong.
+    pub const fn default_keep() -> usize {
+        3
+    }
+
     /// The model.
     pub fn model(&self) -> ModelConfig {
         ModelConfig {

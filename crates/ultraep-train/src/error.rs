@@ -122,6 +122,14 @@ pub enum TrainError {
         /// What is wrong.
         reason: String,
     },
+    /// The text that a run keeps cannot be read, or is not what it was.
+    #[error("{}: {reason}", path.display())]
+    PinnedText {
+        /// The file of the run.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
     /// The run folder could not be written.
     #[error(transparent)]
     Run(#[from] ultraep_run::RunError),

@@ -14,8 +14,10 @@ mod config;
 mod error;
 mod folder;
 mod optimizer;
+mod pinned;
 mod rank;
 mod report;
+mod resume;
 mod weights;
 mod worker;
 
@@ -23,8 +25,10 @@ pub use checkpoint::{CheckpointInfo, find_checkpoint};
 pub use config::{RouterChoice, TrainConfig};
 pub use error::TrainError;
 pub use folder::{BalanceCount, RunFolder, Summary, fill_record};
+pub use pinned::{TEXT_COPY_BYTES_MAX, pin_text, pinned_text};
 pub use rank::{Outcome, RankJob, run_rank};
 pub use report::{Comparison, Observer, Phase, Silent, StepReport};
+pub use resume::{Origin, Place};
 pub use weights::Weights;
 
 /// Environment variables, each to be set to `1` before the process starts, that keep the tensor library on the rank's

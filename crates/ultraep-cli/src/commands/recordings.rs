@@ -10,6 +10,7 @@ use ultraep_import::{
 
 use crate::error::{CliError, note};
 use crate::options;
+use crate::shell_word::quoted;
 
 /// Which recording.
 #[derive(Clone, Debug, clap::Args)]
@@ -203,15 +204,6 @@ impl RecordingArgs {
             return Err(CliError::Input(format!("{}: nothing is recorded in it", self.title())));
         }
         Ok((info, experts))
-    }
-}
-
-/// A word for a shell.
-fn quoted(word: &str) -> String {
-    let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_./+:@%,".contains(c);
-    match !word.is_empty() && word.chars().all(is_plain) {
-        true => word.to_owned(),
-        false => format!("'{}'", word.replace('\'', "'\\''")),
     }
 }
 

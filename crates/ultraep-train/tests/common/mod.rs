@@ -47,6 +47,7 @@ pub(crate) fn small() -> TrainConfig {
         compare: Vec::new(),
         reference: false,
         save_every: 0,
+        keep: 0,
         profile_every: 1,
         timeout_s: 30,
         cores: 2,

@@ -116,10 +116,14 @@ pub(crate) struct Args {
     /// Steps between two checkpoints; 0 for one at the end
     #[arg(long, default_value_t = 0, value_name = "STEPS", help_heading = "Output")]
     save_every: u64,
+    /// Checkpoints kept, the latest ones; 0 keeps all
+    #[arg(long, default_value_t = TrainConfig::default_keep(), value_name = "N", help_heading = "Output")]
+    keep: usize,
     /// Record loads, of every Nth step; 0 records none
     #[arg(long, default_value_t = 1, value_name = "N", help_heading = "Output")]
     profile_every: u64,
-    /// Go on with a run or a checkpoint; sizes, seed and text must be the same
+    /// Go on with a run or a checkpoint: its settings and its text are kept, what is asked for besides is put over them. Model,
+    /// seed and text must be the same; with other ranks, policy or rates it goes on in a folder of its own beside the first
     #[arg(long, value_name = "RUN", help_heading = "Output")]
     pub(super) resume: Option<PathBuf>,
     /// JSON (schema ultraep.train/1) instead of tables
@@ -185,6 +189,7 @@ impl Args {
             compare: self.compare.iter().map(|kind| kind.name().into()).collect(),
             reference: !self.no_reference,
             save_every: self.save_every,
+            keep: self.keep,
             profile_every: self.profile_every,
             timeout_s: self.timeout_s,
             cores: cores(),
@@ -210,7 +215,7 @@ const RENAMED: [(&str, &str); 6] = [
 ];
 
 /// Fields of the configuration that `arguments` (of `ultraep`, from `train` on) set themselves, be it to the default.
-fn given(arguments: impl Iterator<Item = OsString>) -> Vec<String> {
+pub(super) fn given(arguments: impl Iterator<Item = OsString>) -> Vec<String> {
     let Ok(matches) = Options::command().try_get_matches_from(arguments) else { return Vec::new() };
     let on_line = |id: &&clap::Id| matches.value_source(id.as_str()) == Some(ValueSource::CommandLine);
     let mut fields: Vec<String> = matches.ids().filter(on_line).map(|id| field(id.as_str()).to_string()).collect();

@@ -9,7 +9,8 @@ use std::process::Stdio;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
-use ultraep_run::UtcTime;
+use ultraep_fabric::FabricKind;
+use ultraep_run::{Continuation, UtcTime};
 use ultraep_text::{Corpus, Discovery, Limits, Sampler, SamplerSpec, TextError};
 use ultraep_train::TrainConfig;
 
@@ -21,9 +22,17 @@ pub(super) struct Job {
     pub(super) config: TrainConfig,
     pub(super) corpus: Arc<Corpus>,
     pub(super) folder: PathBuf,
-    pub(super) resume: Option<PathBuf>,
+    pub(super) resume: Option<Resume>,
     pub(super) started: UtcTime,
+    pub(super) fabric: FabricKind,
     pub(super) json: bool,
+}
+
+/// What a run goes on from.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Resume {
+    pub(super) checkpoint: PathBuf,
+    pub(super) continuation: Continuation,
 }
 
 /// The text that was asked for, or what this machine has.
@@ -66,7 +75,7 @@ pub(super) fn check_text(config: &TrainConfig, corpus: &Corpus) -> Result<(), Te
 struct Header {
     config: TrainConfig,
     folder: PathBuf,
-    resume: Option<PathBuf>,
+    resume: Option<Resume>,
     started: UtcTime,
     json: bool,
 }
@@ -116,6 +125,8 @@ impl Handover {
             folder: header.folder,
             resume: header.resume,
             started: header.started,
+            // Threads are handed nothing.
+            fabric: FabricKind::Processes,
             json: header.json,
         })
     }

@@ -4,6 +4,7 @@ mod args;
 mod job;
 mod screen;
 
+use std::ffi::OsString;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -12,15 +13,14 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use ultraep_fabric::{FabricKind, processes, run_threads};
 use ultraep_plan::Rank;
-use ultraep_run::{RunReader, UtcTime};
-use ultraep_train::{
-    CheckpointInfo, RankJob, Silent, TENSOR_THREADS, TrainConfig, TrainError, find_checkpoint, run_rank,
-};
+use ultraep_run::UtcTime;
+use ultraep_text::Corpus;
+use ultraep_train::{Origin, Place, RankJob, Silent, TENSOR_THREADS, TrainError, run_rank};
 
 pub(crate) use args::Args;
 pub(super) use args::cores;
 pub(super) use job::read_text;
-use job::{Handover, Job};
+use job::{Handover, Job, Resume};
 use screen::Screen;
 
 use crate::error::CliError;
@@ -42,7 +42,9 @@ pub(super) fn keep_tensors_on_one_thread() -> Result<(), CliError> {
         return Ok(());
     }
     let mut command = std::process::Command::new(own_program()?);
-    command.args(std::env::args_os().skip(1)).envs(TENSOR_THREADS.map(|name| (name, "1")));
+    // The name that it was called by is the one to tell when it says how to call it again.
+    command.arg0(program_name());
+    command.args(arguments()).envs(TENSOR_THREADS.map(|name| (name, "1")));
     Err(CliError::Failure(format!("start anew: {}", command.exec())))
 }
 
@@ -52,40 +54,56 @@ fn own_program() -> Result<PathBuf, CliError> {
 
 /// Everything that can be wrong in the request is found here, before a rank starts.
 fn prepare(args: &Args) -> Result<Job, CliError> {
-    let resume = args.resume.as_deref().map(find_checkpoint).transpose().map_err(CliError::input)?;
-    let info = resume.as_deref().map(CheckpointInfo::read).transpose().map_err(CliError::input)?;
-    let config = match &info {
-        Some(info) => args.config_over(info.config.clone(), std::env::args_os().skip(1)),
+    let origin = args.resume.as_deref().map(Origin::find).transpose().map_err(CliError::input)?;
+    let config = match &origin {
+        Some(origin) => args.config_over(origin.info.config.clone(), arguments()),
         None => args.config(),
     };
     config.validate().map_err(CliError::input)?;
-    let corpus = job::read_text(&args.text, &args.runs).map_err(CliError::input)?;
+    let corpus = text(args, origin.as_ref())?;
     job::check_text(&config, &corpus).map_err(CliError::input)?;
     let started = now();
-    let folder = match &args.resume {
-        // A run is taken up in its own folder; a lone checkpoint, or another group, begins a new one.
-        Some(path) if same_group(path, &config)? => path.clone(),
-        _ => free_folder(&args.runs, started),
+    let new_folder = |runs: &Path| free_folder(runs, started);
+    let Some(origin) = origin else {
+        let folder = new_folder(&args.runs);
+        return Ok(Job { config, corpus, folder, resume: None, started, fabric: args.fabric, json: args.json });
     };
-    if let (Some(path), Some(info)) = (&resume, &info) {
-        info.check_against(&config, corpus.digest(), path).map_err(CliError::input)?;
-        if info.step >= config.steps {
-            let reason = "the checkpoint has as many steps as asked for; ask for more with --steps";
-            return Err(CliError::Input(format!("{}: {} steps: {reason}", path.display(), info.step)));
+    origin.check(&config, &corpus).map_err(CliError::input)?;
+    let (place, continuation) = origin.continuation(&config, command_line());
+    let folder = match place {
+        Place::SameFolder(folder) => folder,
+        Place::Beside(Some(beside)) if !args::given(arguments()).iter().any(|name| name == "runs") => {
+            new_folder(&beside)
         }
-    }
-    Ok(Job { config, corpus: Arc::new(corpus), folder, resume, started, json: args.json })
+        Place::Beside(_) => new_folder(&args.runs),
+    };
+    let resume = Some(Resume { checkpoint: origin.checkpoint, continuation });
+    Ok(Job { config, corpus, folder, resume, started, fabric: args.fabric, json: args.json })
 }
 
-/// Whether `path` is a run's folder, and its recorded loads are of a group as `config` has it.
-fn same_group(path: &Path, config: &TrainConfig) -> Result<bool, CliError> {
-    if !path.join("run.json").is_file() {
-        return Ok(false);
-    }
-    let reader = RunReader::open(path).map_err(CliError::input)?;
-    let group = [("ranks", config.ranks), ("domain_ranks", config.domain_ranks), ("slots", config.slots)];
-    let recorded = |name: &str| reader.info().config.get(name).and_then(serde_json::Value::as_u64);
-    Ok(group.iter().all(|&(name, value)| recorded(name) == u64::try_from(value).ok()))
+/// The text that was asked for; else of a run that goes on the text it keeps; else what this machine has.
+fn text(args: &Args, origin: Option<&Origin>) -> Result<Arc<Corpus>, CliError> {
+    let kept = match origin {
+        Some(origin) if args.text.is_empty() => origin.text().map_err(CliError::input)?,
+        _ => None,
+    };
+    let read = kept.map_or_else(|| job::read_text(&args.text, &args.runs), Ok);
+    read.map(Arc::new).map_err(CliError::input)
+}
+
+/// Arguments of this program, from the name of the command on.
+fn arguments() -> impl Iterator<Item = OsString> {
+    std::env::args_os().skip(1)
+}
+
+/// The name that this program was called by.
+fn program_name() -> OsString {
+    std::env::args_os().next().unwrap_or_else(|| "ultraep".into())
+}
+
+/// The command line for people and files: program first.
+fn command_line() -> Vec<String> {
+    std::env::args_os().map(|word| word.to_string_lossy().into_owned()).collect()
 }
 
 pub(super) fn now() -> UtcTime {
@@ -118,7 +136,7 @@ fn rank_job(job: &Job, stop: Arc<AtomicBool>) -> RankJob {
     RankJob {
         config: job.config.clone(),
         corpus: job.corpus.clone(),
-        resume: job.resume.clone(),
+        resume: job.resume.as_ref().map(|resume| resume.checkpoint.clone()),
         checkpoints: Some(job.folder.join("checkpoints")),
         stop,
     }

@@ -1,26 +1,29 @@
 //! What a person sees of a training run: the text used, a progress bar, the final tables.
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::io::{IsTerminal, Write};
 use std::path::Path;
 use std::time::Instant;
 
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
+use ultraep_fabric::FabricKind;
 use ultraep_run::{
     CorpusSummary, Digest, DomainSummary, PolicyRow, PolicyTable, ProfileSummary, RunInfo, RunStatus, RunWriter,
     UtcTime,
 };
 use ultraep_runtime::LayerRecord;
 use ultraep_train::{
-    BalanceCount, CheckpointInfo, Comparison, Observer, Outcome, Phase, RunFolder, StepReport, Summary, TrainConfig,
-    TrainError,
+    BalanceCount, Comparison, Observer, Outcome, Phase, RunFolder, StepReport, Summary, TrainConfig, TrainError,
+    find_checkpoint, pin_text,
 };
 
-use super::job::Job;
+use super::job::{Job, Resume};
 use crate::commands::write_json;
 use crate::error::CliError;
 use crate::output::Output;
+use crate::shell_word::quoted;
 use crate::table::{Cell, Column, Table};
 
 /// The observer of rank 0: writes the run folder and shows how it goes.
@@ -31,6 +34,8 @@ pub(super) struct Screen {
     bar: ProgressBar,
     plain: bool,
     since: Instant,
+    /// The command with which it can go on, for a shell.
+    again: String,
 }
 
 fn say(text: impl std::fmt::Display) {
@@ -42,18 +47,24 @@ impl Screen {
     pub(super) fn new(job: &Job) -> Result<Self, CliError> {
         say("text:");
         job.corpus.summary().iter().for_each(|line| say(format_args!("  {line}")));
-        let resumed_step = match &job.resume {
-            Some(path) => Some(CheckpointInfo::read(path).map_err(CliError::input)?.step),
-            None => None,
-        };
-        let writer = match resumed_step {
-            Some(step) if job.folder.join("run.json").is_file() => RunWriter::resume(&job.folder, step),
-            _ => RunWriter::create(&job.folder, info(job)?),
+        let continuation = job.resume.as_ref().map(|resume| &resume.continuation);
+        // One that names no other run goes on in its own folder.
+        let taken_up = continuation.filter(|continuation| continuation.from.is_none());
+        let info = info(job)?;
+        let writer = match taken_up {
+            Some(taken_up) => RunWriter::resume(&job.folder, taken_up.step).and_then(|mut writer| {
+                writer.update_info(|kept| {
+                    kept.config = info.config;
+                    kept.continued.push(taken_up.clone());
+                })?;
+                Ok(writer)
+            }),
+            None => RunWriter::create(&job.folder, info),
         };
         let writer = writer.map_err(CliError::failure)?;
-        let taken_up = resumed_step.filter(|_| writer.info().resumed_from_steps.last() == resumed_step.as_ref());
-        let folder = RunFolder::new(writer, job.config.clone(), taken_up).map_err(CliError::failure)?;
-        describe_run(job, resumed_step);
+        pin_text(&job.folder, &job.corpus).map_err(CliError::failure)?;
+        let folder = RunFolder::new(writer, job.config.clone(), taken_up.map(|c| c.step)).map_err(CliError::failure)?;
+        describe_run(job);
         Ok(Self {
             folder,
             config: job.config.clone(),
@@ -61,6 +72,7 @@ impl Screen {
             bar: ProgressBar::hidden(),
             plain: !std::io::stderr().is_terminal(),
             since: Instant::now(),
+            again: command_to_go_on(job)?,
         })
     }
 
@@ -79,6 +91,10 @@ impl Screen {
             Err(error) => RunStatus::Failed { reason: error.to_string() },
         };
         let ending = self.folder.finish(status, ended).map_err(CliError::failure);
+        let incomplete = result.as_ref().map_or(true, |outcome| outcome.stopped && outcome.steps < self.config.steps);
+        if incomplete && find_checkpoint(&path).is_ok() {
+            say(format_args!("go on with:\n  {}", self.again));
+        }
         let outcome = result?;
         let (summary, table) = ending?;
         if self.json {
@@ -91,9 +107,9 @@ impl Screen {
         if outcome.stopped {
             let saved = outcome.checkpoint.map_or("nothing saved".into(), |p| format!("saved {}", p.display()));
             let again = if outcome.steps < self.config.steps {
-                format!("go on with --resume {}", path.display())
+                "see above how to go on"
             } else {
-                "the training was complete, its reference was not".into()
+                "the training was complete, its reference was not"
             };
             return Err(CliError::Failure(format!("interrupted after step {}: {saved}; {again}", outcome.steps)));
         }
@@ -101,9 +117,26 @@ impl Screen {
     }
 }
 
+/// The command that takes up the run: what it does is in its folder, only how its ranks run is not.
+fn command_to_go_on(job: &Job) -> Result<String, CliError> {
+    let mut words: Vec<OsString> =
+        vec![super::program_name(), "train".into(), "--resume".into(), job.folder.clone().into_os_string()];
+    if job.fabric != FabricKind::Threads {
+        words.extend(["--fabric".into(), job.fabric.to_string().into()]);
+    }
+    if job.json {
+        words.push("--json".into());
+    }
+    let words = words.iter().map(|word| word.to_str().map(quoted));
+    let words = words.collect::<Option<Vec<_>>>();
+    let unspeakable = || CliError::Failure(format!("{}: not a name that can be typed", job.folder.display()));
+    Ok(words.ok_or_else(unspeakable)?.join(" "))
+}
+
 fn info(job: &Job) -> Result<RunInfo, CliError> {
     let mut info = RunInfo::starting(job.started);
-    info.command = std::env::args().collect();
+    info.command = super::command_line();
+    info.continued = job.resume.iter().map(|resume| resume.continuation.clone()).collect();
     if let serde_json::Value::Object(config) = serde_json::to_value(&job.config)? {
         info.config = config;
     }
@@ -121,7 +154,7 @@ fn info(job: &Job) -> Result<RunInfo, CliError> {
     Ok(info)
 }
 
-fn describe_run(job: &Job, resumed_step: Option<u64>) {
+fn describe_run(job: &Job) {
     let c = &job.config;
     let experts = c.experts * c.layers * c.model().expert_shape().weight_len();
     let dense = 2 * 256 * c.hidden + c.layers * (4 * c.hidden * c.hidden + c.hidden * c.experts);
@@ -143,8 +176,15 @@ fn describe_run(job: &Job, resumed_step: Option<u64>) {
         c.policy,
         c.tokens_per_rank()
     ));
-    if let Some(step) = resumed_step {
-        say(format_args!("going on after step {step}"));
+    if let Some(Resume { continuation, .. }) = &job.resume {
+        let changed: Vec<String> = continuation.changed.iter().map(ToString::to_string).collect();
+        let changed = if changed.is_empty() { String::new() } else { format!(", with {}", changed.join(", ")) };
+        match &continuation.from {
+            None => say(format_args!("going on after step {}{changed}", continuation.step)),
+            Some(from) => {
+                say(format_args!("going on from {from} in a folder of its own, {}{changed}", job.folder.display()))
+            }
+        }
     }
 }
 
