@@ -78,9 +78,24 @@ impl Server {
         answer
     }
 
-    fn stop(mut self) -> Output {
-        let told = Command::new("kill").args(["-TERM", &self.child.id().to_string()]).status().unwrap();
+    fn signal(&self, name: &str) {
+        let told = Command::new("kill").args([name, &self.child.id().to_string()]).status().unwrap();
         assert!(told.success());
+    }
+
+    /// Status and body of a GET.
+    fn get(&self, path: &str) -> (u16, String) {
+        let address = self.url.trim_start_matches("http://").split('/').next().unwrap();
+        let mut stream = TcpStream::connect(address).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        write!(stream, "GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n").unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        (answer.split(' ').nth(1).unwrap().parse().unwrap(), answer)
+    }
+
+    fn stop(mut self) -> Output {
+        self.signal("-TERM");
         let since = Instant::now();
         while self.child.try_wait().unwrap().is_none() {
             assert!(since.elapsed() < Duration::from_secs(30), "it does not end");
@@ -241,6 +256,32 @@ fn a_second_signal_ends_the_server_at_once() {
         std::thread::sleep(Duration::from_millis(20));
     };
     assert_eq!(status.code(), Some(1));
+}
+
+#[test]
+fn a_server_that_was_suspended_says_so_and_loses_no_rank() {
+    let trained = trained();
+    let runs = trained.folder.path().join("suspended");
+    let server = Server::with(&trained, &["--runs", runs.to_str().unwrap(), "--timeout-s", "3"], &[]);
+    let since = Instant::now();
+    while server.get("/health").0 != 200 {
+        assert!(since.elapsed() < Duration::from_secs(60), "it does not start");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    // As by Ctrl-Z, for longer than any rank may be silent.
+    server.signal("-STOP");
+    std::thread::sleep(Duration::from_secs(7));
+    server.signal("-CONT");
+    for _ in 0..40 {
+        let (status, answer) = server.get("/health");
+        assert_eq!(status, 200, "{answer}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let (_, metrics) = server.get("/metrics");
+    assert!(metrics.contains("ultraep_restarts_total 0\n"), "{metrics}");
+    let output = server.stop();
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && error.contains("was suspended for") && !error.contains("lost"), "{error}");
 }
 
 #[test]

@@ -269,6 +269,25 @@ fn a_killed_rank_is_named_and_leaves_nothing_behind() {
 }
 
 #[test]
+fn a_suspended_rank_is_called_that_and_a_run_that_was_suspended_goes_on() {
+    let bench = Bench::new();
+    let (child, stderr) = started(&bench, &["--fabric", "processes", "--timeout-s", "3"]);
+    let ranks = children(child.id());
+    let all = || std::iter::once(child.id()).chain(ranks.iter().copied());
+    // All of it, as by Ctrl-Z, for longer than a rank may be silent.
+    all().for_each(|pid| signal(pid, "STOP"));
+    std::thread::sleep(Duration::from_secs(7));
+    all().for_each(|pid| signal(pid, "CONT"));
+    std::thread::sleep(Duration::from_secs(2));
+    assert_eq!(children(child.id()), ranks, "it goes on");
+    // One alone.
+    signal(ranks[1], "STOP");
+    let (line, code) = ended(child, stderr);
+    assert!(line.contains("rank 1") && line.contains("suspended") && !line.contains("lost"), "{line}");
+    assert_eq!(code, 1);
+}
+
+#[test]
 fn ranks_do_not_outlive_their_parent() {
     let bench = Bench::new();
     let (mut child, _stderr) = started(&bench, &["--fabric", "processes"]);

@@ -8,7 +8,7 @@ use ultraep_plan::Rank;
 
 /// Why an operation could not be done.
 ///
-/// `PeerLost`, `Timeout`, `Mismatch` and `SizeMismatch` end the group: the first of them is what every later call of every
+/// `PeerLost`, `Timeout`, `Suspended`, `Mismatch` and `SizeMismatch` end the group: the first of them is what every later call of every
 /// rank returns. The others concern one call of one rank, which changed nothing.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -28,6 +28,17 @@ pub enum FabricError {
     Timeout {
         /// Who did not come, ascending.
         missing: Vec<Rank>,
+        /// What was waited for.
+        operation: OperationKind,
+        /// How long.
+        waited: Duration,
+    },
+    /// A wait lasted longer than the group's timeout because processes were stopped by a signal (SIGSTOP, Ctrl-Z) and did not go
+    /// on. When all of the group are suspended together, that time counts for no wait.
+    #[error("{operation} timed out after {:.3} s: suspended (stopped by a signal): {}", waited.as_secs_f64(), RankList(ranks))]
+    Suspended {
+        /// Whose processes, ascending.
+        ranks: Vec<Rank>,
         /// What was waited for.
         operation: OperationKind,
         /// How long.
@@ -153,7 +164,14 @@ impl FabricError {
     /// Whether this error has ended the group.
     #[must_use]
     pub fn ends_group(&self) -> bool {
-        matches!(self, Self::PeerLost { .. } | Self::Timeout { .. } | Self::Mismatch { .. } | Self::SizeMismatch { .. })
+        matches!(
+            self,
+            Self::PeerLost { .. }
+                | Self::Timeout { .. }
+                | Self::Suspended { .. }
+                | Self::Mismatch { .. }
+                | Self::SizeMismatch { .. }
+        )
     }
 
     /// The rank that an error of the group names as its cause.
@@ -163,6 +181,7 @@ impl FabricError {
             Self::PeerLost { rank, .. } | Self::Mismatch { rank, .. } | Self::Join { rank, .. } => Some(*rank),
             Self::SizeMismatch { from, .. } => Some(*from),
             Self::Timeout { missing, .. } => missing.first().copied(),
+            Self::Suspended { ranks, .. } => ranks.first().copied(),
             _ => None,
         }
     }

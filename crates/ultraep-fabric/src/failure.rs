@@ -24,6 +24,15 @@ pub enum Failure {
         /// How long.
         waited: Duration,
     },
+    /// A wait lasted longer than the group's timeout because processes were stopped by a signal.
+    Suspended {
+        /// Whose, ascending.
+        ranks: Vec<Rank>,
+        /// What was waited for.
+        operation: OperationKind,
+        /// How long.
+        waited: Duration,
+    },
     /// Two ranks are in different collectives.
     Mismatch {
         /// One rank: the lowest.
@@ -58,6 +67,7 @@ const SET: u64 = 1 << 63;
 const CAUSE_TIMEOUT: u64 = 100;
 const CAUSE_MISMATCH: u64 = 101;
 const CAUSE_SIZES: u64 = 102;
+const CAUSE_SUSPENDED: u64 = 103;
 
 fn loss_code(loss: Loss) -> (u64, i32) {
     match loss {
@@ -113,13 +123,15 @@ impl Failure {
                 let (cause, detail) = loss_code(*loss);
                 code(cause, *rank, detail)
             }
-            Self::Timeout { missing, operation, waited } => {
+            Self::Timeout { missing: ranks, operation, waited } | Self::Suspended { ranks, operation, waited } => {
                 details[0] = operation.code();
                 details[1] = u64::try_from(waited.as_nanos()).unwrap_or(u64::MAX);
-                for rank in missing {
+                for rank in ranks {
                     details[DETAILS + rank.index() / 64] |= 1 << (rank.index() % 64);
                 }
-                code(CAUSE_TIMEOUT, missing.first().copied().unwrap_or(Rank::new(0)), 0)
+                let is_timeout = matches!(self, Self::Timeout { .. });
+                let cause = if is_timeout { CAUSE_TIMEOUT } else { CAUSE_SUSPENDED };
+                code(cause, ranks.first().copied().unwrap_or(Rank::new(0)), 0)
             }
             Self::Mismatch { rank, operation, other, other_operation } => {
                 put_collective(details, operation);
@@ -144,12 +156,13 @@ impl Failure {
         }
         let rank = rank_of(code >> 40);
         Some(match (code & !SET) >> 56 {
-            CAUSE_TIMEOUT => {
+            cause @ (CAUSE_TIMEOUT | CAUSE_SUSPENDED) => {
                 let has = |rank: &usize| details[DETAILS + rank / 64] >> (rank % 64) & 1 == 1;
-                Self::Timeout {
-                    missing: (0..MAX_RANKS).filter(has).map(Rank::new).collect(),
-                    operation: OperationKind::from_code(details[0]),
-                    waited: Duration::from_nanos(details[1]),
+                let ranks = (0..MAX_RANKS).filter(has).map(Rank::new).collect();
+                let (operation, waited) = (OperationKind::from_code(details[0]), Duration::from_nanos(details[1]));
+                match cause {
+                    CAUSE_TIMEOUT => Self::Timeout { missing: ranks, operation, waited },
+                    _ => Self::Suspended { ranks, operation, waited },
                 }
             }
             CAUSE_MISMATCH => Self::Mismatch {
@@ -171,6 +184,7 @@ impl Failure {
         match self.clone() {
             Self::Lost { rank, loss } => FabricError::PeerLost { rank, operation, reason: loss },
             Self::Timeout { missing, operation, waited } => FabricError::Timeout { missing, operation, waited },
+            Self::Suspended { ranks, operation, waited } => FabricError::Suspended { ranks, operation, waited },
             Self::Mismatch { rank, operation, other, other_operation } => {
                 FabricError::Mismatch { rank, operation, other, other_operation }
             }

@@ -8,7 +8,8 @@
 
 use crate::backend::Identity;
 use crate::failure::Failure;
-use crate::shared::{Endpoint, Layout, SEALS, Segment};
+use crate::shared::{Endpoint, Layout, Patience, SEALS, Segment};
+use crate::sync::Ordering;
 use crate::{Fabric, FabricError, GroupError, GroupSpec, JoinError, Loss, OperationKind, ProcessEnd};
 use core::fmt;
 use core::marker::PhantomData;
@@ -24,7 +25,6 @@ use std::io;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, ChildStderr, ChildStdout, Command, ExitStatus};
 use std::sync::Arc;
-use std::time::Instant;
 use ultraep_plan::Rank;
 
 /// After a failure the other ranks have this long (or the group's timeout, if that is shorter) to end by themselves.
@@ -144,6 +144,7 @@ fn take_place(spec: &GroupSpec, rank: Rank, segment: Segment) -> Result<Box<dyn 
     if !segment.control(rank).status.start() {
         return Err(FabricError::Join { rank, reason: JoinError::Taken });
     }
+    segment.control(rank).process.store(std::process::id(), Ordering::Relaxed);
     let mut endpoint = Endpoint::new(Arc::new(segment), rank, spec)?;
     endpoint.start()?;
     Ok(Box::new(endpoint))
@@ -168,10 +169,10 @@ pub struct Group {
     file: OwnedFd,
     members: Vec<Member>,
     timeout: Duration,
-    /// When the supervisor first saw that the group has failed.
-    failed: Option<Instant>,
-    /// When a process ended last.
-    ended: Option<Instant>,
+    /// Since the supervisor first saw that the group has failed.
+    failed: Option<Patience>,
+    /// Since a process ended last.
+    ended: Option<Patience>,
     _thread: PhantomData<*const ()>,
 }
 
@@ -275,7 +276,7 @@ impl Group {
             let ended = member.child.try_wait().map_err(|error| FabricError::os("wait for a rank's process", error))?;
             if let Some(status) = ended {
                 member.status = Some(status);
-                self.ended = Some(Instant::now());
+                self.ended = Some(Patience::new(self.timeout));
                 self.ended(Rank::new(index), status);
             }
         }
@@ -283,10 +284,11 @@ impl Group {
             self.expect_to_leave();
         }
         if self.segment.has_failed() {
-            let since = *self.failed.get_or_insert_with(Instant::now);
+            let grace = GRACE.min(self.timeout);
+            let left = self.failed.get_or_insert_with(|| Patience::new(grace)).left();
             // The rank that found the failure may have died before it woke the others.
             self.segment.wake_all_failed();
-            if since.elapsed() >= GRACE.min(self.timeout) {
+            if left.is_zero() {
                 self.members.iter().for_each(Member::kill);
             }
         }
@@ -295,10 +297,12 @@ impl Group {
 
     /// A rank that has left needs no other, so nobody but the supervisor waits for those that have not: they have as long as
     /// any wait.
-    fn expect_to_leave(&self) {
-        let Some(waited) = self.ended.map(|ended| ended.elapsed()).filter(|waited| *waited >= self.timeout) else {
+    fn expect_to_leave(&mut self) {
+        let Some(ended) = self.ended.as_mut() else { return };
+        if !ended.left().is_zero() {
             return;
-        };
+        }
+        let waited = ended.waited();
         let ranks = || self.segment.ranks().zip(&self.members);
         let in_group = |rank: &Rank| self.segment.control(*rank).status.is_in_group();
         let alive = ranks().filter(|(_, member)| member.status.is_none()).map(|(rank, _)| rank);
@@ -307,7 +311,7 @@ impl Group {
         // not when the process ended, is not in it.
         let ended = ranks().find(|(_, member)| member.status.is_some());
         if let Some((reporter, _)) = ended.filter(|_| !missing.is_empty()) {
-            self.segment.fail(reporter, &Failure::Timeout { missing, operation: OperationKind::Leave, waited });
+            self.segment.fail(reporter, &self.segment.late(missing, OperationKind::Leave, waited));
         }
     }
 

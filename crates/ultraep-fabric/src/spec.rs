@@ -22,7 +22,8 @@ pub struct GroupSpec {
     pub ranks: usize,
     /// Symmetric windows: each rank has a part of the same size of each.
     pub windows: Vec<WindowSpec>,
-    /// After this long, a wait ends with [`FabricError::Timeout`], which names who is missing and the operation.
+    /// After this long, a wait ends with [`FabricError::Timeout`], which names who is missing and the operation. Time in which the
+    /// waiting process did not run (it was suspended) hardly counts.
     pub timeout: Duration,
     /// At most this many ranks compute at a time ("core permits"); 0 for no limit.
     pub cores: usize,

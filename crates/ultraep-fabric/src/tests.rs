@@ -64,6 +64,7 @@ fn failures_survive_the_segment() {
         lost(Loss::Exited { code: 255 }),
         lost(Loss::Refused),
         lost(Loss::Vanished),
+        Failure::Suspended { ranks: missing.clone(), operation: OperationKind::Leave, waited: Duration::ZERO },
         Failure::Timeout { missing, operation: OperationKind::AllToAll, waited: Duration::from_nanos(1_500_000_001) },
         Failure::Mismatch {
             rank,
@@ -222,6 +223,9 @@ fn errors_say_who_and_what() {
         FabricError::Timeout { missing, operation: OperationKind::AllGather, waited: Duration::from_millis(1500) };
     assert_eq!(timeout.to_string(), "all-gather timed out after 1.500 s: no sign of ranks 3, 5");
     let (rank, operation) = (Rank::new(2), OperationKind::Barrier);
+    let suspended = FabricError::Suspended { ranks: vec![rank], operation, waited: Duration::from_secs(60) };
+    assert_eq!(suspended.to_string(), "barrier timed out after 60.000 s: suspended (stopped by a signal): rank 2");
+    assert!(suspended.ends_group() && suspended.culprit() == Some(rank));
     let lost = FabricError::PeerLost { rank, operation, reason: Loss::Killed { signal: 9 } };
     assert_eq!(lost.to_string(), "rank 2 was lost (killed by signal 9): barrier cannot complete");
     assert!(lost.ends_group() && lost.culprit() == Some(rank));

@@ -39,12 +39,17 @@ impl RankEnd {
             Err(other) => return Self::Failed(other.to_string()),
         };
         let operation = match error {
-            FabricError::PeerLost { operation, .. } | FabricError::Timeout { operation, .. } => *operation,
+            FabricError::PeerLost { operation, .. }
+            | FabricError::Timeout { operation, .. }
+            | FabricError::Suspended { operation, .. } => *operation,
             FabricError::SizeMismatch { .. } => OperationKind::AllToAll,
             FabricError::Mismatch { operation, .. } => operation.kind,
             _ => OperationKind::Compute,
         };
-        let alone = !matches!(error, FabricError::Timeout { missing, .. } if missing.len() > 1);
+        let alone = match error {
+            FabricError::Timeout { missing: ranks, .. } | FabricError::Suspended { ranks, .. } => ranks.len() == 1,
+            _ => true,
+        };
         match error.culprit() {
             Some(culprit) if operation != OperationKind::Compute => {
                 Self::Named { culprit, alone, message: error.to_string() }

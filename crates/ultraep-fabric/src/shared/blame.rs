@@ -1,6 +1,7 @@
 //! Who is to blame when a wait has lasted too long: from what ranks have published about themselves.
 
 use super::endpoint::{Awaited, Endpoint};
+use super::segment::Segment;
 use crate::FabricError;
 use crate::failure::Failure;
 use crate::operation::OperationKind;
@@ -76,7 +77,7 @@ impl Endpoint {
         if missing.is_empty() {
             missing.push(self.rank);
         }
-        Failure::Timeout { missing, operation: awaited.kind(), waited }
+        self.segment.late(missing, awaited.kind(), waited)
     }
 
     /// Who is missing after the timeout of a wait for tiles of `peer`: that rank, or whose tiles it waits for itself, and so on.
@@ -89,6 +90,30 @@ impl Endpoint {
                 _ => break,
             }
         }
-        Failure::Timeout { missing: vec![missing], operation: OperationKind::Stream, waited }
+        self.segment.late(vec![missing], OperationKind::Stream, waited)
     }
+}
+
+impl Segment {
+    /// What a wait that has lasted too long ends with: ranks whose processes are suspended are to blame for it, whoever is missing
+    /// besides.
+    pub(crate) fn late(&self, missing: Vec<Rank>, operation: OperationKind, waited: Duration) -> Failure {
+        let suspended = |rank: &Rank| is_stopped(self.control(*rank).process.load(Ordering::Relaxed));
+        let stopped: Vec<Rank> = self.ranks().filter(suspended).collect();
+        match stopped.is_empty() {
+            true => Failure::Timeout { missing, operation, waited },
+            false => Failure::Suspended { ranks: stopped, operation, waited },
+        }
+    }
+}
+
+/// Whether the process of this number was stopped by a signal: state T (or t, by a debugger) in `/proc/PID/stat`, which comes
+/// after the name in brackets (proc_pid_stat(5)). 0 is none.
+fn is_stopped(process: u32) -> bool {
+    let stat = if process == 0 { None } else { std::fs::read(format!("/proc/{process}/stat")).ok() };
+    let state = stat.and_then(|stat| {
+        let end = stat.iter().rposition(|&byte| byte == b')')?;
+        stat.get(end + 2).copied()
+    });
+    matches!(state, Some(b'T' | b't'))
 }

@@ -1,17 +1,14 @@
 //! Direct access to claimed windows, for the tile engine.
 
 use super::endpoint::{Endpoint, Phase};
+use super::patience::{NAP, Patience};
 use super::segment::Segment;
 use crate::backend::{Hold, Use};
 use crate::operation::OperationKind;
 use crate::stream::{Direct, Reach};
 use crate::sync::Ordering;
 use crate::{AccessError, FabricError, WindowId};
-use std::time::{Duration, Instant};
 use ultraep_plan::Rank;
-
-/// Longest sleep before a waiter looks again: tiles arrive without a bell when their chunk is not yet complete.
-const NAP: Duration = Duration::from_millis(100);
 
 impl Direct for Endpoint {
     fn claim(&mut self, window: WindowId) -> Result<Reach, FabricError> {
@@ -52,9 +49,10 @@ impl Direct for Endpoint {
         let control = &std::sync::Arc::clone(&self.segment);
         let control = control.control(self.rank);
         self.segment.note_awaited(self.rank, Some(peer));
-        let since = Instant::now();
+        let mut patience = Patience::new(self.timeout);
         let result = loop {
-            let left = self.timeout.saturating_sub(since.elapsed());
+            let left = patience.left();
+            // Tiles arrive without a bell when their chunk is not yet complete.
             if control.doorbell.sleep_unless(ready, left.min(NAP)) {
                 break Ok(());
             }
@@ -65,7 +63,7 @@ impl Direct for Endpoint {
                 break Err(lost);
             }
             if left.is_zero() {
-                let failure = self.tiles_timed_out(peer, since.elapsed());
+                let failure = self.tiles_timed_out(peer, patience.waited());
                 break Err(self.fail(kind, &failure));
             }
         };

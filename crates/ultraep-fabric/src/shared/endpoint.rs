@@ -1,6 +1,7 @@
 //! A rank's endpoint over the shared segment: the fabric of threads and of processes alike.
 
 use super::collective::InFlight;
+use super::patience::{NAP, Patience};
 use super::permits::Asked;
 use super::segment::Segment;
 use super::word::FAILED;
@@ -13,11 +14,7 @@ use crate::sync::{AtomicU32, Ordering};
 use crate::{Capabilities, Completion, Fabric, FabricError, GroupSpec, Loss, Operation, Region, Ticket, WindowId};
 use core::time::Duration;
 use std::sync::Arc;
-use std::time::Instant;
 use ultraep_plan::Rank;
-
-/// Longest sleep before a waiter looks around again, whatever happens.
-const NAP: Duration = Duration::from_millis(100);
 
 /// The same for a waiter for a signal that has a collective to move on meanwhile: it sleeps on one word, not on two.
 const NAP_BETWEEN: Duration = Duration::from_millis(1);
@@ -215,19 +212,19 @@ impl Endpoint {
     }
 
     /// Gives the permit back, sleeps until there is something to do, and has the permit again.
-    fn block(&mut self, awaited: Awaited, since: Instant) -> Result<(), FabricError> {
+    fn block(&mut self, awaited: Awaited, patience: &mut Patience) -> Result<(), FabricError> {
         self.give_permit_back();
         let activity = &self.segment.control(self.rank).activity;
         activity.store(awaited.kind() as u32, Ordering::Relaxed);
-        let slept = self.sleep(awaited, since);
+        let slept = self.sleep(awaited, patience);
         self.segment.control(self.rank).activity.store(OperationKind::Compute as u32, Ordering::Relaxed);
         slept?;
         self.take_permit(awaited.kind())
     }
 
-    fn sleep(&mut self, awaited: Awaited, since: Instant) -> Result<(), FabricError> {
+    fn sleep(&mut self, awaited: Awaited, patience: &mut Patience) -> Result<(), FabricError> {
         loop {
-            let left = self.timeout.saturating_sub(since.elapsed());
+            let left = patience.left();
             let nap = match awaited {
                 Awaited::Signal { .. } if self.collective.is_some() => left.min(NAP_BETWEEN),
                 _ => left.min(NAP),
@@ -243,7 +240,7 @@ impl Endpoint {
                 return Ok(());
             }
             if left.is_zero() {
-                let failure = self.timed_out(awaited, since.elapsed());
+                let failure = self.timed_out(awaited, patience.waited());
                 return Err(self.fail(awaited.kind(), &failure));
             }
         }
@@ -286,7 +283,7 @@ impl Endpoint {
         let permits = &segment.header().permits.0;
         let control = segment.control(self.rank);
         control.activity.store(OperationKind::CorePermit as u32, Ordering::Relaxed);
-        let (mut since, mut turn) = (None, permits.taken());
+        let (mut patience, mut turn) = (None, permits.taken());
         let result = loop {
             match permits.ask() {
                 Asked::Granted => {
@@ -297,19 +294,19 @@ impl Endpoint {
                 Asked::GroupFailed => break Err(self.group_error(kind)),
                 Asked::NoneFree(word) => {
                     let now = permits.taken();
-                    let start: &mut Instant = since.get_or_insert_with(Instant::now);
                     if now != turn {
                         // Others take turns: the queue moves.
-                        (turn, *start) = (now, Instant::now());
+                        (turn, patience) = (now, None);
                     }
-                    let waited = start.elapsed();
-                    if waited >= self.timeout {
+                    let patience = patience.get_or_insert_with(|| Patience::new(self.timeout));
+                    let left = patience.left();
+                    if left.is_zero() {
                         let holds = |rank: &Rank| segment.control(*rank).computing.load(Ordering::Relaxed) != 0;
                         let missing = segment.ranks().filter(holds).collect();
-                        let operation = OperationKind::CorePermit;
-                        break Err(self.fail(kind, &Failure::Timeout { missing, operation, waited }));
+                        let failure = segment.late(missing, OperationKind::CorePermit, patience.waited());
+                        break Err(self.fail(kind, &failure));
                     }
-                    permits.sleep(word, NAP.min(self.timeout - waited));
+                    permits.sleep(word, NAP.min(left));
                 }
             }
         };
@@ -356,7 +353,7 @@ impl Fabric for Endpoint {
 
     fn wait(&mut self, ticket: Ticket) -> Result<Completion, FabricError> {
         let mut spins = self.spins;
-        let mut since = None;
+        let mut patience = None;
         loop {
             if let Some(completion) = self.look(&ticket)? {
                 return Ok(completion);
@@ -372,8 +369,8 @@ impl Fabric for Endpoint {
                 }
                 continue;
             }
-            let since = *since.get_or_insert_with(Instant::now);
-            self.block(self.awaited(&ticket), since)?;
+            let patience = patience.get_or_insert_with(|| Patience::new(self.timeout));
+            self.block(self.awaited(&ticket), patience)?;
         }
     }
 

@@ -10,6 +10,7 @@ mod endpoint;
 mod failure;
 mod layout;
 mod one_sided;
+mod patience;
 mod permits;
 mod segment;
 mod status;
@@ -18,6 +19,7 @@ mod word;
 
 pub(crate) use endpoint::Endpoint;
 pub(crate) use layout::Layout;
+pub(crate) use patience::Patience;
 #[cfg(test)]
 pub(crate) use segment::MAGIC;
 pub(crate) use segment::{SEALS, Segment};

@@ -62,6 +62,8 @@ pub(crate) struct Control {
     pub(crate) awaits: AtomicU32,
     /// Whether the rank holds a core permit. A hint for messages.
     pub(crate) computing: AtomicU32,
+    /// Number of the rank's process; 0 when it is a thread of its launcher's. A hint for messages.
+    pub(crate) process: AtomicU32,
 }
 
 /// Seals on the file of a segment: its size never changes, so that mapped pages stay backed.

@@ -21,6 +21,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("dropped_group_leaves_nothing", dropped_group_leaves_nothing),
     ("ranks_die_with_their_launcher", ranks_die_with_their_launcher),
     ("rank_never_joins", rank_never_joins),
+    ("group_that_was_suspended_goes_on", group_that_was_suspended_goes_on),
 ];
 
 /// Exit code of a rank that was refused as it should be.
@@ -141,6 +142,13 @@ fn member(info: JoinInfo, role: &str) -> Result<ExitCode, String> {
             let signal = rustix::process::Signal::STOP;
             rustix::process::kill_process(rustix::process::getpid(), signal).map_err(text)?;
         }
+        "many barriers" => {
+            for _ in 0..2000 {
+                std::thread::sleep(Duration::from_millis(1));
+                fabric.run(Operation::Barrier).map_err(text)?;
+            }
+            fabric.leave().map_err(text)?;
+        }
         _ => return barriers(&mut fabric),
     }
     Ok(ExitCode::SUCCESS)
@@ -205,12 +213,13 @@ fn supervisor_kills_a_rank() -> Outcome {
     before.compare()
 }
 
-/// A process that is stopped never exits: the others time out, and the supervisor ends it.
+/// A process that is stopped never exits: the others time out and say that it is suspended, and the supervisor ends it.
 fn stopped_rank_is_killed_in_the_end() -> Outcome {
     let before = Leftovers::now();
     let start = Instant::now();
     let error = launch(culprit_does("stops"))?.wait();
-    let named = matches!(&error, Err(GroupError::Fabric { rank: CULPRIT, error: FabricError::Timeout { .. } }));
+    let named = matches!(&error, Err(GroupError::Fabric { rank: CULPRIT, error: FabricError::Suspended { ranks, .. } })
+        if ranks[..] == [CULPRIT]);
     ensure(named && start.elapsed() < Duration::from_secs(5), || format!("{error:?} after {:?}", start.elapsed()))?;
     before.compare()
 }
@@ -222,9 +231,38 @@ fn stopped_rank_that_nobody_needs() -> Outcome {
     let role = |rank| if rank == CULPRIT { "one barrier and stops" } else { "one barrier" };
     let error = launch(role)?.wait();
     let operation = OperationKind::Leave;
-    let named = matches!(&error, Err(GroupError::Fabric { rank: CULPRIT, error: FabricError::Timeout { missing, operation: found, .. } })
-        if missing[..] == [CULPRIT] && *found == operation);
+    let named = matches!(&error, Err(GroupError::Fabric { rank: CULPRIT, error: FabricError::Suspended { ranks, operation: found, .. } })
+        if ranks[..] == [CULPRIT] && *found == operation);
     ensure(named && start.elapsed() < Duration::from_secs(5), || format!("{error:?} after {:?}", start.elapsed()))?;
+    before.compare()
+}
+
+/// All ranks are stopped for several timeouts, as by Ctrl-Z, and go on: nobody was lost.
+fn group_that_was_suspended_goes_on() -> Outcome {
+    let before = Leftovers::now();
+    let mut group = launch(|_| "many barriers")?;
+    let timeout = spec().timeout;
+    let signal = |group: &Group, signal| {
+        let ranks = (0..3).filter_map(|rank| group.process_id(Rank::new(rank)));
+        let mut pids = ranks.filter_map(|id| rustix::process::Pid::from_raw(id.cast_signed()));
+        pids.try_for_each(|pid| rustix::process::kill_process(pid, signal)).map_err(text)
+    };
+    let run = |group: &mut Group, time: Duration| {
+        let deadline = Instant::now() + time;
+        while Instant::now() < deadline {
+            ensure(!group.supervise(Duration::from_millis(20)).map_err(text)?, || "ended too early".to_owned())?;
+        }
+        Ok::<(), String>(())
+    };
+    run(&mut group, Duration::from_millis(300))?;
+    for _ in 0..2 {
+        signal(&group, rustix::process::Signal::STOP)?;
+        run(&mut group, 2 * timeout)?;
+        signal(&group, rustix::process::Signal::CONT)?;
+        run(&mut group, Duration::from_millis(100))?;
+    }
+    let error = group.wait();
+    ensure(error == Ok(()), || format!("{error:?}"))?;
     before.compare()
 }
 
