@@ -155,6 +155,10 @@ fn cargo_fuzz() -> Result<PathBuf, String> {
     Ok(program)
 }
 
+/// What a fuzz target may take in all, and at once: an input that makes a reader take more is a finding.
+const FUZZ_MEMORY: &str = "-rss_limit_mb=2048";
+const FUZZ_ALLOCATION: &str = "-malloc_limit_mb=1024";
+
 fn fuzz(seconds: u32, targets: &[String]) -> Result<(), String> {
     let program = cargo_fuzz()?;
     let folder = root().join("fuzz/fuzz_targets");
@@ -169,7 +173,10 @@ fn fuzz(seconds: u32, targets: &[String]) -> Result<(), String> {
         let limit = format!("-max_total_time={seconds}");
         // The stable compiler, told to allow the sanitizer flags that the fuzzer needs.
         let mut command = Command::new(&program);
-        command.args(["run", target, "--", &limit]).current_dir(root().join("fuzz")).env("RUSTC_BOOTSTRAP", "1");
+        command
+            .args(["run", target, "--", &limit, FUZZ_MEMORY, FUZZ_ALLOCATION])
+            .current_dir(root().join("fuzz"))
+            .env("RUSTC_BOOTSTRAP", "1");
         run(&mut command)?;
     }
     Ok(())

@@ -58,6 +58,12 @@ mod tests {
         assert!(read(&[3, 16], Some(16)).is_err(), "an expert too many beside a good one");
         assert!(read(&[17, 17], Some(16)).is_err());
         assert!(read(&[-2, -2], None).is_err());
+        for id in [i64::MAX, i64::MIN, i64::from(u32::MAX), 1 << 40] {
+            for experts in [None, Some(16)] {
+                let refused = read(&[3, id], experts).expect_err("no expert").to_string();
+                assert!(refused.contains(&id.to_string()), "{id}: {refused}");
+            }
+        }
         assert!(read(&[5000, 1], None).is_err());
     }
 }

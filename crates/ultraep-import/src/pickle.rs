@@ -16,6 +16,8 @@ use crate::npy::{Element, integer};
 pub(crate) const MAX_PICKLE_BYTES: u64 = 16 << 20;
 /// Most objects of a pickle.
 const MAX_OBJECTS: usize = 1 << 21;
+/// Most digits of a storage's key: PyTorch numbers storages. A key is copied for each reference to it, a longer text never is.
+const MAX_KEY_DIGITS: usize = 20;
 
 /// Index of an object in its pickle.
 pub(crate) type Id = usize;
@@ -362,7 +364,9 @@ impl Machine<'_> {
         let parts: Vec<&Object> = items.iter().take(5).map(|&item| self.pickle.get(item)).collect();
         let storage = match parts.as_slice() {
             [Object::Text(word), Object::Known(Known::Storage(kind)), Object::Text(key), _, Object::Int(_)]
-                if word == "storage" && !key.is_empty() && key.bytes().all(|b| b.is_ascii_digit()) =>
+                if word == "storage"
+                    && (1..=MAX_KEY_DIGITS).contains(&key.len())
+                    && key.bytes().all(|b| b.is_ascii_digit()) =>
             {
                 Storage { kind: *kind, key: key.clone() }
             }
@@ -463,6 +467,24 @@ impl Machine<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A key of 100,000 digits that 20,000 references name took 2 GB: a copy for each.
+    #[test]
+    fn references_to_a_storage_do_not_multiply_its_key() {
+        let reference = |digits: usize, times: usize| {
+            let mut bytes = b"\x80\x02]q\x00((X\x07\x00\x00\x00storagectorch\nLongStorage\nX".to_vec();
+            bytes.extend((digits as u32).to_le_bytes());
+            bytes.extend(std::iter::repeat_n(b'1', digits));
+            // The tuple is kept, and referred to again and again.
+            bytes.extend(b"X\x03\x00\x00\x00cpuK\x01tq\x01Q");
+            (1..times).for_each(|_| bytes.extend(b"h\x01Q"));
+            bytes.extend(b"e.");
+            Pickle::parse(&bytes).map(drop)
+        };
+        assert!(reference(20, 20_000).is_ok());
+        let refused = reference(100_000, 20_000).expect_err("a key that is no number of a storage").to_string();
+        assert!(refused.contains("a reference that is no storage"), "{refused}");
+    }
 
     #[test]
     fn data_is_read_and_shared_objects_stay_shared() {

@@ -54,6 +54,13 @@ pub(crate) fn refuse(path: &Path, reason: impl Into<String>) -> TrainError {
     TrainError::Checkpoint { path: path.to_path_buf(), reason: reason.into() }
 }
 
+/// Whether a name stays in its folder wherever it is read: one part of a path, neither `..` nor a drive nor a root.
+fn is_plain_name(name: &str) -> bool {
+    let mut parts = Path::new(name).components();
+    let is_one_part = matches!((parts.next(), parts.next()), (Some(std::path::Component::Normal(_)), None));
+    is_one_part && !name.contains(['/', '\\', ':', '\0'])
+}
+
 /// The folder of a checkpoint's step.
 fn folder_name(step: u64) -> String {
     format!("step-{step:08}")
@@ -115,6 +122,9 @@ impl CheckpointInfo {
         let info: Self = serde_json::from_slice(&text).map_err(|error| refuse(&file, error.to_string()))?;
         if info.schema != SCHEMA {
             return Err(refuse(&file, format!("schema {:?}, this program reads {SCHEMA:?}", info.schema)));
+        }
+        if let Some((name, ..)) = info.expert_files.iter().find(|(name, ..)| !is_plain_name(name)) {
+            return Err(refuse(&file, format!("file {name:?}: allowed are names of files in the checkpoint's folder")));
         }
         Ok(info)
     }

@@ -52,6 +52,22 @@ fn every_kind_of_damage_is_told_with_the_file() {
 }
 
 #[test]
+fn a_manifest_names_files_of_its_own_folder_only() {
+    let (_folder, checkpoint) = saved();
+    let manifest = checkpoint.join("checkpoint.json");
+    let whole = fs::read_to_string(&manifest).unwrap();
+    let name = "experts-00002-of-00004.safetensors";
+    assert!(whole.contains(name));
+    for other in ["../escaped.safetensors", "/etc/passwd", "a/b", "..", ".", "", "a\\\\b", "c:d", "a\\u0000b"] {
+        fs::write(&manifest, whole.replace(name, other)).unwrap();
+        let error = error_of(&resumed(&checkpoint));
+        assert!(error.contains("names of files in the checkpoint's folder"), "{other:?}: {error}");
+    }
+    fs::write(&manifest, whole).unwrap();
+    run(&resumed(&checkpoint));
+}
+
+#[test]
 fn another_model_or_text_is_refused_with_the_difference() {
     let (_folder, checkpoint) = saved();
     let wider = RankJob { config: TrainConfig { intermediate: 24, ..small() }, ..resumed(&checkpoint) };
