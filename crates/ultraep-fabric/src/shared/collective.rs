@@ -87,6 +87,8 @@ enum Body {
     },
     AllToAll {
         send: Piece,
+        /// Length of the send span.
+        bytes: usize,
         window: Hold,
         sent: bool,
     },
@@ -184,7 +186,7 @@ impl Endpoint {
             // Relaxed: ordered by the turnstile.
             word.store(bytes as u64, Ordering::Relaxed);
         }
-        Ok(Body::AllToAll { send: from, window, sent: false })
+        Ok(Body::AllToAll { send: from, bytes: send.bytes, window, sent: false })
     }
 
     /// Publishes what the collective is and enters its next phase; the last rank to do so checks that all agree.
@@ -360,48 +362,47 @@ impl Endpoint {
         }
     }
 
-    /// All-to-all, after every rank has published its sizes: checks them, then writes this rank's blocks.
+    /// All-to-all, after every rank has published its sizes: writes this rank's blocks. Other processes can write the words, so
+    /// each is read once, and what was read is what is checked and used.
     fn exchange(&mut self) -> Result<(), FabricError> {
-        if let Some(failure) = self.differing_sizes() {
-            return Err(self.fail(OperationKind::AllToAll, &failure));
-        }
-        let Some(flight) = &mut self.collective else { return Ok(()) };
-        let Body::AllToAll { send, sent, .. } = &mut flight.body else { return Ok(()) };
         let (me, ranks) = (self.rank, self.segment.layout.ranks);
+        let Some(flight) = &mut self.collective else { return Ok(()) };
+        let Body::AllToAll { send, bytes: all, sent, .. } = &mut flight.body else { return Ok(()) };
         let size = |rank: Rank, index: usize| self.segment.sizes(rank)[index].load(Ordering::Relaxed);
-        // Checked against spans and windows of this process's address space by each rank, so they fit `usize`.
-        let mut at = 0;
+        let window = WindowId::new(flight.collective.detail as usize);
+        let (mut at, mut failure) = (0_usize, None);
         for to in self.segment.ranks() {
-            let bytes = size(me, to.index());
-            let before = size(to, 2 * ranks + me.index());
-            let window = WindowId::new(flight.collective.detail as usize);
-            if let Some((start, limit)) = self.segment.window(window, to)
-                && before + bytes <= limit as u64
-            {
-                // SAFETY: the block lies within this rank's send span and, as just checked, within the receiver's part, which the
-                // receiver holds for receiving until all ranks have entered the next phase. Blocks do not overlap.
-                unsafe { copy::copy(send.at(at).as_ptr(), start.add(before as usize).as_ptr(), bytes as usize) };
+            let (bytes, expected, before) =
+                (size(me, to.index()), size(to, ranks + me.index()), size(to, 2 * ranks + me.index()));
+            let (incoming, awaited) = (size(to, me.index()), size(me, ranks + to.index()));
+            let differ = |from, to, sent_bytes, expected_bytes| Failure::Sizes { from, to, sent_bytes, expected_bytes };
+            if incoming != awaited && bytes == expected {
+                failure = Some(differ(to, me, incoming, awaited));
+                break;
             }
-            at += bytes as usize;
+            // Within the send span, and within the receiver's part.
+            let place = || {
+                let count = usize::try_from(bytes).ok().filter(|_| bytes == expected)?;
+                let end = at.checked_add(count).filter(|&end| end <= *all)?;
+                let (start, limit) = self.segment.window(window, to)?;
+                before.checked_add(bytes).filter(|&end| end <= limit as u64)?;
+                Some((start, count, end))
+            };
+            let Some((start, count, end)) = place() else {
+                failure = Some(differ(me, to, bytes, expected));
+                break;
+            };
+            // SAFETY: the block lies within this rank's send span and, as just checked, within the receiver's part, which the
+            // receiver holds for receiving until all ranks have entered the next phase. Blocks do not overlap.
+            unsafe { copy::copy(send.at(at).as_ptr(), start.add(before as usize).as_ptr(), count) };
+            at = end;
             if to != me {
                 flight.sent += bytes;
-                flight.received += size(me, ranks + to.index());
+                flight.received += incoming;
             }
         }
         *sent = true;
-        Ok(())
-    }
-
-    /// The first block with this rank at one end on which the two ends disagree.
-    fn differing_sizes(&self) -> Option<Failure> {
-        let (me, ranks) = (self.rank, self.segment.layout.ranks);
-        let size = |rank: Rank, index: usize| self.segment.sizes(rank)[index].load(Ordering::Relaxed);
-        let block = |from: Rank, to: Rank| (from, to, size(from, to.index()), size(to, ranks + from.index()));
-        let blocks = self.segment.ranks().flat_map(|other| [block(me, other), block(other, me)]);
-        blocks
-            .filter(|&(_, _, sent_bytes, expected_bytes)| sent_bytes != expected_bytes)
-            .map(|(from, to, sent_bytes, expected_bytes)| Failure::Sizes { from, to, sent_bytes, expected_bytes })
-            .next()
+        failure.map_or(Ok(()), |failure| Err(self.fail(OperationKind::AllToAll, &failure)))
     }
 
     /// Parity of the phase that was entered last.
