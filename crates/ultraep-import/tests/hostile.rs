@@ -6,7 +6,9 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use common::Folder;
-use ultraep_import::{Grouping, Load, Microbatch, Microbatches, Piece, SourceRule, Sources, open, survey};
+use ultraep_import::{
+    Grouping, Load, Microbatch, Microbatches, OpenOptions, Piece, Reading, SourceRule, Sources, open, open_with, survey,
+};
 use zip::ZipWriter;
 use zip::write::SimpleFileOptions;
 
@@ -288,5 +290,53 @@ proptest::proptest! {
             bytes.truncate(cut);
         }
         let _ = refusal(&folder.with(name, bytes));
+    }
+}
+
+/// Expert ids at the ends of 64 bits, in every format of text that has ids, and in arrays of them: refused with the place,
+/// and no memory is taken for so many experts.
+#[test]
+fn the_largest_and_smallest_numbers_are_no_experts() {
+    for id in [i64::MAX.to_string(), i64::MIN.to_string(), u64::MAX.to_string()] {
+        let files = [
+            (
+                "log.jsonl",
+                format!(
+                    "{{\"type\": \"route\", \"req_id\": \"r\", \"token_idx\": 0, \"layer\": 0, \"topk_ids\": [1, {id}]}}\n"
+                ),
+            ),
+            (
+                "beyond.csv",
+                format!("Layer ID,Batch Number,Token,Activated Expert IDs\n1,0,a,\"[1, 2]\"\n1,0,b,\"[3, {id}]\"\n"),
+            ),
+            ("llama.csv", format!("layer,expert\n0,1\n0,{id}\n")),
+            ("long.csv", format!("layer_id,expert_id,count\n0,0,5\n0,{id},7\n")),
+            ("counts.json", format!("{{\"0\": {{\"0\": 5, \"{id}\": 7}}}}")),
+            ("passes.json", format!("[{{\"1\": [[27, 3], [42, {id}]]}}]")),
+            (
+                "router_trace_rank0.jsonl",
+                format!(
+                    "{{\"step\": 3, \"layer\": 1, \"num_tokens\": 1, \"topk\": 2, \"top_indices\": [[1, {id}]]}}\n"
+                ),
+            ),
+        ];
+        for (name, text) in files {
+            let folder = Folder::new();
+            let path = folder.with(name, text);
+            let mut got = None;
+            let memory = allocation_counter::measure(|| got = refusal(&path));
+            let got = got.unwrap_or_else(|| panic!("{name} with {id} was read"));
+            assert!(got.contains(name) && got.contains(&id[..10]) && !got.contains('\n'), "{name} with {id}: {got}");
+            assert!(memory.bytes_max < 64 << 20, "{name} with {id}: {} bytes", memory.bytes_max);
+        }
+    }
+    for id in [i64::MAX, i64::MIN, i64::from(u32::MAX), 1 << 32] {
+        let folder = Folder::new();
+        let data: Vec<u8> = [1, 2, 3, id].into_iter().flat_map(i64::to_le_bytes).collect();
+        let path = folder.with("ids.npy", npy("<i8", "(2, 2)", &data));
+        let options = OpenOptions { reading: Some(Reading::Ids), ..OpenOptions::default() };
+        let read = open_with(&[path], &options).and_then(|mut recording| survey(&mut *recording));
+        let error = read.map(drop).expect_err("an id that is none").to_string();
+        assert!(error.contains("ids.npy") && error.contains(&id.to_string()), "{error}");
     }
 }

@@ -126,6 +126,12 @@ impl CheckpointInfo {
         if let Some((name, ..)) = info.expert_files.iter().find(|(name, ..)| !is_plain_name(name)) {
             return Err(refuse(&file, format!("file {name:?}: allowed are names of files in the checkpoint's folder")));
         }
+        info.config.validate_sizes().map_err(|error| refuse(&file, error.to_string()))?;
+        let experts = info.config.experts;
+        if let Some((name, first, end)) = info.expert_files.iter().find(|(_, first, end)| first > end || *end > experts)
+        {
+            return Err(refuse(&file, format!("{name} is said to have experts {first} to {end} of {experts}")));
+        }
         Ok(info)
     }
 

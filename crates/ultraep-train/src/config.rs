@@ -255,7 +255,7 @@ impl TrainConfig {
     }
 
     /// Sizes whose products would not fit the numbers that hold them; everything after this may multiply them.
-    fn validate_sizes(&self) -> Result<(), TrainError> {
+    pub(crate) fn validate_sizes(&self) -> Result<(), TrainError> {
         let product = |factors: &[usize]| factors.iter().fold(1, |p: u128, &f| p.saturating_mul(f as u128));
         let microbatches = self.microbatches as usize;
         // Rows have 32-bit numbers; memory has 63-bit sizes, and a matrix of 2^40 elements is no small model.

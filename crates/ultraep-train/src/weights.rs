@@ -24,6 +24,7 @@ impl Weights {
     pub fn read(path: &Path, info: &CheckpointInfo) -> Result<Self, TrainError> {
         let config = &info.config;
         config.validate()?;
+        check_room(path, info)?;
         let dense = TensorFile::read(path.join(DENSE))?;
         let parameters = Parameters::new(&config.model(), config.seed)?;
         for parameter in parameters.all() {
@@ -40,15 +41,27 @@ impl Weights {
     }
 }
 
+/// Refuses a manifest whose model has more weights than its files have room for, before memory is taken for them.
+fn check_room(path: &Path, info: &CheckpointInfo) -> Result<(), TrainError> {
+    let config = &info.config;
+    let product = |sizes: &[usize]| sizes.iter().try_fold(4_u64, |product, &size| product.checked_mul(size as u64));
+    let experts = product(&[config.experts, config.layers, config.model().expert_shape().weight_len()]);
+    let attention = product(&[4, config.layers, config.hidden, config.hidden]);
+    let needed = experts.zip(attention).and_then(|(experts, attention)| experts.checked_add(attention));
+    let names = info.expert_files.iter().map(|(name, ..)| name.as_str()).chain([DENSE]);
+    let there: u64 = names.filter_map(|name| std::fs::metadata(path.join(name)).ok()).map(|file| file.len()).sum();
+    match needed {
+        Some(needed) if needed <= there => Ok(()),
+        _ => Err(refuse(path, format!("its files have {there} bytes, too few for the model"))),
+    }
+}
+
 fn read_experts(path: &Path, info: &CheckpointInfo) -> Result<Vec<Vec<f32>>, TrainError> {
     let config = &info.config;
     let len = config.model().expert_shape().weight_len();
     let mut experts = vec![vec![0.0; config.experts * len]; config.layers];
     let mut found = vec![false; config.experts];
     for (name, first, end) in &info.expert_files {
-        if first > end || *end > config.experts {
-            return Err(refuse(path, format!("{name} is said to have experts {first} to {end}")));
-        }
         let file = TensorFile::read(path.join(name))?;
         found[*first..*end].fill(true);
         for expert in *first..*end {

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use common::{Heard, corpus, job, run, small, try_run};
 use tempfile::TempDir;
-use ultraep_train::{RankJob, TrainConfig, find_checkpoint};
+use ultraep_train::{CheckpointInfo, RankJob, TrainConfig, Weights, find_checkpoint};
 
 fn saved() -> (TempDir, PathBuf) {
     let folder = TempDir::new().unwrap();
@@ -100,4 +100,32 @@ fn a_place_that_cannot_be_written_is_named() {
     fs::write(&file, "not a folder").unwrap();
     let error = error_of(&job(TrainConfig { steps: 1, ..small() }, Some(&file)));
     assert!(error.contains(&file.display().to_string()) && error.contains("Not a directory"), "{error}");
+}
+
+#[test]
+fn sizes_in_a_manifest_are_believed_only_as_far_as_the_files_go() {
+    let (_folder, checkpoint) = saved();
+    let path = checkpoint.join("checkpoint.json");
+    let manifest: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    let changed = |change: &dyn Fn(&mut serde_json::Value)| {
+        let mut changed = manifest.clone();
+        change(&mut changed);
+        fs::write(&path, serde_json::to_vec(&changed).unwrap()).unwrap();
+        CheckpointInfo::read(&checkpoint)
+    };
+    let refused = |change: &dyn Fn(&mut serde_json::Value)| changed(change).unwrap_err().to_string();
+    let error = refused(&|manifest| manifest["expert_files"][1][2] = u64::MAX.into());
+    assert!(error.contains("is said to have experts") && error.contains("checkpoint.json"), "{error}");
+    for (field, value) in [("hidden", u64::MAX), ("intermediate", 1 << 62), ("sequences", 1 << 63), ("layers", 1 << 40)]
+    {
+        let error = refused(&|manifest| manifest["config"][field] = value.into());
+        assert!(error.contains("at most") && error.contains("checkpoint.json"), "{field}: {error}");
+    }
+    // Sizes that a machine could have, but these files have not: no memory is taken for them.
+    let large = changed(&|manifest| {
+        manifest["config"]["intermediate"] = (1 << 20).into();
+        manifest["config"]["layers"] = (1 << 15).into();
+    });
+    let error = Weights::read(&checkpoint, &large.unwrap()).err().unwrap().to_string();
+    assert!(error.contains("too few for the model"), "{error}");
 }
